@@ -1,0 +1,82 @@
+"""Free ports, process trees and logs of the launchers."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fides_plugins.errors import ServerError
+from fides_plugins.serving.process import (
+    Process,
+    descendants,
+    free_ports,
+    is_alive,
+    stop_tree,
+    wait_until,
+)
+
+# A parent that starts a child which ignores SIGTERM, prints its id and waits.
+_STUBBORN = """
+import signal, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c",
+    "import signal,time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"],
+    stdout=subprocess.PIPE)
+child.stdout.readline()
+print("child", child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_free_ports_are_different():
+    ports = free_ports(5)
+    assert len(set(ports)) == 5
+    assert all(1024 <= p < 65536 for p in ports)
+
+
+def test_stop_ends_the_whole_tree_and_removes_the_folder():
+    process = Process("Sample", [sys.executable, "-c", _STUBBORN], grace_s=1.0)
+    with process:
+        process.wait_ready(lambda: "child" in process.log(), 20)
+        child = int(process.log().split()[-1])
+        assert child in descendants(process.pid)
+        folder, pid = process.folder, process.pid
+        assert is_alive(child)
+    assert not is_alive(pid)
+    assert not is_alive(child)
+    assert not folder.exists()
+
+
+def test_a_process_that_dies_early_reports_its_log():
+    process = Process("Sample", [sys.executable, "-c", "print('no licence'); raise SystemExit(3)"])
+    with (
+        process,
+        pytest.raises(ServerError, match="ended before it was ready(.|\n)*no licence"),
+    ):
+        process.wait_ready(lambda: False, 20)
+
+
+def test_a_missing_program_is_a_server_error():
+    with (
+        pytest.raises(ServerError, match="cannot be started"),
+        Process("Sample", ["/nonexistent/program"]),
+    ):
+        pass
+
+
+def test_wait_until_gives_up_and_counts_refused_connections_as_not_yet():
+    def refused() -> bool:
+        raise ConnectionRefusedError
+
+    with pytest.raises(ServerError, match="not ready after 0 s"):
+        wait_until(refused, 0.2, "Sample")
+
+
+def test_stop_tree_ends_daemons_given_by_id():
+    root = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    daemon = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    stop_tree(root.pid, also=[daemon.pid])
+    daemon.wait(timeout=5)
+    time.sleep(0.05)
+    assert not is_alive(root.pid)
+    assert not is_alive(daemon.pid)
