@@ -1,0 +1,239 @@
+"""Call plug-ins so that none can hang, crash or silently pass.
+
+Each plug-in is called alone, so that a failure is attributed to it. A call has a deadline; a plug-in
+that fails several times in a row is left alone for a while (circuit breaker), so that a dead remote
+verifier does not cost every request its whole time-out.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pluggy
+
+from fides_plugins.errors import InputError, PluginError
+
+logger = logging.getLogger("fides_plugins")
+
+FailureKind = Literal["raised", "timeout", "contract", "open", "busy", "input"]
+
+#: Calls of one plug-in that may be under way at once; past that it is taken to hang.
+MAX_CONCURRENT_CALLS = 16
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One plug-in's failure in one call. `text` is safe to show to a client: no path, no traceback."""
+
+    plugin: str
+    hook: str
+    kind: FailureKind
+    detail: str = ""
+
+    @property
+    def text(self) -> str:
+        """One line for a verdict's reason."""
+        what = {
+            "raised": f"raised {self.detail}",
+            "timeout": "gave no answer in time",
+            "contract": f"broke the contract: {self.detail}",
+            "open": "is left alone after repeated failures",
+            "busy": "has too many calls under way",
+            "input": f"refused the input: {self.detail}",
+        }[self.kind]
+        return f"plug-in {self.plugin!r} {what} in {self.hook}"
+
+
+class CircuitBreaker:
+    """Opens after `failures` in a row, lets one call through again after `reset_s` seconds."""
+
+    def __init__(self, failures: int, reset_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limit = failures
+        self._reset_s = reset_s
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._count = 0
+        self._retry_at = 0.0
+
+    def allows(self) -> bool:
+        """Whether a call may be made now. While open, one caller per `reset_s` is let through to probe."""
+        with self._lock:
+            if self._count < self._limit:
+                return True
+            now = self._clock()
+            if now < self._retry_at:
+                return False
+            self._retry_at = now + self._reset_s
+            return True
+
+    def succeeded(self) -> None:
+        """Close the circuit."""
+        with self._lock:
+            self._count = 0
+
+    def failed(self) -> None:
+        """Count a failure; open the circuit when there were enough."""
+        with self._lock:
+            self._count += 1
+            if self._count == self._limit:
+                self._retry_at = self._clock() + self._reset_s
+
+
+class GuardedPlugin:
+    """One plug-in's implementation of one hook."""
+
+    def __init__(self, name: str, hook: str, call: Callable[..., Any], breaker: CircuitBreaker, inline: bool) -> None:
+        self.name = name
+        self.hook = hook
+        self.breaker = breaker
+        self.inline = inline
+        self._call = call
+        self._slots = threading.BoundedSemaphore(MAX_CONCURRENT_CALLS)
+
+    def start(self, arguments: Mapping[str, Any], done: queue.SimpleQueue[tuple[int, Any]], index: int) -> Failure | None:
+        """Begin a call whose outcome is put on `done` as (index, result or exception)."""
+        if not self.breaker.allows():
+            return Failure(self.name, self.hook, "open")
+        if not self._slots.acquire(blocking=False):
+            return Failure(self.name, self.hook, "busy")
+        if self.inline:
+            self._run(arguments, done, index)
+        else:
+            # A daemon thread per call: a plug-in that hangs for ever then costs one of its own slots,
+            # and never a shared worker or the end of the process.
+            threading.Thread(
+                target=self._run, args=(arguments, done, index), name=f"fides-{self.name}", daemon=True
+            ).start()
+        return None
+
+    def _run(self, arguments: Mapping[str, Any], done: queue.SimpleQueue[tuple[int, Any]], index: int) -> None:
+        try:
+            done.put((index, self._call(**arguments)))
+        except Exception as error:  # a plug-in may raise anything; it becomes a Failure of that plug-in
+            done.put((index, error))
+        finally:
+            self._slots.release()
+
+
+class GuardedHook:
+    """All implementations of one hook, in the order in which they are to be asked.
+
+    Parameters
+    ----------
+    manager:
+        The plug-in manager; implementations are taken from it now, later changes are not seen.
+    hook:
+        Name of the hook.
+    check:
+        Turns a raw result that is not None into the checked one, raising `PluginError` or `InputError`
+        if it breaks the contract.
+    breaker:
+        Makes a circuit breaker for one plug-in.
+    errors:
+        Counts failures by plug-in name.
+    inline:
+        Names of plug-ins called without a thread: built-ins whose time is bounded by arithmetic.
+    """
+
+    def __init__(
+        self,
+        manager: pluggy.PluginManager,
+        hook: str,
+        check: Callable[[Any, Mapping[str, Any]], Any],
+        breaker: Callable[[], CircuitBreaker],
+        errors: Counter[str],
+        inline: frozenset[str] = frozenset(),
+    ) -> None:
+        self._hook = hook
+        self._check = check
+        self._errors = errors
+        implementations = [i for i in getattr(manager.hook, hook).get_hookimpls() if not _is_wrapper(i)]
+        plugins = [i.plugin for i in implementations]
+        self.plugins: list[GuardedPlugin] = []
+        for implementation in reversed(implementations):
+            others = [p for p in plugins if p is not implementation.plugin]
+            # One implementation with all wrappers around it, so that pluggy's rules hold for each call.
+            caller = manager.subset_hook_caller(hook, remove_plugins=others)
+            name = implementation.plugin_name
+            self.plugins.append(GuardedPlugin(name, hook, _one(caller), breaker(), name in inline))
+
+    def call_all(self, arguments: Mapping[str, Any], timeout_s: float) -> tuple[list[Any], list[Failure]]:
+        """Ask every plug-in at once; checked answers that are not None, and failures, in plug-in order."""
+        outcomes = self._call(self.plugins, arguments, timeout_s)
+        results = [o for o in outcomes if o is not None and not isinstance(o, Failure)]
+        return results, [o for o in outcomes if isinstance(o, Failure)]
+
+    def call_first(self, arguments: Mapping[str, Any], timeout_s: float) -> tuple[Any | None, list[Failure]]:
+        """Ask one plug-in after the other until one answers, all within one deadline."""
+        failures: list[Failure] = []
+        deadline = time.monotonic() + timeout_s
+        for plugin in self.plugins:
+            (outcome,) = self._call([plugin], arguments, max(0.0, deadline - time.monotonic()))
+            if isinstance(outcome, Failure):
+                failures.append(outcome)
+            elif outcome is not None:
+                return outcome, failures
+        return None, failures
+
+    def _call(self, plugins: Sequence[GuardedPlugin], arguments: Mapping[str, Any], timeout_s: float) -> list[Any]:
+        done: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        outcomes: dict[int, Any] = {}
+        deadline = time.monotonic() + timeout_s
+        for index, plugin in enumerate(plugins):
+            failure = plugin.start(arguments, done, index)
+            if failure is not None:
+                outcomes[index] = failure
+        while len(outcomes) < len(plugins):
+            try:
+                # An inline call is already done; `get` must return it even when no time is left.
+                index, raw = done.get(timeout=max(1e-4, deadline - time.monotonic()))
+            except queue.Empty:
+                break
+            outcomes[index] = self._outcome(plugins[index], raw, arguments)
+        for index, plugin in enumerate(plugins):
+            outcomes.setdefault(index, Failure(plugin.name, self._hook, "timeout"))
+            self._account(plugin, outcomes[index])
+        return [outcomes[i] for i in range(len(plugins))]
+
+    def _outcome(self, plugin: GuardedPlugin, raw: Any, arguments: Mapping[str, Any]) -> Any:
+        if isinstance(raw, InputError):
+            return Failure(plugin.name, self._hook, "input", str(raw))
+        if isinstance(raw, BaseException):
+            # The class name only: an exception's text may hold a path or a secret. The log has it all.
+            logger.error("plug-in %r raised in %s", plugin.name, self._hook, exc_info=raw)
+            return Failure(plugin.name, self._hook, "raised", type(raw).__name__)
+        if raw is None:
+            return None
+        try:
+            return self._check(raw, arguments)
+        except (PluginError, InputError) as error:
+            logger.error("plug-in %r broke the contract of %s: %s", plugin.name, self._hook, error)
+            return Failure(plugin.name, self._hook, "contract", str(error))
+
+    def _account(self, plugin: GuardedPlugin, outcome: Any) -> None:
+        if not isinstance(outcome, Failure):
+            plugin.breaker.succeeded()
+            return
+        self._errors[plugin.name] += 1
+        # A client's bad input says nothing about the plug-in's health, and a refused call is no new failure.
+        if outcome.kind in ("raised", "timeout", "contract"):
+            plugin.breaker.failed()
+
+
+def _is_wrapper(implementation: Any) -> bool:
+    return bool(implementation.hookwrapper or getattr(implementation, "wrapper", False))
+
+
+def _one(caller: Any) -> Callable[..., Any]:
+    def call(**arguments: Any) -> Any:
+        results = caller(**arguments)
+        return next((r for r in results if r is not None), None) if isinstance(results, list) else results
+
+    return call

@@ -1,0 +1,117 @@
+"""Run an ONNX graph from bytes, with onnxruntime, on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from fides_plugins.errors import BundleError, InputError
+
+_DTYPES: dict[str, Any] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(uint8)": np.uint8,
+    "tensor(int8)": np.int8,
+    "tensor(uint16)": np.uint16,
+    "tensor(int16)": np.int16,
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
+    "tensor(bool)": np.bool_,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Name, dtype and shape of one input or output; a free axis is None."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | None, ...]
+
+    def check(self, array: NDArray[Any]) -> None:
+        """Compare an array with this description.
+
+        Raises
+        ------
+        InputError
+            Naming the tensor, what it is and what is expected.
+        """
+        expected = "x".join("N" if s is None else str(s) for s in self.shape)
+        fits = len(array.shape) == len(self.shape) and all(
+            want is None or want == have for want, have in zip(self.shape, array.shape, strict=True)
+        )
+        if not fits:
+            have = "x".join(map(str, array.shape))
+            raise InputError(f"Input {self.name!r} has shape {have}; expected {expected}.")
+        if array.dtype != self.dtype:
+            raise InputError(f"Input {self.name!r} has dtype {array.dtype}; expected {self.dtype}.")
+
+
+class OnnxModel:
+    """One onnxruntime session over a model held in memory.
+
+    Parameters
+    ----------
+    data:
+        The ONNX file's bytes: the very bytes whose digest was checked.
+    threads:
+        Intra-op threads of the session. Calls from several Python threads are safe.
+    name:
+        For messages.
+
+    Raises
+    ------
+    BundleError
+        If onnxruntime cannot load the graph.
+    """
+
+    def __init__(self, data: bytes, threads: int = 1, name: str = "model") -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # Spinning workers would burn the cores that the service model needs.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self.name = name
+        try:
+            self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises several unrelated classes; all mean "not a usable graph"
+            raise BundleError(
+                f"{name} cannot be loaded by onnxruntime: {_first_line(error)}", "Make the bundle again with `fides fit`."
+            ) from None
+        self.inputs = tuple(_info(i) for i in self._session.get_inputs())
+        self.outputs = tuple(_info(o) for o in self._session.get_outputs())
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Outputs by name for inputs by name.
+
+        Raises
+        ------
+        InputError
+            If an input is missing, or has another shape or dtype than the graph takes.
+        """
+        arrays = {}
+        for info in self.inputs:
+            if info.name not in feeds:
+                raise InputError(f"{self.name} needs the input {info.name!r}; got {sorted(feeds)}.")
+            info.check(feeds[info.name])
+            arrays[info.name] = np.ascontiguousarray(feeds[info.name])
+        outputs = self._session.run(None, arrays)
+        return dict(zip((o.name for o in self.outputs), outputs, strict=True))
+
+
+def _info(node: Any) -> TensorInfo:
+    if node.type not in _DTYPES:
+        raise BundleError(f"Tensor {node.name!r} has the type {node.type}, which is not supported.")
+    shape = tuple(s if isinstance(s, int) and s >= 0 else None for s in node.shape)
+    return TensorInfo(node.name, np.dtype(_DTYPES[node.type]), shape)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
