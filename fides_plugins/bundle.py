@@ -88,7 +88,7 @@ class FileSpec(_Part):
 class Manifest(_Part):
     """Contents of `fides.json`."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1] = 1
     name: str = "fides"
     bundle_version: int = Field(1, ge=1, description="Grows with each release; clients can ask for a minimum.")
     class_names: tuple[str, ...]
@@ -279,7 +279,9 @@ def write_bundle(folder: str | Path, manifest: Manifest, files: Mapping[str, byt
     digests = {
         name: FileSpec(sha256=hashlib.sha256(data).hexdigest(), size=len(data)) for name, data in sorted(files.items())
     }
-    complete = Manifest.model_validate({**manifest.model_dump(), "files": {n: d.model_dump() for n, d in digests.items()}})
+    complete = Manifest.model_validate(
+        {**manifest.model_dump(), "files": {n: d.model_dump() for n, d in digests.items()}}
+    )
     text = json.dumps(complete.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     bundle = Bundle(complete, text.encode(), files, target.name)
     bundle.calibrations()

@@ -97,7 +97,9 @@ class GuardedPlugin:
         self._call = call
         self._slots = threading.BoundedSemaphore(MAX_CONCURRENT_CALLS)
 
-    def start(self, arguments: Mapping[str, Any], done: queue.SimpleQueue[tuple[int, Any]], index: int) -> Failure | None:
+    def start(
+        self, arguments: Mapping[str, Any], done: queue.SimpleQueue[tuple[int, Any]], index: int
+    ) -> Failure | None:
         """Begin a call whose outcome is put on `done` as (index, result or exception)."""
         if not self.breaker.allows():
             return Failure(self.name, self.hook, "open")

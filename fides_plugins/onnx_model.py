@@ -83,7 +83,8 @@ class OnnxModel:
             self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises several unrelated classes; all mean "not a usable graph"
             raise BundleError(
-                f"{name} cannot be loaded by onnxruntime: {_first_line(error)}", "Make the bundle again with `fides fit`."
+                f"{name} cannot be loaded by onnxruntime: {_first_line(error)}",
+                "Make the bundle again with `fides fit`.",
             ) from None
         self.inputs = tuple(_info(i) for i in self._session.get_inputs())
         self.outputs = tuple(_info(o) for o in self._session.get_outputs())

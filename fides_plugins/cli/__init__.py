@@ -1,0 +1,51 @@
+"""The command `fides`. Each command is one module with a `register` function.
+
+Exit status: 0 good, 1 the thing checked failed, 2 wrong use or unusable input.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import typer
+
+from fides_plugins import __version__
+from fides_plugins.errors import FidesError
+
+#: Modules of this package, in the order of `fides --help`. Their module-level imports stay light.
+COMMANDS: tuple[str, ...] = ("inspect",)
+
+app = typer.Typer(
+    name="fides",
+    help="Check the answers of machine-learning services that run on machines you don't control.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"fides {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
+) -> None:
+    """Options that come before a command."""
+
+
+for _name in COMMANDS:
+    importlib.import_module(f"fides_plugins.cli.{_name}").register(app)
+
+
+def main() -> None:
+    """Entry point: a `FidesError` becomes one line on standard error and exit status 2."""
+    try:
+        app()
+    except FidesError as error:
+        print(f"fides: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,218 @@
+"""Make a plug-in manager: built-ins, installed plug-ins, configured modules. There is no global one.
+
+Order of loading: built-ins, entry points (sorted by name), `settings.plugins.load`, then what the
+caller passes. pluggy asks the last loaded first, so what a user adds comes before the built-ins.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import logging
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any, Literal
+
+import pluggy
+
+from fides_plugins import hookspecs
+from fides_plugins.builtin import builtin_plugins
+from fides_plugins.bundle import Bundle
+from fides_plugins.errors import FidesError, PluginError
+from fides_plugins.settings import Settings
+
+logger = logging.getLogger("fides_plugins")
+
+LoadState = Literal["loaded", "blocked", "failed"]
+
+
+@dataclass(frozen=True)
+class PluginInfo:
+    """What became of one plug-in at start-up."""
+
+    name: str
+    source: str
+    state: LoadState
+    hooks: tuple[str, ...] = ()
+    detail: str = ""
+
+
+@dataclass
+class LoadReport:
+    """Every plug-in that was considered, in load order."""
+
+    plugins: list[PluginInfo] = field(default_factory=list)
+
+    def state(self, name: str) -> LoadState | None:
+        """State of the plug-in called `name`; None if it was never seen."""
+        return next((p.state for p in self.plugins if p.name == name), None)
+
+
+class FidesPluginManager(pluggy.PluginManager):
+    """pluggy's manager with a report of what was loaded.
+
+    Attributes
+    ----------
+    report:
+        What became of each plug-in.
+    inline_plugins:
+        Names whose calls need no thread of their own, because their time is bounded by arithmetic.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(hookspecs.PROJECT_NAME)
+        self.add_hookspecs(hookspecs)
+        self.report = LoadReport()
+        self.inline_plugins: frozenset[str] = frozenset()
+
+    def add_plugin(self, plugin: Any, name: str, source: str) -> None:
+        """Register a plug-in after checking its hooks.
+
+        Raises
+        ------
+        PluginError
+            If the name is taken, the object has no hook, an unknown hook, or an argument that the hook
+            does not have.
+        """
+        if self.has_plugin(name):
+            raise PluginError(f"Two plug-ins are called {name!r}.", "Rename one, or block it.")
+        if isinstance(plugin, type):
+            plugin = plugin()
+        try:
+            self.register(plugin, name=name)
+            unknown = _unknown_hooks(self, plugin)
+        except pluggy.PluginValidationError as error:
+            if self.has_plugin(name):
+                self.unregister(name=name)
+            raise PluginError(f"Plug-in {name!r} does not fit its hook: {_one_line(error)}") from error
+        hooks = tuple(sorted(c.name for c in self.get_hookcallers(plugin) or [] if c.name not in unknown))
+        if unknown or not hooks:
+            self.unregister(name=name)
+            raise PluginError(*_hook_problem(name, unknown))
+        self.report.plugins.append(PluginInfo(name, source, "loaded", hooks))
+
+    def note(self, name: str, source: str, state: LoadState, detail: str = "") -> None:
+        """Report a plug-in that was not loaded."""
+        self.report.plugins.append(PluginInfo(name, source, state, (), detail))
+
+
+def create_plugin_manager(
+    settings: Settings, bundle: Bundle | None = None, extra: Mapping[str, Any] | None = None
+) -> FidesPluginManager:
+    """A fresh manager with everything that settings ask for, configured.
+
+    Parameters
+    ----------
+    settings:
+        Which plug-ins to load, require and block.
+    bundle:
+        Handed to `fides_configure`; the built-ins take their models from it.
+    extra:
+        Name to plug-in object, loaded last: for hosts and tests.
+
+    Raises
+    ------
+    PluginError
+        If a plug-in that settings load or require cannot be loaded or configured. An installed plug-in
+        that nobody requires and that fails is logged and reported, and the rest goes on.
+    """
+    manager = FidesPluginManager()
+    blocked, required = set(settings.plugins.blocked), set(settings.plugins.required)
+    builtins = builtin_plugins(settings, bundle)
+    manager.inline_plugins = frozenset(n for n, p in builtins.items() if getattr(p, "runs_inline", False))
+    for name, plugin in builtins.items():
+        _add(manager, name, "built-in", blocked, lambda plugin=plugin: plugin, must=True)
+    if settings.plugins.entry_points:
+        for entry in sorted(_entry_points(), key=lambda e: e.name):
+            source = f"entry point {entry.value}"
+            _add(manager, entry.name, source, blocked, entry.load, must=entry.name in required)
+    for target in settings.plugins.load:
+        name = target.partition(":")[2] or target
+        _add(manager, name, f"module {target}", blocked, lambda target=target: _import(target), must=True)
+    for name, plugin in (extra or {}).items():
+        _add(manager, name, "host", blocked, lambda plugin=plugin: plugin, must=True)
+    missing = sorted(n for n in required if manager.report.state(n) != "loaded")
+    if missing:
+        raise PluginError(
+            f"Required plug-in(s) not loaded: {', '.join(missing)}.",
+            "Install them, unblock them, or take them out of `plugins.required`.",
+        )
+    _configure(manager, settings, bundle)
+    return manager
+
+
+def _add(manager: FidesPluginManager, name: str, source: str, blocked: set[str], load: Any, must: bool) -> None:
+    if name in blocked:
+        manager.note(name, source, "blocked", "settings block it")
+        return
+    try:
+        manager.add_plugin(load(), name, source)
+    except Exception as error:  # importing foreign code may raise anything; it must not take the host down
+        detail = str(error) if isinstance(error, FidesError) else f"{type(error).__name__}: {error}"
+        manager.note(name, source, "failed", detail)
+        if must:
+            raise PluginError(
+                f"Plug-in {name!r} ({source}) cannot be loaded: {detail}",
+                "Mend or install it, or take it out of the settings.",
+            ) from error
+        logger.error("plug-in %r (%s) cannot be loaded: %s", name, source, detail)
+
+
+def _configure(manager: FidesPluginManager, settings: Settings, bundle: Bundle | None) -> None:
+    for implementation in reversed(manager.hook.fides_configure.get_hookimpls()):
+        given = {"settings": settings, "bundle": bundle}
+        try:
+            implementation.function(*(given[a] for a in implementation.argnames))
+        except FidesError:
+            raise
+        except Exception as error:  # foreign code; named for the person who starts the server
+            raise PluginError(
+                f"Plug-in {implementation.plugin_name!r} failed in fides_configure: {type(error).__name__}: {error}",
+                "Check its options, or block it.",
+            ) from error
+
+
+def _entry_points() -> Iterable[metadata.EntryPoint]:
+    return metadata.entry_points(group=hookspecs.ENTRY_POINT_GROUP)
+
+
+def _import(target: str) -> Any:
+    module_name, _, attribute = target.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and module_name.startswith(error.name):
+            raise PluginError(
+                f"There is no module {module_name!r} on the path of {sys.executable.rpartition('/')[2]}.",
+                "Install the package that holds it into the server's environment.",
+            ) from None
+        raise
+    if not attribute:
+        return module
+    if not hasattr(module, attribute):
+        raise PluginError(f"Module {module_name!r} has no {attribute!r}.")
+    return getattr(module, attribute)
+
+
+def _unknown_hooks(manager: FidesPluginManager, plugin: Any) -> list[str]:
+    return [c.name for c in manager.get_hookcallers(plugin) or [] if c.spec is None]
+
+
+def _hook_problem(name: str, unknown: list[str]) -> tuple[str, str]:
+    known = [n for n in vars(hookspecs) if n.startswith("fides_")]
+    if not unknown:
+        return (
+            f"Plug-in {name!r} implements no hook.",
+            "Mark a function or method with `@hookimpl`; see docs/reference/hooks.md.",
+        )
+    near = difflib.get_close_matches(unknown[0], known, n=1)
+    return (
+        f"Plug-in {name!r} implements {unknown[0]!r}, which is no hook.",
+        f"Did you mean {near[0]!r}?" if near else f"Hooks are: {', '.join(known)}.",
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,235 @@
+"""verify -> detect -> policy -> reclassify -> record, on one batch.
+
+Hosts that see the whole request call `run`. Triton cuts after `verify`: one step calls `verify`, the
+next rebuilds its outcome and calls `validate`. Both ways run the same code.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fides_plugins.bundle import Bundle
+from fides_plugins.errors import PluginError, SettingsError
+from fides_plugins.guard import CircuitBreaker, Failure, GuardedHook
+from fides_plugins.manager import FidesPluginManager, create_plugin_manager
+from fides_plugins.policy import decide, failed_verdict, make_verdict
+from fides_plugins.settings import Settings
+from fides_plugins.types import Detection, Prediction, Query, Reclassification, Verdict, Verification
+
+logger = logging.getLogger("fides_plugins")
+
+#: Called with the name of a stage (verify, detect, reclassify, record) and the seconds it took.
+StageObserver = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class VerifyOutcome:
+    """What `Pipeline.verify` found: the joined references, or None, and who failed."""
+
+    verification: Verification | None
+    failures: tuple[Failure, ...] = ()
+
+
+class Pipeline:
+    """Everything between a service's answer and a verdict.
+
+    Parameters
+    ----------
+    settings, bundle, manager:
+        As loaded; `from_settings` does all of it.
+
+    Attributes
+    ----------
+    plugin_errors:
+        Failures by plug-in name since start.
+    on_stage:
+        Optional observer of stage times.
+    """
+
+    def __init__(self, settings: Settings, bundle: Bundle | None, manager: FidesPluginManager) -> None:
+        self.settings = settings
+        self.bundle = bundle
+        self.manager = manager
+        self.plugin_errors: Counter[str] = Counter()
+        self.on_stage: StageObserver | None = None
+        self._timeout_s = settings.timeout_ms / 1000.0
+        self._verify = self._hook("fides_verify", _check_verification)
+        self._detect = self._hook("fides_detect", _check_detection)
+        self._reclassify = self._hook("fides_reclassify", _check_reclassification)
+        self._record = self._hook("fides_record", lambda raw, arguments: None)
+
+    @classmethod
+    def from_settings(
+        cls, settings: Settings, base: str | Path = ".", extra: Mapping[str, Any] | None = None
+    ) -> Pipeline:
+        """Load the bundle and the plug-ins.
+
+        Parameters
+        ----------
+        base:
+            Folder that a relative `settings.bundle` starts from.
+        extra:
+            More plug-ins, by name.
+
+        Raises
+        ------
+        FidesError
+            If the bundle or a needed plug-in cannot be loaded.
+        """
+        if not settings.bundle:
+            raise SettingsError("No bundle is set.", "Set `bundle` to the folder that `fides fit` wrote.")
+        bundle = Bundle.load(Path(base) / settings.bundle)
+        return cls(settings, bundle, create_plugin_manager(settings, bundle, extra))
+
+    @property
+    def n_classes(self) -> int:
+        """K of the bundle; 0 without one."""
+        return 0 if self.bundle is None else self.bundle.n_classes
+
+    def verify(self, query: Query) -> VerifyOutcome:
+        """Ask all verifiers at once, within the time-out. Never raises for what a plug-in does."""
+        results, failures = self._timed("verify", self._verify.call_all, {"query": query})
+        sound: list[Verification] = []
+        widths = {r.n_classes for r in results} | ({self.n_classes} if self.bundle is not None else set())
+        if len(widths) > 1:
+            failures.append(
+                Failure("verification", "fides_verify", "contract", f"class counts differ: {sorted(widths)}")
+            )
+            sound = [r for r in results if r.n_classes == self.n_classes]
+        else:
+            sound = results
+        return VerifyOutcome(Verification.join(sound) if sound else None, tuple(failures))
+
+    def validate(self, query: Query, service: Prediction, outcome: VerifyOutcome) -> Verdict:
+        """Judge the service's answer with a verification outcome, and record the verdict.
+
+        Never raises for what a plug-in or the service does: what cannot be judged is `indeterminate`
+        or `error` in the verdict.
+        """
+        problem = self._mismatch(query, service, outcome)
+        if problem:
+            return self.fail(query, service.n_rows, problem, service.n_classes)
+        verification, failures = outcome.verification, list(outcome.failures)
+        detections: list[Detection] = []
+        if verification is not None and service.n_rows:
+            arguments = {"query": query, "service": service, "verification": verification}
+            detections, failed = self._timed("detect", self._detect.call_all, arguments)
+            failures += failed
+        decision = decide(self.settings, service, verification, detections, failures)
+        correction: Reclassification | None = None
+        attacked = decision.attacked
+        if verification is not None and attacked.any():
+            arguments = _rows(attacked, query, service, verification, decision.detection)
+            # A failure here cannot undo the alarm: the rows stay attacked, and it is counted and logged.
+            correction, _ = self._timed("reclassify", self._reclassify.call_first, arguments)
+        verdict = make_verdict(self.settings, service, verification, decision, correction)
+        return self._finish(query, verdict)
+
+    def run(self, query: Query, service: Prediction) -> Verdict:
+        """`verify` and `validate` in one call."""
+        return self.validate(query, service, self.verify(query))
+
+    def fail(self, query: Query, n_rows: int, reason: str, n_classes: int = 0) -> Verdict:
+        """An `error` verdict for rows that cannot be judged at all, recorded like any other."""
+        return self._finish(query, failed_verdict(self.settings, n_rows, n_classes or self.n_classes, reason))
+
+    def close(self) -> None:
+        """Tell the plug-ins that the host stops."""
+        for implementation in self.manager.hook.fides_unconfigure.get_hookimpls():
+            try:
+                implementation.function()
+            except Exception:  # foreign code at shutdown: nothing depends on it any more
+                logger.exception("plug-in %r failed in fides_unconfigure", implementation.plugin_name)
+
+    def _finish(self, query: Query, verdict: Verdict) -> Verdict:
+        if verdict.n_rows and self._record.plugins:
+            self._timed("record", self._record.call_all, {"query": query, "verdict": verdict})
+        return verdict
+
+    def _mismatch(self, query: Query, service: Prediction, outcome: VerifyOutcome) -> str:
+        if self.bundle is not None and service.n_classes != self.n_classes:
+            return f"the service answered with {service.n_classes} classes, the bundle has {self.n_classes}"
+        if service.n_rows != query.n_rows:
+            return f"the service answered {service.n_rows} rows for {query.n_rows} inputs"
+        verification = outcome.verification
+        if verification is not None and (verification.n_rows, verification.n_classes) != (
+            service.n_rows,
+            service.n_classes,
+        ):
+            return (
+                f"the reference has {verification.n_rows} rows of {verification.n_classes} classes, "
+                f"the service {service.n_rows} of {service.n_classes}"
+            )
+        return ""
+
+    def _hook(self, name: str, check: Callable[[Any, Mapping[str, Any]], Any]) -> GuardedHook:
+        def breaker() -> CircuitBreaker:
+            return CircuitBreaker(self.settings.breaker_failures, self.settings.breaker_reset_s)
+
+        return GuardedHook(self.manager, name, check, breaker, self.plugin_errors, self.manager.inline_plugins)
+
+    def _timed(self, stage: str, call: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+        start = time.perf_counter()
+        try:
+            return call(arguments, self._timeout_s)
+        finally:
+            if self.on_stage is not None:
+                self.on_stage(stage, time.perf_counter() - start)
+
+
+def _rows(
+    rows: np.ndarray[Any, np.dtype[np.bool_]],
+    query: Query,
+    service: Prediction,
+    verification: Verification,
+    detection: Detection,
+) -> dict[str, Any]:
+    """The same arguments with only the given rows."""
+    ids = tuple(np.asarray(query.request_ids)[rows].tolist()) if query.request_ids else ()
+    return {
+        "query": Query({n: a[rows] for n, a in query.inputs.items()}, ids, query.model_name, query.metadata),
+        "service": Prediction(service.probabilities[rows], service.valid[rows]),
+        "verification": Verification(
+            verification.references[rows], verification.available[rows], verification.sources, verification.evidence
+        ),
+        "detection": Detection(
+            np.nan_to_num(detection.score[rows]),
+            detection.attacked[rows],
+            detection.source,
+            detection.p_value[rows],
+            detection.valid[rows],
+        ),
+    }
+
+
+def _check_verification(raw: Any, arguments: Mapping[str, Any]) -> Verification:
+    if not isinstance(raw, Verification):
+        raise PluginError(f"it returned {type(raw).__name__}, not Verification")
+    if raw.n_rows != arguments["query"].n_rows:
+        raise PluginError(f"it returned {raw.n_rows} rows for {arguments['query'].n_rows}")
+    return raw
+
+
+def _check_detection(raw: Any, arguments: Mapping[str, Any]) -> Detection:
+    if not isinstance(raw, Detection):
+        raise PluginError(f"it returned {type(raw).__name__}, not Detection")
+    if raw.n_rows != arguments["service"].n_rows:
+        raise PluginError(f"it returned {raw.n_rows} rows for {arguments['service'].n_rows}")
+    return raw
+
+
+def _check_reclassification(raw: Any, arguments: Mapping[str, Any]) -> Reclassification:
+    if not isinstance(raw, Reclassification):
+        raise PluginError(f"it returned {type(raw).__name__}, not Reclassification")
+    expected = arguments["service"].probabilities.shape
+    if raw.probabilities.shape != expected:
+        raise PluginError(f"it returned shape {raw.probabilities.shape}, expected {expected}")
+    return raw
