@@ -1,0 +1,237 @@
+"""A light client of Triton's HTTP API: health, control, metadata, one inference, metrics.
+
+For control loops and checks only (`fides check`, `fides watch`, `fides attach --live`): it needs the
+standard library and numpy, so that a liveness probe costs no import of an HTTP stack. Applications use
+`tritonclient`.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fides_plugins.errors import ServerError
+from fides_plugins.serving.triton.dtypes import decode_bytes, encode_bytes, numpy_dtype, triton_dtype
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Status code and body of one HTTP exchange."""
+
+    status: int
+    body: bytes
+    headers: Mapping[str, str]
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The body as a JSON object; empty where it is none."""
+        try:
+            value = json.loads(self.body or b"{}")
+        except ValueError:
+            return {}
+        return value if isinstance(value, dict) else {}
+
+    @property
+    def error(self) -> str:
+        """The server's own words about what went wrong."""
+        return str(self.json.get("error", "")) or self.body.decode(errors="replace")[:300]
+
+
+class InferenceRefused(ServerError):
+    """The server answered an inference with an error status.
+
+    Attributes
+    ----------
+    status:
+        HTTP status code.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(f"The server answered {status}: {message}")
+        self.status = status
+
+
+class TritonApi:
+    """One server, by address.
+
+    Parameters
+    ----------
+    address:
+        `host:port` or `http://host:port` of Triton's HTTP endpoint.
+    metrics_url:
+        Full address of the metrics; by default port 8002 of the same host.
+    timeout_s:
+        Time-out of one exchange, seconds.
+    """
+
+    def __init__(self, address: str, metrics_url: str = "", timeout_s: float = 10.0) -> None:
+        parts = urlsplit(address if "//" in address else f"//{address}")
+        if not parts.hostname or parts.scheme not in ("", "http"):
+            raise ServerError(f"{address!r} is not the address of an HTTP server.", "Write host:port.")
+        self.host, self.port = parts.hostname, parts.port or 8000
+        self.metrics_url = metrics_url or f"http://{self.host}:8002/metrics"
+        self.timeout_s = timeout_s
+
+    def __repr__(self) -> str:
+        return f"TritonApi({self.host}:{self.port})"
+
+    def exchange(
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> Answer:
+        """One HTTP exchange. Raises `OSError` when the server cannot be reached or does not answer."""
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout_s or self.timeout_s)
+        try:
+            connection.request(method, path, body=body, headers=dict(headers or {}))
+            response = connection.getresponse()
+            return Answer(response.status, response.read(), dict(response.getheaders()))
+        except http.client.HTTPException as error:
+            raise ConnectionError(str(error)) from error
+        finally:
+            connection.close()
+
+    def _ask(self, method: str, path: str, what: str, body: bytes = b"", timeout_s: float | None = None) -> Answer:
+        try:
+            answer = self.exchange(method, path, body, timeout_s=timeout_s)
+        except OSError as error:
+            raise ServerError(
+                f"Triton at {self.host}:{self.port} cannot be reached ({error.strerror or error}).",
+                "Check the address and that the server runs.",
+            ) from error
+        if answer.status != 200:
+            raise ServerError(f"{what} failed: {answer.error}")
+        return answer
+
+    def ready(self) -> bool:
+        """Whether the server says it is ready. Raises `OSError` when it cannot be reached."""
+        return self.exchange("GET", "/v2/health/ready").status == 200
+
+    def model_ready(self, model: str) -> bool:
+        """Whether the server says that `model` is ready (true for a model whose process was killed)."""
+        return self.exchange("GET", f"/v2/models/{quote(model)}/ready").status == 200
+
+    def config(self, model: str, version: str = "") -> dict[str, Any]:
+        """The model's full configuration as the server holds it, as protobuf JSON."""
+        suffix = f"/versions/{version}" if version else ""
+        return self._ask("GET", f"/v2/models/{quote(model)}{suffix}/config", f"Reading the config of {model!r}").json
+
+    def metadata(self, model: str) -> dict[str, Any]:
+        """The model's inputs, outputs and versions."""
+        return self._ask("GET", f"/v2/models/{quote(model)}", f"Reading the metadata of {model!r}").json
+
+    def index(self) -> list[dict[str, Any]]:
+        """Models of the repository, with their states."""
+        answer = self._ask("POST", "/v2/repository/index", "Reading the repository index")
+        return list(json.loads(answer.body or b"[]"))
+
+    def load(self, model: str, config: Mapping[str, Any] | None = None, timeout_s: float = 60.0) -> None:
+        """Load or reload a model (explicit mode only), optionally with another configuration.
+
+        Raises
+        ------
+        ServerError
+            If the server refuses, for example outside explicit mode. The model it served before stays.
+        """
+        body = b"{}"
+        if config is not None:
+            body = json.dumps({"parameters": {"config": json.dumps(config)}}).encode()
+        self._ask("POST", f"/v2/repository/models/{quote(model)}/load", f"Loading {model!r}", body, timeout_s)
+
+    def unload(self, model: str) -> None:
+        """Unload a model (explicit mode only)."""
+        self._ask("POST", f"/v2/repository/models/{quote(model)}/unload", f"Unloading {model!r}", b"{}")
+
+    def infer(
+        self,
+        model: str,
+        inputs: Mapping[str, NDArray[Any]],
+        outputs: Sequence[str] = (),
+        *,
+        version: str = "",
+        timeout_s: float | None = None,
+    ) -> dict[str, NDArray[Any]]:
+        """One inference over the binary protocol.
+
+        Parameters
+        ----------
+        inputs:
+            Name to array; object and string arrays travel as BYTES.
+        outputs:
+            Wanted outputs; all by default.
+
+        Raises
+        ------
+        InferenceRefused
+            If the server answers with an error.
+        OSError
+            If it cannot be reached or does not answer in time.
+        """
+        chunks: list[bytes] = []
+        described = []
+        for name, array in inputs.items():
+            kind = triton_dtype(array.dtype)
+            data = encode_bytes(array) if kind == "BYTES" else np.ascontiguousarray(array).tobytes()
+            chunks.append(data)
+            described.append(
+                {
+                    "name": name,
+                    "shape": list(array.shape),
+                    "datatype": kind,
+                    "parameters": {"binary_data_size": len(data)},
+                }
+            )
+        request: dict[str, Any] = {"inputs": described, "parameters": {"binary_data_output": True}}
+        if outputs:
+            request["outputs"] = [{"name": n, "parameters": {"binary_data": True}} for n in outputs]
+        header = json.dumps(request).encode()
+        suffix = f"/versions/{version}" if version else ""
+        answer = self.exchange(
+            "POST",
+            f"/v2/models/{quote(model)}{suffix}/infer",
+            b"".join([header, *chunks]),
+            {"Inference-Header-Content-Length": str(len(header)), "Content-Type": "application/octet-stream"},
+            timeout_s,
+        )
+        if answer.status != 200:
+            raise InferenceRefused(answer.status, answer.error)
+        return _decode_outputs(answer)
+
+    def metrics(self) -> str:
+        """The metrics in Prometheus text format."""
+        parts = urlsplit(self.metrics_url)
+        metrics = TritonApi(f"{parts.hostname}:{parts.port or 8002}", timeout_s=self.timeout_s)
+        return metrics._ask("GET", parts.path or "/metrics", "Reading the metrics").body.decode()
+
+
+def _decode_outputs(answer: Answer) -> dict[str, NDArray[Any]]:
+    headers = {name.lower(): value for name, value in answer.headers.items()}
+    length = int(headers.get("inference-header-content-length", len(answer.body)))
+    described = json.loads(answer.body[:length])
+    offset, found = length, {}
+    for output in described.get("outputs", []):
+        shape, kind = tuple(output["shape"]), output["datatype"]
+        size = output.get("parameters", {}).get("binary_data_size")
+        if size is None:
+            found[output["name"]] = np.array(output["data"], dtype=numpy_dtype(kind)).reshape(shape)
+            continue
+        data = answer.body[offset : offset + size]
+        offset += size
+        flat = decode_bytes(data) if kind == "BYTES" else np.frombuffer(data, dtype=numpy_dtype(kind))
+        if flat.size != int(np.prod(shape, dtype=np.int64)):
+            raise ServerError(
+                f"Output {output['name']!r} of shape {shape} came with {size} bytes.",
+                "This is the numpy/stub mismatch: pin numpy below 2 in the server's environment.",
+            )
+        found[output["name"]] = flat.reshape(shape)
+    return found
