@@ -104,7 +104,7 @@ def total_variation_detector_onnx() -> bytes:
     ]
     constants = [
         numpy_helper.from_array(np.array([1], np.int64), "axes"),
-        *(numpy_helper.from_array(np.float32(v), n) for n, v in (("half", 0.5), ("zero", 0.0), ("one", 1.0))),
+        *(numpy_helper.from_array(np.array(v, np.float32), n) for n, v in (("half", 0.5), ("zero", 0.0), ("one", 1.0))),
     ]
     return _pair_onnx(nodes, "score", ["N"], constants)
 
