@@ -1,0 +1,154 @@
+"""COSE_Sign1 (RFC 9052) in the one form that this package writes and accepts.
+
+    18([ << {1: -8, 4: h'key id, 32 bytes'} >>, {}, h'payload', h'Ed25519 signature' ])
+
+The frame is compared byte by byte instead of being decoded, so no CBOR decoder ever sees bytes that are
+not signed by a known key: decoders accept duplicate keys, trailing bytes and tags with side effects.
+After the signature, the payload must be the deterministic encoding (RFC 8949, 4.2.1) of what it decodes
+to, which excludes all of these.
+"""
+
+from __future__ import annotations
+
+import hmac
+from dataclasses import dataclass
+from typing import Any
+
+import cbor2
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from fides_plugins.attestation.refusal import Refusal
+
+#: Nothing this package signs is larger; a larger frame is refused before anything is done with it.
+MAX_FRAME_BYTES = 1 << 20
+KEY_ID_BYTES = 32
+_SIGNATURE_BYTES = 64
+_TAG_AND_ARRAY = b"\xd2\x84"  # tag 18, array of 4
+_PROTECTED_HEAD = b"\xa2\x01\x27\x04\x58\x20"  # {1: -8 (EdDSA), 4: bytes(32)}
+_PROTECTED_BYTES = len(_PROTECTED_HEAD) + KEY_ID_BYTES
+_FRAME_HEAD = _TAG_AND_ARRAY + bytes((0x58, _PROTECTED_BYTES))
+_EMPTY_MAP = b"\xa0"
+_SIGNATURE_HEAD = bytes((0x58, _SIGNATURE_BYTES))
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A COSE_Sign1 whose form was checked and whose signature was not: trust nothing in it yet."""
+
+    key_id: bytes
+    payload: bytes
+    signature: bytes
+
+
+def encode(value: Any) -> bytes:
+    """Deterministic CBOR (RFC 8949, 4.2.1)."""
+    return cbor2.dumps(value, canonical=True)
+
+
+def _bstr_head(length: int) -> bytes:
+    if length < 24:
+        return bytes((0x40 | length,))
+    for code, size in ((0x58, 1), (0x59, 2), (0x5A, 4)):
+        if length < 1 << (8 * size):
+            return bytes((code,)) + length.to_bytes(size, "big")
+    raise ValueError(f"{length} bytes are too many")
+
+
+def _to_be_signed(key_id: bytes, payload: bytes, context: bytes) -> bytes:
+    """Sig_structure of RFC 9052, 4.4; `context` is its external_aad and keeps the kinds of message apart."""
+    return encode(["Signature1", _PROTECTED_HEAD + key_id, context, payload])
+
+
+def sign(payload: bytes, key: Ed25519PrivateKey, key_id: bytes, context: bytes) -> bytes:
+    """The signed frame over `payload`."""
+    signature = key.sign(_to_be_signed(key_id, payload, context))
+    head = _FRAME_HEAD + _PROTECTED_HEAD + key_id + _EMPTY_MAP
+    return head + _bstr_head(len(payload)) + payload + _SIGNATURE_HEAD + signature
+
+
+def parse(data: bytes, what: str) -> Frame:
+    """Take a frame apart without trusting it.
+
+    Parameters
+    ----------
+    data:
+        The received bytes.
+    what:
+        "receipt" or "request": the first word of every refusal's code.
+
+    Raises
+    ------
+    Refusal
+        `<what>-malformed`, `<what>-algorithm` or `<what>-unprotected`.
+    """
+
+    def refuse(detail: str) -> Refusal:
+        return Refusal(f"{what}-malformed", f"The {what} is no signed frame of this package: {detail}.")
+
+    if len(data) > MAX_FRAME_BYTES:
+        raise refuse("it is too long")
+    if not data.startswith(_FRAME_HEAD):
+        raise refuse("its first bytes differ")
+    position = len(_FRAME_HEAD)
+    protected = data[position : position + _PROTECTED_BYTES]
+    if not protected.startswith(_PROTECTED_HEAD) or len(protected) != _PROTECTED_BYTES:
+        raise Refusal(f"{what}-algorithm", f"The {what} is not signed with EdDSA, or has other protected headers.")
+    position += _PROTECTED_BYTES
+    if data[position : position + 1] != _EMPTY_MAP:
+        raise Refusal(f"{what}-unprotected", f"The {what} has headers that its signature does not cover.")
+    position += 1
+    lead = data[position : position + 1]
+    if not lead or not 0x40 <= lead[0] <= 0x5A:
+        raise refuse("its payload is no byte string")
+    width = {0x58: 1, 0x59: 2, 0x5A: 4}.get(lead[0], 0)
+    head = data[position : position + 1 + width]
+    length = int.from_bytes(head[1:], "big") if width else lead[0] & 0x1F
+    # Comparing with our own head also refuses lengths that are not written in the shortest form.
+    if length > MAX_FRAME_BYTES or head != _bstr_head(length):
+        raise refuse("the length of its payload is not in the shortest form")
+    position += len(head)
+    payload = data[position : position + length]
+    position += length
+    tail = data[position:]
+    if len(payload) != length or len(tail) != 2 + _SIGNATURE_BYTES or not tail.startswith(_SIGNATURE_HEAD):
+        raise refuse("it does not end with one signature")
+    return Frame(protected[len(_PROTECTED_HEAD) :], payload, tail[2:])
+
+
+def verify(frame: Frame, key: Ed25519PublicKey, context: bytes, what: str) -> None:
+    """Check the signature over the raw payload.
+
+    Raises
+    ------
+    Refusal
+        `<what>-signature`.
+    """
+    try:
+        key.verify(frame.signature, _to_be_signed(frame.key_id, frame.payload, context))
+    except InvalidSignature:
+        raise Refusal(f"{what}-signature", f"The signature of the {what} is wrong: its bytes were changed.") from None
+
+
+def decode_map(payload: bytes, required: frozenset[int], optional: frozenset[int], what: str) -> dict[int, Any]:
+    """Decode a payload whose signature was verified, and insist on the deterministic form.
+
+    Raises
+    ------
+    Refusal
+        `<what>-encoding`, `<what>-keys`.
+    """
+    try:
+        value = cbor2.loads(payload)
+        same = isinstance(value, dict) and hmac.compare_digest(encode(value), payload)
+    # cbor2's decoders of tagged values raise many kinds of error; the signer is known, the bytes are not ours.
+    except Exception:
+        same = False
+    if not same:
+        raise Refusal(f"{what}-encoding", f"The payload of the {what} is not deterministic CBOR of one map.")
+    keys = {k if type(k) is int else None for k in value}
+    if not required <= keys or not keys <= required | optional:
+        raise Refusal(
+            f"{what}-keys", f"The {what} has missing or unknown fields.", "Update this package on both sides."
+        )
+    return dict(value)

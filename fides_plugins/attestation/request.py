@@ -1,0 +1,181 @@
+"""What a client asks of a verifier: one signed string that travels with the inference request.
+
+It goes through the untrusted host as the parameter `fides_request` (Triton, Open Inference Protocol) or
+the header `X-Fides-Request` (TorchServe), base64url without padding. The client signs it, because a host
+that could ask the verifier in its own name would learn every reference and shape its lie to it: a
+verifier with a list of clients answers nobody else. It names the enclave's key, so that it cannot be
+replayed to an enclave that was started again.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from fides_plugins.attestation import cose
+from fides_plugins.attestation.keys import raw_public
+from fides_plugins.attestation.refusal import Refusal
+
+#: "hpke": the reference is sealed to `client_key`. "commitment": it is readable, and the receipt carries
+#: the digest of the service's output, which the host must give before the enclave answers.
+Scheme = Literal["hpke", "commitment"]
+
+PROFILE = "fides-request/1"
+PARAMETER = "fides_request"
+COMMITMENT_PARAMETER = "fides_commitment"
+RECEIPT_OUTPUT = "FIDES_RECEIPT"
+REQUEST_HEADER = "X-Fides-Request"
+COMMITMENT_HEADER = "X-Fides-Commitment"
+RECEIPT_HEADER = "X-Fides-Receipt"
+
+NONCE_BYTES = 32
+SESSION_BYTES = 16
+_KEY_BYTES = 32
+_DIGEST_BYTES = 32
+#: A request is about 300 bytes; anything much longer is none.
+_MAX_TEXT = 1024
+
+_PROFILE, _NONCE, _SESSION, _KEY_ID, _INPUT, _SCHEME, _CLIENT_KEY = range(1, 8)
+_REQUIRED = frozenset((_PROFILE, _NONCE, _SESSION, _KEY_ID, _INPUT, _SCHEME))
+_OPTIONAL = frozenset((_CLIENT_KEY,))
+
+
+def to_text(data: bytes) -> str:
+    """base64url without padding: how requests, receipts and digests travel as text."""
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
+
+
+def from_text(text: str, what: str, limit: int = cose.MAX_FRAME_BYTES * 2) -> bytes:
+    """The bytes of `to_text`.
+
+    Raises
+    ------
+    Refusal
+        `<what>-malformed`, also for text that is not the one form that `to_text` gives.
+    """
+    try:
+        if len(text) > limit:
+            raise ValueError("too long")
+        data = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+    except (ValueError, binascii.Error):
+        data = None
+    if data is None or to_text(data) != text:
+        raise Refusal(f"{what}-malformed", f"The {what} is not base64url text of the expected length.")
+    return data
+
+
+@dataclass(frozen=True)
+class SignedRequest:
+    """One request to a verifier.
+
+    Attributes
+    ----------
+    nonce, session:
+        32 and 16 random bytes; the nonce is used once, the session is the client object's.
+    key_id:
+        The enclave's key (32 bytes) whose evidence the client checked.
+    input_digest:
+        `tensor_digest` of the input (32 bytes).
+    scheme:
+        How the reference is kept from shaping the host's lie.
+    client_key:
+        X25519 public key (32 bytes) for the scheme "hpke"; empty otherwise.
+    client:
+        Ed25519 public key (32 bytes) that signed; filled in by `decode`.
+    """
+
+    key_id: bytes
+    input_digest: bytes
+    scheme: Scheme
+    client_key: bytes = b""
+    nonce: bytes = field(default_factory=lambda: os.urandom(NONCE_BYTES))
+    session: bytes = bytes(SESSION_BYTES)
+    client: bytes = b""
+
+    def encode(self, identity: Ed25519PrivateKey) -> str:
+        """The signed text; the key id of the frame is the client's public key itself."""
+        payload: dict[int, Any] = {
+            _PROFILE: PROFILE,
+            _NONCE: self.nonce,
+            _SESSION: self.session,
+            _KEY_ID: self.key_id,
+            _INPUT: self.input_digest,
+            _SCHEME: self.scheme,
+        }
+        if self.scheme == "hpke":
+            payload[_CLIENT_KEY] = self.client_key
+        frame = cose.sign(cose.encode(payload), identity, raw_public(identity.public_key()), PROFILE.encode())
+        return to_text(frame)
+
+    @classmethod
+    def decode(cls, text: str, allowed: frozenset[bytes]) -> SignedRequest:
+        """Check and decode a received request.
+
+        Parameters
+        ----------
+        text:
+            Value of `fides_request`.
+        allowed:
+            Public keys of the clients that may ask; empty: anybody.
+
+        Raises
+        ------
+        Refusal
+            `request-malformed`, `request-client`, `request-signature`, `request-fields` and the others of
+            `cose`.
+        """
+        frame = cose.parse(from_text(text, "request", _MAX_TEXT), "request")
+        if allowed and frame.key_id not in allowed:
+            raise Refusal("request-client", "This verifier does not answer this client.")
+        try:
+            key = Ed25519PublicKey.from_public_bytes(frame.key_id)
+        except ValueError:
+            raise Refusal("request-client", "The client's identity is not an Ed25519 key.") from None
+        cose.verify(frame, key, PROFILE.encode(), "request")
+        values = cose.decode_map(frame.payload, _REQUIRED, _OPTIONAL, "request")
+        if values[_PROFILE] != PROFILE:
+            raise Refusal("request-profile", f"The request's profile is not {PROFILE}.")
+        lengths = {_NONCE: NONCE_BYTES, _SESSION: SESSION_BYTES, _KEY_ID: _KEY_BYTES, _INPUT: _DIGEST_BYTES}
+        scheme = values[_SCHEME]
+        if scheme == "hpke":
+            lengths[_CLIENT_KEY] = _KEY_BYTES
+        elif scheme != "commitment" or _CLIENT_KEY in values:
+            raise Refusal("request-fields", "The request names no scheme of this profile.")
+        for name, length in lengths.items():
+            if type(values.get(name)) is not bytes or len(values[name]) != length:
+                raise Refusal("request-fields", f"Field {name} of the request is not {length} bytes.")
+        return cls(
+            key_id=values[_KEY_ID],
+            input_digest=values[_INPUT],
+            scheme=scheme,
+            client_key=values.get(_CLIENT_KEY, b""),
+            nonce=values[_NONCE],
+            session=values[_SESSION],
+            client=frame.key_id,
+        )
+
+
+def decode_commitment(text: str) -> bytes:
+    """The service output's digest that the host commits to (32 bytes), from its text.
+
+    Raises
+    ------
+    Refusal
+        `request-commitment`.
+    """
+    try:
+        digest = from_text(text, "request", _MAX_TEXT)
+    except Refusal:
+        digest = b""
+    if len(digest) != _DIGEST_BYTES:
+        raise Refusal(
+            "request-commitment",
+            "The scheme `commitment` needs the digest of the service's output before the verifier answers.",
+            f"Send it as {COMMITMENT_PARAMETER}, base64url of 32 bytes.",
+        )
+    return digest
