@@ -137,6 +137,7 @@ class Bundle:
     def __init__(self, manifest: Manifest, manifest_bytes: bytes, files: Mapping[str, bytes], origin: str) -> None:
         self.manifest = manifest
         self.digest = hashlib.sha256(manifest_bytes).hexdigest()
+        self._manifest_bytes = manifest_bytes
         self.origin = origin
         self._files = MappingProxyType(dict(files))
         self._check_parts()
@@ -160,6 +161,28 @@ class Bundle:
                 raise BundleError(f"Bundle file {name} was changed: its SHA-256 is not the one in fides.json.", _REFIT)
             files[name] = data
         return cls(manifest, manifest_bytes, files, root.name)
+
+    @classmethod
+    def in_memory(cls, manifest: Manifest, files: Mapping[str, bytes], origin: str = "memory") -> Bundle:
+        """A checked bundle that lies in no folder: `manifest` with the digests of `files` filled in.
+
+        Raises
+        ------
+        BundleError
+            If the parts do not fit together.
+        """
+        digests = {n: FileSpec(sha256=hashlib.sha256(d).hexdigest(), size=len(d)) for n, d in sorted(files.items())}
+        fields = {**manifest.model_dump(), "files": {n: d.model_dump() for n, d in digests.items()}}
+        complete = Manifest.model_validate(fields)
+        text = json.dumps(complete.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        bundle = cls(complete, text.encode(), files, origin)
+        bundle.calibrations()
+        return bundle
+
+    @property
+    def manifest_bytes(self) -> bytes:
+        """The exact bytes of `fides.json`, which `digest` is taken over."""
+        return self._manifest_bytes
 
     @property
     def n_classes(self) -> int:
@@ -276,19 +299,11 @@ def write_bundle(folder: str | Path, manifest: Manifest, files: Mapping[str, byt
     target = Path(folder)
     if target.exists() and not (target / MANIFEST_NAME).is_file() and (not target.is_dir() or any(target.iterdir())):
         raise BundleError(f"{target.name} exists and is not a bundle.", "Choose another folder or empty it.")
-    digests = {
-        name: FileSpec(sha256=hashlib.sha256(data).hexdigest(), size=len(data)) for name, data in sorted(files.items())
-    }
-    complete = Manifest.model_validate(
-        {**manifest.model_dump(), "files": {n: d.model_dump() for n, d in digests.items()}}
-    )
-    text = json.dumps(complete.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    bundle = Bundle(complete, text.encode(), files, target.name)
-    bundle.calibrations()
+    bundle = Bundle.in_memory(manifest, files, target.name)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        for name, data in {**files, MANIFEST_NAME: text.encode()}.items():
+        for name, data in {**files, MANIFEST_NAME: bundle.manifest_bytes}.items():
             path = staging / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)

@@ -11,7 +11,7 @@ import importlib
 import logging
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import Any, Literal
 
@@ -48,6 +48,13 @@ class LoadReport:
     def state(self, name: str) -> LoadState | None:
         """State of the plug-in called `name`; None if it was never seen."""
         return next((p.state for p in self.plugins if p.name == name), None)
+
+    def fail(self, name: str, detail: str) -> None:
+        """Turn the entry of a loaded plug-in into a failed one."""
+        self.plugins = [
+            replace(p, state="failed", detail=detail) if p.name == name and p.state == "loaded" else p
+            for p in self.plugins
+        ]
 
 
 class FidesPluginManager(pluggy.PluginManager):
@@ -99,7 +106,7 @@ class FidesPluginManager(pluggy.PluginManager):
 
 
 def create_plugin_manager(
-    settings: Settings, bundle: Bundle | None = None, extra: Mapping[str, Any] | None = None
+    settings: Settings, bundle: Bundle | None = None, extra: Mapping[str, Any] | None = None, *, strict: bool = True
 ) -> FidesPluginManager:
     """A fresh manager with everything that settings ask for, configured.
 
@@ -111,6 +118,9 @@ def create_plugin_manager(
         Handed to `fides_configure`; the built-ins take their models from it.
     extra:
         Name to plug-in object, loaded last: for hosts and tests.
+    strict:
+        False never raises for a plug-in: what would have stopped start-up is in the report as failed.
+        For showing people what is wrong, never for serving.
 
     Raises
     ------
@@ -123,23 +133,22 @@ def create_plugin_manager(
     builtins = builtin_plugins(settings, bundle)
     manager.inline_plugins = frozenset(n for n, p in builtins.items() if getattr(p, "runs_inline", False))
     for name, plugin in builtins.items():
-        _add(manager, name, "built-in", blocked, lambda plugin=plugin: plugin, must=True)
+        _add(manager, name, "built-in", blocked, lambda plugin=plugin: plugin, must=strict)
     if settings.plugins.entry_points:
         for entry in sorted(_entry_points(), key=lambda e: e.name):
-            source = f"entry point {entry.value}"
-            _add(manager, entry.name, source, blocked, entry.load, must=entry.name in required)
+            _add(manager, entry.name, _origin(entry), blocked, entry.load, must=strict and entry.name in required)
     for target in settings.plugins.load:
         name = target.partition(":")[2] or target
-        _add(manager, name, f"module {target}", blocked, lambda target=target: _import(target), must=True)
+        _add(manager, name, f"module {target}", blocked, lambda target=target: _import(target), must=strict)
     for name, plugin in (extra or {}).items():
-        _add(manager, name, "host", blocked, lambda plugin=plugin: plugin, must=True)
+        _add(manager, name, "host", blocked, lambda plugin=plugin: plugin, must=strict)
     missing = sorted(n for n in required if manager.report.state(n) != "loaded")
-    if missing:
+    if missing and strict:
         raise PluginError(
             f"Required plug-in(s) not loaded: {', '.join(missing)}.",
             "Install them, unblock them, or take them out of `plugins.required`.",
         )
-    _configure(manager, settings, bundle)
+    _configure(manager, settings, bundle, strict)
     return manager
 
 
@@ -150,7 +159,7 @@ def _add(manager: FidesPluginManager, name: str, source: str, blocked: set[str],
     try:
         manager.add_plugin(load(), name, source)
     except Exception as error:  # importing foreign code may raise anything; it must not take the host down
-        detail = str(error) if isinstance(error, FidesError) else f"{type(error).__name__}: {error}"
+        detail = _detail(error)
         manager.note(name, source, "failed", detail)
         if must:
             raise PluginError(
@@ -160,18 +169,30 @@ def _add(manager: FidesPluginManager, name: str, source: str, blocked: set[str],
         logger.error("plug-in %r (%s) cannot be loaded: %s", name, source, detail)
 
 
-def _configure(manager: FidesPluginManager, settings: Settings, bundle: Bundle | None) -> None:
+def _configure(manager: FidesPluginManager, settings: Settings, bundle: Bundle | None, strict: bool) -> None:
     for implementation in reversed(manager.hook.fides_configure.get_hookimpls()):
         given = {"settings": settings, "bundle": bundle}
         try:
             implementation.function(*(given[a] for a in implementation.argnames))
-        except FidesError:
-            raise
         except Exception as error:  # foreign code; named for the person who starts the server
+            if not strict:
+                manager.report.fail(implementation.plugin_name, _detail(error))
+                continue
+            if isinstance(error, FidesError):
+                raise
             raise PluginError(
                 f"Plug-in {implementation.plugin_name!r} failed in fides_configure: {type(error).__name__}: {error}",
                 "Check its options, or block it.",
             ) from error
+
+
+def _detail(error: Exception) -> str:
+    return str(error) if isinstance(error, FidesError) else f"{type(error).__name__}: {error}"
+
+
+def _origin(entry: metadata.EntryPoint) -> str:
+    package = f" ({entry.dist.name} {entry.dist.version})" if entry.dist is not None else ""
+    return f"entry point {entry.value}{package}"
 
 
 def _entry_points() -> Iterable[metadata.EntryPoint]:
