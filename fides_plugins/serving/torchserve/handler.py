@@ -1,0 +1,230 @@
+"""The TorchServe handler: runs the original one and validates what its `inference()` returned.
+
+TorchServe calls `initialize(context)` once and `handle(data, context)` per batch. The original handler
+does its own work in both; its `inference()` is intercepted (see `original`), so that pre- and
+postprocessing, and with them the response's schema, stay its own. An error of the original handler
+passes unchanged; an error of Fides never fails a request by itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any
+
+from fides_plugins.errors import FidesError, SettingsError
+from fides_plugins.serving.torchserve.body import BodyParser, make_parser
+from fides_plugins.serving.torchserve.body_capture import judge_bodies, read_requests
+from fides_plugins.serving.torchserve.judge import INTERNAL, Judge
+from fides_plugins.serving.torchserve.metrics import Reporter
+from fides_plugins.serving.torchserve.options import HostOptions, read_section
+from fides_plugins.serving.torchserve.original import Original, find_handler, protect
+from fides_plugins.serving.torchserve.verdicts import RowVerdict, envelope, headers, per_request, refusal
+from fides_plugins.settings import Settings
+from fides_plugins.types import Status
+
+logger = logging.getLogger("fides_plugins")
+
+#: Asks for the verdict in the body: an HTTP header, or an extra key of the inputs over gRPC.
+ENVELOPE_KEY = "x-fides-envelope"
+
+NOT_CALLED = "the handler did not call inference()"
+NOT_ONE_TO_ONE = "rows and requests are not one to one, and the rule `rows` is not set for it"
+NOT_JUDGED = "not judged"
+EXPLAINED = "explanations and descriptions are not verified"
+STREAMED = "streamed answers are not verified"
+
+
+class FidesHandler:
+    """What `handlers/fides_handler.py` hands to TorchServe.
+
+    Attributes
+    ----------
+    judge, original:
+        Set by `initialize`.
+    """
+
+    judge: Judge
+    original: Original
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._calls: list[tuple[int, int, list[RowVerdict]]] = []
+        self._collecting = False
+        self._request_ids: tuple[str, ...] = ()
+        self._parser: BodyParser | None = None
+        self._warned = False
+
+    @property
+    def settings(self) -> Settings:
+        """Shared settings of this worker."""
+        return self.judge.settings
+
+    def initialize(self, context: Any) -> None:
+        """Load the original handler and the protection.
+
+        Raises
+        ------
+        RuntimeError
+            If the configuration cannot work. TorchServe reports this type as a failed load.
+        """
+        model_dir = context.system_properties["model_dir"]
+        try:
+            self.options, settings = read_section(context.model_yaml_config, model_dir)
+            found = find_handler(self.options.handler)
+            if self.options.parser is not None:
+                self._parser = make_parser(self.options.parser)
+            elif found.kind == "body":
+                raise unprotectable(found.description)
+            if self._parser is not None and settings.mode == "correct" and self._parser.replace is None:
+                raise SettingsError("`mode: correct` needs a function `replace` in the parser.")
+            self.judge = Judge(settings, context.model_name, self.options.concurrent)
+            self.original = protect(found, self._capture if self._parser is None else None)
+        except FidesError as error:
+            raise RuntimeError(f"Fides cannot protect this model: {error}") from error
+        self._reporter = Reporter(self.judge, context.model_name) if self.options.metrics else None
+        self.original.initialize(context)
+        logger.info("Fides protects %s in mode %s", found.description, settings.mode)
+
+    def handle(self, data: Any, context: Any) -> Any:
+        """Answer one batch: the original's answer, with verdicts in headers, bodies and statuses."""
+        n_requests = len(context.request_ids or data)
+        visible = self.settings.mode != "observe"
+        wanted = [self._wants_envelope(data, context, i) for i in range(n_requests)] if visible else []
+        unverifiable = _asks(context, "explain") or _asks(context, "describe")
+        if visible:
+            # Before the handler runs, because a streamed answer leaves while it runs. Nothing is trusted yet.
+            _mark(context, [RowVerdict(Status.INDETERMINATE, reason=STREAMED)] * n_requests)
+        bodies = None
+        with self._lock:
+            self._calls = []
+        self._request_ids = tuple(str(context.get_request_id(i)) for i in range(n_requests))
+        try:
+            if self._parser is not None and not unverifiable:
+                bodies = read_requests(self.judge, self._parser, data, self._request_ids)
+            self._collecting = self._parser is None and not unverifiable
+            answer = self.original.handle(data, context)
+        finally:
+            self._collecting = False
+        try:
+            if unverifiable:
+                verdicts = [RowVerdict(Status.INDETERMINATE, reason=EXPLAINED)] * n_requests
+            elif bodies is not None and self._parser is not None:
+                verdicts, answer = judge_bodies(self.judge, self._parser, bodies, answer)
+            else:
+                verdicts = self._verdicts(n_requests)
+            if self._reporter is not None:
+                self._reporter.report(context, verdicts)
+            return self._answer(answer, context, verdicts, wanted) if visible else answer
+        except Exception:  # host boundary: the answer exists, and only policy may hold it back
+            logger.exception("the protection failed")
+            failed = [self.judge.failed(INTERNAL)] * n_requests
+            return self._answer(answer, context, failed, []) if visible else answer
+
+    def _capture(self, call: Callable[[], Any], data: Any, micro_batch: int | None) -> Any:
+        """Around each `inference()` of the original handler."""
+        if not self._collecting:
+            return call()
+        pending = self.judge.begin(data, self._request_ids)
+        output = call()
+        rows, output = self.judge.judge(pending, output)
+        if not rows:
+            rows = [self.judge.failed(pending.problem or "the output of inference() has no rows")]
+        with self._lock:
+            self._calls.append((micro_batch or 0, len(self._calls), rows))
+        return output
+
+    def _verdicts(self, n_requests: int) -> list[RowVerdict]:
+        with self._lock:
+            calls = sorted(self._calls, key=lambda c: c[:2])
+        rows = [row for _, _, batch in calls for row in batch]
+        reasons = {r.reason for r in rows if r.status is Status.ERROR}
+        if not rows:
+            reason = NOT_CALLED
+        else:
+            # A batch that failed as a whole says why, instead of that its one failure is not n requests.
+            reason = reasons.pop() if len(reasons) == 1 and len(rows) == 1 else NOT_ONE_TO_ONE
+        unjudged = self.judge.failed(reason)
+        if not rows and not self._warned:
+            self._warned = True
+            logger.warning("%s; its answers cannot be judged", NOT_CALLED)
+        return per_request(rows, n_requests, self.options.rows, self.options.rows_per_request, unjudged)
+
+    def _wants_envelope(self, data: Any, context: Any, index: int) -> bool:
+        """Whether this request's verdict goes into the body; takes our own key out of gRPC inputs."""
+        item = data[index] if isinstance(data, list) and index < len(data) else None
+        asked = isinstance(item, MutableMapping) and item.pop(ENVELOPE_KEY, None) is not None
+        properties = context.get_all_request_header(index)
+        asked = asked or any(str(k).lower() == ENVELOPE_KEY for k in properties)
+        rule = self.options.envelope
+        over_http = "url_path" in properties
+        return rule == "always" or (rule == "grpc" and not over_http) or (rule in ("request", "grpc") and asked)
+
+    def _answer(self, answer: Any, context: Any, verdicts: Sequence[RowVerdict], wanted: Sequence[bool]) -> Any:
+        """Write headers, refusals and envelopes for every request of the batch."""
+        if not isinstance(answer, list):
+            return answer
+        items = list(answer)
+        streamed = [bool(context.get_response_headers(i).get("ts_stream_next")) for i in range(len(verdicts))]
+        for index, verdict in enumerate(verdicts):
+            if streamed[index] or _refused_by_handler(context, index):
+                continue
+            _mark_one(context, index, verdict)
+            where = _positions(index, len(items), len(verdicts), self.options)
+            if verdict.refused:
+                context.set_response_status(verdict.http_status, "Refused by Fides", index)
+                context.set_response_header(index, "content-type", "application/json")
+                for position in where:
+                    items[position] = refusal(verdict)
+            elif wanted and wanted[index]:
+                for position in where:
+                    items[position] = envelope(items[position], verdict, self.judge.class_names)
+        return items
+
+
+def unprotectable(description: str) -> SettingsError:
+    """The refusal of a handler that has nothing to wrap."""
+    return SettingsError(
+        f"{description}: there is no inference() to intercept.",
+        "Declare `parser` in the section `fides:` to read request and response bodies instead.",
+    )
+
+
+def _positions(index: int, n_items: int, n_requests: int, options: HostOptions) -> Sequence[int]:
+    """Items of the handler's answer that belong to a request.
+
+    A server-wide service envelope (such as `json`) lets a handler answer one item per row and joins
+    them afterwards.
+    """
+    if n_items == n_requests:
+        return (index,)
+    declared = options.rows_per_request or 0
+    if declared and n_items == declared * n_requests:
+        return range(index * declared, (index + 1) * declared)
+    # Without a declared number every request of the batch has the same verdict, so all items share its fate.
+    return range(n_items)
+
+
+def _mark(context: Any, verdicts: Sequence[RowVerdict]) -> None:
+    for index, verdict in enumerate(verdicts):
+        _mark_one(context, index, verdict)
+
+
+def _mark_one(context: Any, index: int, verdict: RowVerdict) -> None:
+    ours = headers(verdict)
+    existing = context.get_response_headers(index)
+    for name in [n for n in existing if n.startswith("x-fides-") and n not in ours]:
+        del existing[name]
+    for name, value in ours.items():
+        context.set_response_header(index, name, value)
+
+
+def _asks(context: Any, what: str) -> bool:
+    # TorchServe's own handlers look at the first request of a batch, and so does this.
+    return bool(context.request_processor) and context.get_request_header(0, what) == "True"
+
+
+def _refused_by_handler(context: Any, index: int) -> bool:
+    code, _ = context.get_response_status(index)
+    return isinstance(code, int) and code >= 400

@@ -1,0 +1,1 @@
+../../../handlers/fides_handler.py

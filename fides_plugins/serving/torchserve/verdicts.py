@@ -1,0 +1,180 @@
+"""Verdicts of requests: made from verdicts of rows, and written as headers, bodies and envelopes."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fides_plugins.serving.torchserve.options import RowsRule
+from fides_plugins.types import Status, Verdict
+
+HEADER_STATUS = "x-fides-status"
+HEADER_SCORE = "x-fides-score"
+HEADER_LABEL = "x-fides-label"
+HEADER_P_VALUE = "x-fides-p-value"
+HEADER_REASON = "x-fides-reason"
+#: A longer value is cut: a header is for machines, records hold the whole reason.
+MAX_HEADER_LENGTH = 256
+
+HTTP_ATTACKED = 409
+HTTP_UNAVAILABLE = 503
+
+#: How bad a status is, for a request with several rows under the rule `worst`.
+_SEVERITY = {Status.ATTACKED: 3, Status.ERROR: 2, Status.INDETERMINATE: 1, Status.TRUSTED: 0}
+#: Under the rule `any` only an attack counts against a request; then what was judged speaks for it.
+_ANY_ORDER = {Status.ATTACKED: 3, Status.TRUSTED: 2, Status.ERROR: 1, Status.INDETERMINATE: 0}
+
+
+@dataclass(frozen=True)
+class RowVerdict:
+    """One row of a `Verdict`, or the row that stands for a request."""
+
+    status: Status
+    score: float = math.nan
+    p_value: float = math.nan
+    label: int = -1
+    service_label: int = -1
+    verified_label: int = -1
+    corrected: bool = False
+    refused: bool = False
+    reason: str = ""
+
+    @property
+    def http_status(self) -> int:
+        """Status code of a refusal."""
+        return HTTP_ATTACKED if self.status is Status.ATTACKED else HTTP_UNAVAILABLE
+
+
+def rows_of(verdict: Verdict) -> list[RowVerdict]:
+    """The rows of a verdict as objects; a server answers requests one by one."""
+    columns = zip(
+        verdict.status.tolist(),
+        verdict.score.tolist(),
+        verdict.p_value.tolist(),
+        verdict.label.tolist(),
+        verdict.service_label.tolist(),
+        verdict.verified_label.tolist(),
+        verdict.corrected.tolist(),
+        verdict.refused.tolist(),
+        verdict.reason.tolist(),
+        strict=True,
+    )
+    return [RowVerdict(Status(status), *rest) for status, *rest in columns]
+
+
+def per_request(
+    rows: Sequence[RowVerdict],
+    n_requests: int,
+    rule: RowsRule,
+    rows_per_request: int | None,
+    unjudged: RowVerdict,
+) -> list[RowVerdict]:
+    """One verdict per request.
+
+    Rows and requests that are one to one, in order, need no rule. Otherwise nothing is guessed: with
+    `rows_per_request` declared each request has its own block of rows; without it every request of the
+    batch answers for all rows of the batch; and under `refuse` no request is judged.
+
+    Parameters
+    ----------
+    rows:
+        Verdicts in the order in which `inference()` got the rows.
+    unjudged:
+        Verdict of a request that cannot be judged.
+    """
+    declared = rows_per_request or 1
+    if len(rows) == n_requests * declared and (declared == 1 or rule != "refuse"):
+        blocks = [rows[i * declared : (i + 1) * declared] for i in range(n_requests)]
+    elif rule == "refuse" or not rows or rows_per_request is not None:
+        return [unjudged] * n_requests
+    else:
+        blocks = [rows] * n_requests
+    return [block[0] if len(block) == 1 else _combined(block, rule) for block in blocks]
+
+
+def _combined(rows: Sequence[RowVerdict], rule: RowsRule) -> RowVerdict:
+    order = _ANY_ORDER if rule == "any" else _SEVERITY
+    # Among equals the most suspicious row speaks; NaN scores come last.
+    return max(rows, key=lambda r: (order[r.status], r.refused, -1.0 if math.isnan(r.score) else r.score))
+
+
+def printable(value: object, limit: int = MAX_HEADER_LENGTH) -> str:
+    """Text as printable ASCII, at most `limit` long: a newline in a header kills a TorchServe worker."""
+    text = "".join(c if " " <= c <= "~" else " " if c.isspace() else "?" for c in str(value)[: 4 * limit])
+    return " ".join(text.split())[:limit]
+
+
+def headers(verdict: RowVerdict) -> dict[str, str]:
+    """Response headers of one request; what is unknown has no header."""
+    values = {HEADER_STATUS: verdict.status.text}
+    if not math.isnan(verdict.score):
+        values[HEADER_SCORE] = f"{verdict.score:.6f}"
+    if verdict.label >= 0:
+        values[HEADER_LABEL] = str(verdict.label)
+    if not math.isnan(verdict.p_value):
+        values[HEADER_P_VALUE] = f"{verdict.p_value:.6g}"
+    if verdict.reason:
+        values[HEADER_REASON] = verdict.reason
+    return {name: printable(value) for name, value in values.items()}
+
+
+def as_json(verdict: RowVerdict, class_names: Sequence[str] = ()) -> dict[str, Any]:
+    """The verdict as a JSON object; numbers that are unknown are null."""
+    known = 0 <= verdict.label < len(class_names)
+    return {
+        "status": verdict.status.text,
+        "score": _number(verdict.score),
+        "p_value": _number(verdict.p_value),
+        "label": verdict.label if verdict.label >= 0 else None,
+        "class_name": class_names[verdict.label] if known else None,
+        "corrected": verdict.corrected,
+        "refused": verdict.refused,
+        "reason": printable(verdict.reason),
+    }
+
+
+def refusal(verdict: RowVerdict) -> dict[str, Any]:
+    """JSON body of a refused request, in the form of TorchServe's own errors. It gives no label away."""
+    attacked = verdict.status is Status.ATTACKED
+    detail = as_json(verdict)
+    for name in ("label", "class_name"):
+        del detail[name]
+    return {
+        "code": verdict.http_status,
+        "type": "FidesAttackDetected" if attacked else "FidesVerificationUnavailable",
+        "message": "The answer was tampered with and is withheld."
+        if attacked
+        else "The answer could not be verified and is withheld.",
+        "fides": detail,
+    }
+
+
+def envelope(response: Any, verdict: RowVerdict, class_names: Sequence[str]) -> dict[str, Any]:
+    """The original response and the verdict in one JSON object.
+
+    `response_encoding` says how to get the original back: "json" (embedded as it is), "text", "base64"
+    (bytes), or "tensor" (nested lists of a tensor's values).
+    """
+    encoding, value = "json", response
+    if isinstance(response, (bytes, bytearray)):
+        encoding, value = "base64", base64.b64encode(response).decode("ascii")
+    elif isinstance(response, str):
+        encoding = "text"
+    elif hasattr(response, "detach"):
+        encoding, value = "tensor", response.detach().cpu().tolist()
+    return {"fides": as_json(verdict, class_names), "response_encoding": encoding, "response": value}
+
+
+def count_by_status(verdicts: Iterable[RowVerdict]) -> dict[str, int]:
+    """Number of verdicts by status text; statuses that do not occur are left out."""
+    counts: dict[str, int] = {}
+    for verdict in verdicts:
+        counts[verdict.status.text] = counts.get(verdict.status.text, 0) + 1
+    return counts
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, 6)
