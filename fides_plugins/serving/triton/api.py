@@ -159,6 +159,7 @@ class TritonApi:
         outputs: Sequence[str] = (),
         *,
         version: str = "",
+        parameters: Mapping[str, Any] | None = None,
         timeout_s: float | None = None,
     ) -> dict[str, NDArray[Any]]:
         """One inference over the binary protocol.
@@ -169,6 +170,8 @@ class TritonApi:
             Name to array; object and string arrays travel as BYTES.
         outputs:
             Wanted outputs; all by default.
+        parameters:
+            Parameters of the request, handed on to the model.
 
         Raises
         ------
@@ -191,7 +194,7 @@ class TritonApi:
                     "parameters": {"binary_data_size": len(data)},
                 }
             )
-        request: dict[str, Any] = {"inputs": described, "parameters": {"binary_data_output": True}}
+        request: dict[str, Any] = {"inputs": described, "parameters": {**(parameters or {}), "binary_data_output": True}}
         if outputs:
             request["outputs"] = [{"name": n, "parameters": {"binary_data": True}} for n in outputs]
         header = json.dumps(request).encode()

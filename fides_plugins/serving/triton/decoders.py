@@ -1,0 +1,80 @@
+"""Decoders for BYTES inputs: from encoded images to the tensor that the verification model takes.
+
+A decoder is declared as text in the parameter `fides_step.decode`, because a service that decodes inside
+its own model does not say how: `image:size=32x32,mode=RGB,layout=NCHW,scale=255,mean=0.5/0.5/0.5,std=...`.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fides_plugins.errors import InputError, SettingsError
+from fides_plugins.types import Float32Array
+
+Decoder = Callable[[NDArray[Any]], Float32Array]
+
+#: Pixels of one image; a small file can claim to be enormous.
+MAX_PIXELS = 64_000_000
+_MODES = {"RGB": 3, "L": 1}
+_LAYOUTS = ("NCHW", "NHWC")
+
+
+def make_decoder(text: str) -> Decoder | None:
+    """The decoder that `text` declares; None for an empty text.
+
+    Raises
+    ------
+    SettingsError
+        If the declaration is not understood.
+    """
+    if not text:
+        return None
+    kind, _, rest = text.partition(":")
+    options = dict(part.partition("=")[::2] for part in rest.split(",") if part)
+    if kind != "image":
+        raise SettingsError(f"There is no decoder {kind!r}.", "Write image:size=HEIGHTxWIDTH,...")
+    known = {"size", "mode", "layout", "scale", "mean", "std"}
+    if set(options) - known:
+        raise SettingsError(f"Unknown decoder option {sorted(set(options) - known)[0]!r}; known: {sorted(known)}.")
+    try:
+        height, width = (int(v) for v in options["size"].split("x"))
+        mode, layout = options.get("mode", "RGB"), options.get("layout", "NCHW")
+        scale = float(options.get("scale", 255))
+        mean = np.array([float(v) for v in options.get("mean", "0").split("/")], dtype=np.float32)
+        std = np.array([float(v) for v in options.get("std", "1").split("/")], dtype=np.float32)
+    except (KeyError, ValueError):
+        raise SettingsError(f"The decoder {text!r} is not complete.", "Write image:size=HEIGHTxWIDTH,...") from None
+    if mode not in _MODES or layout not in _LAYOUTS or not scale or not std.all() or height < 1 or width < 1:
+        raise SettingsError(f"The decoder {text!r} has a wrong mode, layout, size, scale or std.")
+
+    def decode(elements: NDArray[Any]) -> Float32Array:
+        flat = elements.reshape(len(elements), -1)
+        if flat.shape[1] != 1:
+            raise InputError(f"A row holds {flat.shape[1]} images; one is expected.")
+        images = [_image(bytes(element), mode, (width, height)) for element in flat[:, 0]]
+        channels = _MODES[mode]
+        stacked = np.stack(images) if images else np.empty((0, height, width, channels), dtype=np.uint8)
+        scaled = (stacked.astype(np.float32).reshape(-1, height, width, channels) / np.float32(scale) - mean) / std
+        return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2) if layout == "NCHW" else scaled, dtype=np.float32)
+
+    return decode
+
+
+def _image(data: bytes, mode: str, size: tuple[int, int]) -> NDArray[np.uint8]:
+    # Imported here: only services with encoded inputs need Pillow.
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise InputError("An image has too many pixels.")
+            converted = image.convert(mode)
+            resized = converted if converted.size == size else converted.resize(size, Image.Resampling.BILINEAR)
+            return np.asarray(resized, dtype=np.uint8)
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
+        raise InputError("An input is not a JPEG or PNG image.") from None

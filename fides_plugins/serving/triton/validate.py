@@ -1,0 +1,150 @@
+"""The step `fides_validate`: judges the service's class output and answers in its place.
+
+The model's `model.py` is two lines: a comment and
+`from fides_plugins.serving.triton.validate import TritonPythonModel`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
+
+from fides_plugins.serving.triton import wire
+from fides_plugins.serving.triton.step import Step, refusal, row_ids, safe_text
+from fides_plugins.types import OutputKind, Prediction, Status, Verdict
+
+logger = logging.getLogger("fides_plugins")
+
+#: Smallest probability written as a logit; a corrected row must stay finite in float16 too.
+_FLOOR = 1e-6
+
+
+class TritonPythonModel:
+    """Gives the class output (the service's tensor, or corrected rows) and, where asked, the verdict."""
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Load settings, bundle and plug-ins."""
+        self._step = Step(args)
+        settings, bundle = self._step.settings, self._step.pipeline.bundle
+        inputs = [n for n in self._step.input_names if n not in wire.INTERNAL]
+        outputs = {o["name"]: o for o in self._step.config.get("output", [])}
+        shared = [n for n in outputs if n not in wire.VERDICT_TYPES]
+        name = settings.output or (shared[0] if len(shared) == 1 else "")
+        if name not in inputs or name not in outputs:
+            raise pb_utils.TritonModelException(
+                f"fides: {self._step.name} needs its class output {name!r} among its inputs and its outputs; "
+                "set the parameter fides.output to its name."
+            )
+        self._output = name
+        self._query_inputs = [n for n in inputs if n != name]
+        spec = bundle.manifest.service if bundle is not None else None
+        self._kind: OutputKind = settings.output_kind or (spec.output_kind if spec is not None else "logits")
+        self._temperature = spec.temperature if spec is not None else 1.0
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """One response per request: an answer, or the refusal of that request."""
+        responses = [self._answer(request) for request in requests]
+        self._step.metrics.plugin_errors(self._step.pipeline.plugin_errors)
+        return responses
+
+    def finalize(self) -> None:
+        """Close the plug-ins."""
+        self._step.close()
+
+    def _answer(self, request: Any) -> Any:
+        output: NDArray[Any] | None = None
+        try:
+            output = self._step.array(request, self._output)
+            if output is None:
+                return refusal("the service gave no class output", attacked=False)
+            return self._respond(request, output, self._judge(request, output))
+        except Exception as error:  # host boundary: nothing may end the step or show a traceback to a client
+            logger.error("fides_validate failed", exc_info=error)
+            return self._without_verdict(request, output, safe_text(error))
+
+    def _judge(self, request: Any, output: NDArray[Any]) -> Verdict:
+        n_rows = len(output) if output.ndim else 0
+        arrays = {n: a for n in self._query_inputs if (a := self._step.array(request, n)) is not None}
+        query = self._step.query(arrays, n_rows, row_ids(request.request_id(), n_rows))
+        try:
+            # A trailing (K, 1, 1) or a leading (1, K) inside the row is the same distribution.
+            service = Prediction.from_output(output.reshape(n_rows, -1), self._kind, self._temperature)
+            parts = [_raw(request, name) for name in wire.INTERNAL]
+            outcome = wire.unpack_outcome(*parts)
+        except Exception as error:  # host boundary: the row is an error, and policy decides what that means
+            logger.error("fides_validate cannot read a request", exc_info=error)
+            verdict = self._step.pipeline.fail(query, n_rows, safe_text(error))
+        else:
+            verdict = self._step.pipeline.validate(query, service, outcome)
+        self._step.metrics.verdict(verdict)
+        return verdict
+
+    def _without_verdict(self, request: Any, output: NDArray[Any] | None, reason: str) -> Any:
+        """Our own failure: on_error decides, as for any other."""
+        settings = self._step.settings
+        if output is None or (settings.on_error == "closed" and settings.mode != "observe"):
+            return refusal(f"validation failed: {reason}", attacked=False)
+        n_rows = len(output) if output.ndim else 0
+        query = self._step.query({}, n_rows)
+        return self._respond(request, output, self._step.pipeline.fail(query, n_rows, reason))
+
+    def _respond(self, request: Any, output: NDArray[Any], verdict: Verdict) -> Any:
+        if verdict.refused.any():
+            return _refuse(verdict)
+        if self._step.settings.mode == "correct" and verdict.corrected.any():
+            output = self._corrected(output, verdict)
+        wanted = set(request.requested_output_names())
+        tensors = []
+        if self._output in wanted:
+            tensors.append(self._step.tensor(self._output, output))
+        tensors += [self._verdict_tensor(name, verdict) for name in wire.VERDICT_TYPES if name in wanted]
+        return pb_utils.InferenceResponse(tensors)
+
+    def _corrected(self, output: NDArray[Any], verdict: Verdict) -> NDArray[Any]:
+        """The service's tensor with the attacked rows replaced, of the same kind, dtype and shape."""
+        rows = verdict.corrected
+        values = verdict.probabilities[rows]
+        if self._kind == "logits":
+            # softmax(z / T) gives the probabilities back, so the client's own softmax sees the same sharpness.
+            values = np.log(np.maximum(values, _FLOOR)) * self._temperature
+        result = np.array(output)
+        result[rows] = values.reshape(result[rows].shape).astype(result.dtype)
+        return result
+
+    def _verdict_tensor(self, name: str, verdict: Verdict) -> Any:
+        if name == wire.PROBABILITIES:
+            return self._step.tensor(name, verdict.probabilities)
+        # Only what was asked for is computed: text columns cost more than numbers.
+        column: NDArray[Any]
+        if name == wire.STATUS:
+            column = verdict.status_text.astype(np.object_)
+        elif name == wire.REASON:
+            column = verdict.reason.astype(np.object_)
+        elif name == wire.LABEL:
+            column = verdict.label
+        else:
+            column = verdict.score if name == wire.SCORE else verdict.p_value
+        return self._step.tensor(name, column, per_row=True)
+
+
+def _raw(request: Any, name: str) -> NDArray[Any]:
+    """An input as it is: what travels between the steps always has the row axis."""
+    array: NDArray[Any] = pb_utils.get_input_tensor_by_name(request, name).as_numpy()
+    return array
+
+
+def _refuse(verdict: Verdict) -> Any:
+    rows = np.flatnonzero(verdict.refused)
+    attacked = bool((verdict.status[rows] == Status.ATTACKED).any())
+    first = rows[np.argmax(verdict.status[rows] == Status.ATTACKED)] if attacked else rows[0]
+    listed = ", ".join(map(str, rows[:20].tolist())) + (", ..." if len(rows) > 20 else "")
+    return refusal(
+        f"{verdict.status_text[first]}: refused {len(rows)} of {verdict.n_rows} row(s) ({listed}): "
+        f"{verdict.reason[first]}",
+        attacked,
+    )

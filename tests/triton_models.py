@@ -1,0 +1,134 @@
+"""Model repositories for the Triton tests: tiny, real ONNX models, and a service that can be made to lie.
+
+The service and the verification model are linear: images (N, 1, 8, 8) -> flatten -> 10 logits. A request
+parameter `attack` ("all" or row numbers like "0,2") makes the service exchange its two highest logits in
+those rows; that is the compromised service of these tests.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fides_plugins.bundle import InputSpec, Manifest, VerificationSpec, write_bundle
+from fides_plugins.testing import make_bundle
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+IMAGE = (1, 8, 8)
+N_CLASSES = 10
+
+_WEIGHT = np.random.default_rng(3).normal(0, 1, (64, N_CLASSES)).astype(np.float32)
+_INVERSE = np.linalg.pinv(_WEIGHT)
+
+LYING_SERVICE = '''
+import json
+import numpy as np
+from fides_plugins.serving.triton import onnx_service
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel(onnx_service.TritonPythonModel):
+    def _answer(self, request):
+        self.attack = json.loads(request.parameters() or "{}").get("attack", "")
+        return super()._answer(request)
+
+    def predict(self, arrays):
+        outputs = super().predict(arrays)
+        name = next(iter(outputs))
+        if self.attack:
+            lie = np.array(outputs[name])
+            rows = range(len(lie)) if self.attack == "all" else [int(r) for r in self.attack.split(",")]
+            for row in rows:
+                a, b = np.argsort(lie[row])[-2:]
+                lie[row, [a, b]] = lie[row, [b, a]]
+            outputs[name] = lie
+        return outputs
+'''
+
+
+def images(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Images (N, 1, 8, 8) for which the verification model answers with these logits."""
+    return np.ascontiguousarray((logits @ _INVERSE).reshape(-1, *IMAGE), dtype=np.float32)
+
+
+def linear_image_onnx(input_name: str, output_name: str, noise: float = 0.0) -> bytes:
+    """An ONNX graph images -> logits; `noise` moves the weights a little, as training would."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    weight = _WEIGHT + np.random.default_rng(4).normal(0, 1, _WEIGHT.shape).astype(np.float32) * np.float32(noise)
+    nodes = [
+        helper.make_node("Flatten", [input_name], ["flat"], axis=1),
+        helper.make_node("MatMul", ["flat", "weight"], [output_name]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "linear",
+        [helper.make_tensor_value_info(input_name, TensorProto.FLOAT, ["N", *IMAGE])],
+        [helper.make_tensor_value_info(output_name, TensorProto.FLOAT, ["N", N_CLASSES])],
+        [numpy_helper.from_array(weight, "weight")],
+    )
+    model = helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    return bytes(model.SerializeToString())
+
+
+def image_bundle(folder: Path, input_name: str = "image", **manifest: Any) -> Path:
+    """A bundle whose verification model takes images; calibrated like the fake bundle of `testing`."""
+    fake = make_bundle(folder.parent / f".{folder.name}-fake")
+    files = {name: fake.file(name) for name in fake.file_names}
+    files["verification.onnx"] = linear_image_onnx("image", "logits")
+    fields = fake.manifest.model_dump()
+    fields |= {
+        "input": InputSpec(name=input_name, dtype="float32", shape=(None, *IMAGE)),
+        "verification": VerificationSpec(input_name="image"),
+        "files": {},
+        **manifest,
+    }
+    write_bundle(folder, Manifest.model_validate(_plain(fields)), files)
+    shutil.rmtree(folder.parent / f".{folder.name}-fake")
+    return folder
+
+
+def _plain(fields: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.model_dump() if hasattr(v, "model_dump") else v for k, v in fields.items()}
+
+
+def set_parameter(config: Path, key: str, value: str) -> None:
+    """Set a parameter of a config.pbtxt that may have it already."""
+    lines = [line for line in config.read_text().splitlines() if f'key: "{key}"' not in line]
+    lines.append(f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}')
+    config.write_text("\n".join(lines) + "\n")
+
+
+def template_repository(target: Path, modes: tuple[str, ...] = (), **parameters: str) -> Path:
+    """A copy of `model_repository/` with tiny models, a service that lies when told to, and its bundle.
+
+    For each of `modes` there is a further protected model `digits_<mode>`, so that one server shows them all.
+    """
+    shutil.copytree(REPOSITORY / "model_repository", target)
+    for artefact in (target / "digits_base" / "1" / "model.onnx", target / "fides_verify" / "bundle"):
+        if artefact.is_dir():
+            shutil.rmtree(artefact)
+        artefact.unlink(missing_ok=True)
+    (target / "digits_base" / "1" / "model.onnx").write_bytes(linear_image_onnx("image", "logits", noise=0.002))
+    (target / "digits_base" / "1" / "model.py").write_text(LYING_SERVICE)
+    image_bundle(target / "fides_verify" / "bundle")
+    for key, value in parameters.items():
+        for step in ("fides_verify", "fides_validate"):
+            set_parameter(target / step / "config.pbtxt", f"fides.{key}", value)
+    for mode in modes:
+        add_mode(target, f"digits_{mode}", f"fides_validate_{mode}", mode=mode)
+    return target
+
+
+def add_mode(repository: Path, model: str, step: str, **parameters: str) -> None:
+    """A further protected model over the same service and the same `fides_verify`, with other settings."""
+    shutil.copytree(repository / "fides_validate", repository / step)
+    for key, value in {"service_name": model, **parameters}.items():
+        set_parameter(repository / step / "config.pbtxt", f"fides.{key}", value)
+    shutil.copytree(repository / "digits__fides", repository / model)
+    config = repository / model / "config.pbtxt"
+    config.write_text(config.read_text().replace('"fides_validate"', f'"{step}"'))
