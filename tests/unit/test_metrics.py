@@ -1,0 +1,156 @@
+"""The vocabulary of metrics, and the recorder over a backend that a test can read."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from fides_plugins import hookimpl
+from fides_plugins.metrics import METRICS, Metric, MetricsRecorder
+from fides_plugins.pipeline import Pipeline
+from fides_plugins.settings import Settings
+from fides_plugins.testing import fake_logits, fake_query, fake_service, make_bundle, switch_top_two
+from fides_plugins.types import Prediction
+
+REQUIRED = {
+    "fides_verdicts_total": ("model", "status"),
+    "fides_plugin_errors_total": ("model", "plugin"),
+    "fides_score": ("model",),
+    "fides_stage_seconds": ("model", "stage"),
+    "fides_monitor_log_e_value": ("model",),
+    "fides_under_attack": ("model",),
+}
+
+
+class Memory:
+    """A backend that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.counters: Counter[tuple[str, ...]] = Counter()
+        self.gauges: dict[tuple[str, ...], float] = {}
+        self.observed: dict[tuple[str, ...], list[float]] = {}
+
+    @staticmethod
+    def key(metric: Metric, labels: Mapping[str, str], kind: str) -> tuple[str, ...]:
+        assert METRICS[metric.name] is metric
+        assert metric.kind == kind
+        assert tuple(labels) == metric.labels
+        return (metric.name, *labels.values())
+
+    def increment(self, metric: Metric, labels: Mapping[str, str], amount: float) -> None:
+        assert amount >= 0
+        self.counters[self.key(metric, labels, "counter")] += amount  # type: ignore[assignment]
+
+    def set(self, metric: Metric, labels: Mapping[str, str], value: float) -> None:
+        self.gauges[self.key(metric, labels, "gauge")] = value
+
+    def observe(self, metric: Metric, labels: Mapping[str, str], values: NDArray[np.float64]) -> None:
+        self.observed.setdefault(self.key(metric, labels, "histogram"), []).extend(values.tolist())
+
+
+class Broken:
+    """A backend whose server is gone."""
+
+    def increment(self, metric: Metric, labels: Mapping[str, str], amount: float) -> None:
+        raise ConnectionError("gone")
+
+    set = observe = increment  # type: ignore[assignment]
+
+
+class Raises:
+    @hookimpl
+    def fides_record(self) -> None:
+        raise RuntimeError("boom")
+
+
+class Log:
+    line_counts: Mapping[str, int] = {"written": 3, "dropped": 1}
+
+    @hookimpl
+    def fides_record(self) -> None: ...
+
+
+def protected(tmp_path: Path, recorder: MetricsRecorder, **extra: object) -> Pipeline:
+    make_bundle(tmp_path / "bundle")
+    settings = Settings(bundle="bundle", false_alarm_rate=0.02, timeout_ms=500)
+    pipeline = Pipeline.from_settings(settings, tmp_path, {"metrics": recorder, **extra})
+    recorder.attach(pipeline)
+    return pipeline
+
+
+def test_names_labels_and_buckets() -> None:
+    assert {n: METRICS[n].labels for n in REQUIRED} == REQUIRED
+    for metric in METRICS.values():
+        assert re.fullmatch(r"fides_[a-z_]+", metric.name)
+        assert metric.help.endswith(".")
+        assert metric.labels[0] == "model"
+        assert (metric.kind == "counter") == metric.name.endswith("_total")
+        assert (metric.kind == "histogram") == bool(metric.buckets)
+        assert list(metric.buckets) == sorted(set(metric.buckets))
+
+
+def test_counts_add_up(tmp_path: Path) -> None:
+    memory = Memory()
+    state = [0.5, False]
+    pipeline = protected(tmp_path, MetricsRecorder(memory, "digits", lambda: (state[0], bool(state[1]))))
+    assert memory.counters[("fides_verdicts_total", "digits", "attacked")] == 0
+    assert ("fides_verdicts_total", "digits", "attacked") in memory.counters
+    assert memory.gauges[("fides_false_alarm_rate", "digits")] == 0.02
+    assert memory.gauges[("fides_timeout_seconds", "digits")] == 0.5
+
+    logits = fake_logits(8)
+    honest = fake_service(logits)
+    lie = Prediction(switch_top_two(honest.probabilities, [1, 5]), honest.valid)
+    pipeline.run(fake_query(logits), lie)
+    state[:] = [20.0, True]
+    pipeline.run(fake_query(logits), honest)
+
+    by_status = {k[2]: v for k, v in memory.counters.items() if k[0] == "fides_verdicts_total"}
+    assert by_status == {"trusted": 14, "attacked": 2, "indeterminate": 0, "error": 0}
+    assert len(memory.observed[("fides_score", "digits")]) == 16
+    for stage, calls in (("verify", 2), ("detect", 2), ("reclassify", 1)):
+        seconds = memory.observed[("fides_stage_seconds", "digits", stage)]
+        assert len(seconds) == calls
+        assert all(0 < s < 5 for s in seconds)
+    assert memory.gauges[("fides_monitor_log_e_value", "digits")] == 20.0
+    assert memory.gauges[("fides_under_attack", "digits")] == 1.0
+
+
+def test_rows_without_a_score_are_counted_but_not_observed(tmp_path: Path) -> None:
+    memory = Memory()
+    pipeline = protected(tmp_path, MetricsRecorder(memory, "digits"))
+    pipeline.fail(fake_query(), 8, "no service output")
+    assert memory.counters[("fides_verdicts_total", "digits", "error")] == 8
+    assert ("fides_score", "digits") not in memory.observed
+
+
+def test_plugin_errors_and_log_lines_are_counted_once(tmp_path: Path) -> None:
+    memory = Memory()
+    recorder = MetricsRecorder(memory, "digits")
+    pipeline = protected(tmp_path, recorder, raises=Raises(), log=Log())
+    logits = fake_logits(2)
+    for _ in range(3):
+        pipeline.run(fake_query(logits), fake_service(logits))
+    recorder.refresh()
+    recorder.refresh()
+    assert memory.counters[("fides_plugin_errors_total", "digits", "raises")] == 3
+    assert memory.counters[("fides_plugin_errors_total", "digits", "log")] == 0
+    assert memory.counters[("fides_audit_lines_total", "digits", "written")] == 3
+    assert memory.counters[("fides_audit_lines_total", "digits", "dropped")] == 1
+
+
+def test_a_broken_backend_never_reaches_the_serving_path(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recorder = MetricsRecorder(Broken(), "digits", lambda: (0.0, False))
+    pipeline = protected(tmp_path, recorder)
+    logits = fake_logits(4)
+    verdict = pipeline.run(fake_query(logits), fake_service(logits))
+    assert verdict.counts()["trusted"] == 4
+    assert recorder.failures > 4
+    assert not pipeline.plugin_errors
+    assert sum("cannot be updated" in r.message for r in caplog.records) == 1
