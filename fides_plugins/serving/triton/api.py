@@ -194,7 +194,10 @@ class TritonApi:
                     "parameters": {"binary_data_size": len(data)},
                 }
             )
-        request: dict[str, Any] = {"inputs": described, "parameters": {**(parameters or {}), "binary_data_output": True}}
+        request: dict[str, Any] = {
+            "inputs": described,
+            "parameters": {**(parameters or {}), "binary_data_output": True},
+        }
         if outputs:
             request["outputs"] = [{"name": n, "parameters": {"binary_data": True}} for n in outputs]
         header = json.dumps(request).encode()

@@ -12,8 +12,9 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from fides_plugins.errors import FidesError, InputError
+from fides_plugins.metrics import MetricsRecorder
 from fides_plugins.pipeline import Pipeline
-from fides_plugins.serving.triton.metrics import Metrics
+from fides_plugins.serving.triton.metrics import TritonMetrics
 from fides_plugins.settings import Settings, nest
 from fides_plugins.types import Query
 
@@ -63,8 +64,9 @@ class Step:
             self.pipeline = Pipeline.from_settings(self.settings, base=arguments["model_repository"])
         except FidesError as error:
             raise pb_utils.TritonModelException(f"fides: {self.name} cannot start: {error}") from None
-        self.metrics = Metrics(self.settings.service_name or self.name)
-        self.pipeline.on_stage = self.metrics.stage
+        self._backend = TritonMetrics()
+        self.metrics = MetricsRecorder(self._backend, self.settings.service_name or self.name)
+        self.metrics.attach(self.pipeline)
 
     def option(self, name: str, default: str = "") -> str:
         """A parameter of the adapter itself."""
@@ -97,6 +99,7 @@ class Step:
     def close(self) -> None:
         """Tell the plug-ins that the model is unloaded."""
         self.pipeline.close()
+        self._backend.close()
 
 
 def row_ids(request_id: str, n_rows: int) -> tuple[str, ...]:

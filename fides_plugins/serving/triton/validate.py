@@ -48,9 +48,7 @@ class TritonPythonModel:
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """One response per request: an answer, or the refusal of that request."""
-        responses = [self._answer(request) for request in requests]
-        self._step.metrics.plugin_errors(self._step.pipeline.plugin_errors)
-        return responses
+        return [self._answer(request) for request in requests]
 
     def finalize(self) -> None:
         """Close the plug-ins."""
@@ -81,7 +79,7 @@ class TritonPythonModel:
             verdict = self._step.pipeline.fail(query, n_rows, safe_text(error))
         else:
             verdict = self._step.pipeline.validate(query, service, outcome)
-        self._step.metrics.verdict(verdict)
+        self._step.metrics.observe_verdict(verdict)
         return verdict
 
     def _without_verdict(self, request: Any, output: NDArray[Any] | None, reason: str) -> Any:

@@ -61,7 +61,7 @@ class TritonPythonModel:
                 groups.setdefault(work.signature, []).append(work)
         for group in groups.values():
             self._verify(group)
-        self._step.metrics.plugin_errors(self._step.pipeline.plugin_errors)
+        self._step.metrics.refresh()
         return [self._respond(work) for work in works]
 
     def finalize(self) -> None:
