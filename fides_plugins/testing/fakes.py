@@ -1,13 +1,13 @@
-"""What an author of a plug-in needs to test it: fakes of queries, predictions and bundles.
+"""Fakes of queries, predictions and bundles.
 
 The fake bundle is real: its graphs run in onnxruntime. Its verification model reads the input itself as
 logits, so a test decides what the reference says by what it puts into the query. Making one needs the
-package `onnx` (extra `train`).
+package `onnx` (extra `testing`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,13 @@ from fides_plugins.bundle import (
     write_bundle,
 )
 from fides_plugins.divergences import DIVERGENCES, score
+from fides_plugins.testing.graphs import (
+    INPUT_NAME,
+    linear_onnx,
+    reference_reclassifier_onnx,
+    total_variation_detector_onnx,
+)
 from fides_plugins.types import OutputKind, Prediction, Query, softmax
-
-INPUT_NAME = "pixels"
-#: Opset of every graph made here; old enough for any supported onnxruntime.
-OPSET = 17
 
 
 def fake_logits(n_rows: int = 8, n_classes: int = 10, seed: int = 0, margin: float = 4.0) -> NDArray[np.float32]:
@@ -61,61 +63,6 @@ def switch_top_two(probabilities: NDArray[np.float32], rows: Sequence[int] | Non
     return lie
 
 
-def linear_onnx(weight: NDArray[np.float32], input_name: str = INPUT_NAME, output_name: str = "logits") -> bytes:
-    """An ONNX graph x (N, D) -> x @ weight (N, K)."""
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
-    d, k = weight.shape
-    graph = helper.make_graph(
-        [helper.make_node("MatMul", [input_name, "weight"], [output_name])],
-        "linear",
-        [helper.make_tensor_value_info(input_name, TensorProto.FLOAT, ["N", d])],
-        [helper.make_tensor_value_info(output_name, TensorProto.FLOAT, ["N", k])],
-        [numpy_helper.from_array(np.asarray(weight, np.float32), "weight")],
-    )
-    return _model(onnx, graph)
-
-
-def _pair_onnx(nodes: list[Any], output: str, output_shape: list[Any], constants: Sequence[Any] = ()) -> bytes:
-    import onnx
-    from onnx import TensorProto, helper
-
-    inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", "K"]) for n in ("service", "verification")]
-    outputs = [helper.make_tensor_value_info(output, TensorProto.FLOAT, output_shape)]
-    return _model(onnx, helper.make_graph(nodes, output, inputs, outputs, list(constants)))
-
-
-def _model(onnx: Any, graph: Any) -> bytes:
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=8)
-    return bytes(model.SerializeToString())
-
-
-def total_variation_detector_onnx() -> bytes:
-    """A detector graph whose score is the total variation between both distributions."""
-    from onnx import helper, numpy_helper
-
-    nodes = [
-        helper.make_node("Sub", ["service", "verification"], ["difference"]),
-        helper.make_node("Abs", ["difference"], ["absolute"]),
-        helper.make_node("ReduceSum", ["absolute", "axes"], ["total"], keepdims=0),
-        helper.make_node("Mul", ["total", "half"], ["raw"]),
-        helper.make_node("Clip", ["raw", "zero", "one"], ["score"]),
-    ]
-    constants = [
-        numpy_helper.from_array(np.array([1], np.int64), "axes"),
-        *(numpy_helper.from_array(np.array(v, np.float32), n) for n, v in (("half", 0.5), ("zero", 0.0), ("one", 1.0))),
-    ]
-    return _pair_onnx(nodes, "score", ["N"], constants)
-
-
-def reference_reclassifier_onnx() -> bytes:
-    """A re-classifier graph that answers with the reference."""
-    from onnx import helper
-
-    return _pair_onnx([helper.make_node("Identity", ["verification"], ["probabilities"])], "probabilities", ["N", "K"])
-
-
 def make_bundle(
     folder: str | Path,
     n_classes: int = 10,
@@ -129,11 +76,28 @@ def make_bundle(
     ----------
     folder:
         Where it goes.
+    n_classes:
+        K.
     output_kind:
         What the service's class output is declared to hold.
+    n_calibration:
+        Benign rows behind the thresholds; a false-alarm rate a needs at least 1/a - 1.
     manifest:
         Fields of the manifest to set otherwise.
     """
+    return write_bundle(folder, *_parts(n_classes, output_kind, n_calibration, manifest))
+
+
+def memory_bundle(
+    n_classes: int = 10, output_kind: OutputKind = "logits", n_calibration: int = 999, **manifest: Any
+) -> Bundle:
+    """The bundle of `make_bundle`, in memory: a few kilobytes for ten classes, and nothing on disk."""
+    return Bundle.in_memory(*_parts(n_classes, output_kind, n_calibration, manifest))
+
+
+def _parts(
+    n_classes: int, output_kind: OutputKind, n_calibration: int, manifest: Mapping[str, Any]
+) -> tuple[Manifest, dict[str, bytes]]:
     logits = fake_logits(n_calibration, n_classes, seed=7)
     service, reference = fake_service(logits, seed=8).probabilities, softmax(logits)
     tv = np.clip(DIVERGENCES["total_variation"](service, reference), 0, 1)
@@ -155,4 +119,4 @@ def make_bundle(
         "reclassifier.onnx": reference_reclassifier_onnx(),
         "calibration.json": calibration_file(scores),
     }
-    return write_bundle(folder, Manifest(**fields), files)
+    return Manifest(**fields), files

@@ -1,0 +1,36 @@
+"""What an author of a plug-in needs to test it.
+
+Fakes of what flows between hooks, a real bundle of a few kilobytes, and `check_plugin`, which runs a
+plug-in against the contract of its hooks. The fixtures of `fides_plugins.pytest_plugin` use them.
+"""
+
+from __future__ import annotations
+
+from fides_plugins.testing.contract import BATCH_SIZES, CLASS_COUNTS, CallTime, CheckReport, check_plugin, plugin_name
+from fides_plugins.testing.fakes import (
+    fake_logits,
+    fake_query,
+    fake_service,
+    make_bundle,
+    memory_bundle,
+    switch_top_two,
+)
+from fides_plugins.testing.graphs import INPUT_NAME, OPSET, linear_onnx
+
+__all__ = [
+    "BATCH_SIZES",
+    "CLASS_COUNTS",
+    "INPUT_NAME",
+    "OPSET",
+    "CallTime",
+    "CheckReport",
+    "check_plugin",
+    "fake_logits",
+    "fake_query",
+    "fake_service",
+    "linear_onnx",
+    "make_bundle",
+    "memory_bundle",
+    "plugin_name",
+    "switch_top_two",
+]

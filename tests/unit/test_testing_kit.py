@@ -1,0 +1,286 @@
+"""The kit for plug-in authors: `check_plugin` finds each way of breaking the contract, and nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fides_plugins import Detection, Prediction, Reclassification, Status, Verification, hookimpl
+from fides_plugins.errors import PluginError
+from fides_plugins.testing import (
+    BATCH_SIZES,
+    CLASS_COUNTS,
+    check_plugin,
+    fake_logits,
+    fake_query,
+    fake_service,
+    memory_bundle,
+    switch_top_two,
+)
+
+
+class Good:
+    """Implements every hook as the contract wants it."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.seen = 0
+
+    @hookimpl
+    def fides_configure(self, settings: Any, bundle: Any) -> None:
+        self.events.append(f"configure {bundle.n_classes} {settings.plugins.options}")
+
+    @hookimpl
+    def fides_unconfigure(self) -> None:
+        self.events.append("unconfigure")
+
+    @hookimpl
+    def fides_verify(self, query: Any) -> Any:
+        (tensor,) = query.inputs.values()
+        return Verification.single(np.full(tensor.shape, 1.0 / tensor.shape[1]), "uniform")
+
+    @hookimpl
+    def fides_detect(self, service: Any, verification: Any) -> Any:
+        differs = service.label != verification.label
+        return Detection(differs, differs, "differs", valid=service.valid & verification.valid)
+
+    @hookimpl
+    def fides_reclassify(self, verification: Any) -> Any:
+        return Reclassification(verification.probabilities, "reference", valid=verification.valid)
+
+    @hookimpl
+    def fides_record(self, query: Any, verdict: Any) -> None:
+        self.seen += verdict.n_rows
+
+
+def test_a_good_plugin_is_checked_through_every_hook_class_count_and_batch_size() -> None:
+    plugin = Good()
+
+    report = check_plugin(plugin, name="good", options={"level": 3})
+
+    assert report.ok
+    called = {(c.hook, c.n_rows, c.n_classes) for c in report.calls}
+    for hook in ("fides_verify", "fides_detect", "fides_record"):
+        assert {(hook, n, k) for n in BATCH_SIZES for k in CLASS_COUNTS} <= called
+    # An empty batch has no attacked row, so nobody is asked for a correction.
+    assert ("fides_reclassify", 0, 10) not in called
+    assert ("fides_reclassify", 7, 1000) in called
+    assert plugin.events[:2] == ["configure 2 {'good': {'level': 3}}", "unconfigure"]
+    assert all(c.answered for c in report.calls if c.hook != "fides_record")
+
+
+def test_a_class_is_made_anew_for_each_number_of_classes() -> None:
+    made = []
+
+    class Counted(Good):
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
+
+    check_plugin(Counted)
+
+    assert len(made) == len(CLASS_COUNTS)
+
+
+def test_answering_none_everywhere_is_allowed() -> None:
+    class Silent:
+        @hookimpl
+        def fides_verify(self, query: Any) -> None:
+            return None
+
+        @hookimpl
+        def fides_detect(self, service: Any) -> None:
+            return None
+
+    report = check_plugin(Silent)
+
+    assert report.ok
+    assert not any(c.answered for c in report.calls)
+
+
+def _verify(answer: Any) -> Any:
+    class Plugin:
+        @hookimpl
+        def fides_verify(self, query: Any) -> Any:
+            return answer(query)
+
+    return Plugin
+
+
+def _detect(answer: Any) -> Any:
+    class Plugin:
+        @hookimpl
+        def fides_detect(self, query: Any, service: Any, verification: Any) -> Any:
+            return answer(query, service, verification)
+
+    return Plugin
+
+
+def _write(query: Any) -> None:
+    next(iter(query.inputs.values()))[...] = 0
+
+
+def _write_below(query: Any, service: Any, verification: Any) -> None:
+    array = service.probabilities
+    while array.base is not None:
+        array = array.base
+    array.flags.writeable = True
+    array[...] = 0
+
+
+def _slow(query: Any, service: Any, verification: Any) -> None:
+    time.sleep(0.03)
+
+
+def _slow_record() -> Any:
+    class Plugin:
+        @hookimpl
+        def fides_record(self, verdict: Any) -> None:
+            time.sleep(0.15)
+
+    return Plugin
+
+
+def _raises_in(hook: str) -> Any:
+    def broken(self: Any) -> None:
+        raise ValueError("out of order")
+
+    broken.__name__ = hook
+    both = {hook: hookimpl(broken), "fides_record": hookimpl(_nothing)}
+    return type("Plugin", (), both)
+
+
+def _nothing(self: Any) -> None:
+    return None
+
+
+def _unsteady() -> Any:
+    """Goes wrong only when called from several threads at once."""
+
+    class Plugin:
+        busy = False
+
+        @hookimpl
+        def fides_detect(self, query: Any) -> None:
+            if self.busy:
+                raise RuntimeError("one at a time, please")
+            self.busy = True
+            time.sleep(0.05)
+            self.busy = False
+
+    return Plugin
+
+
+N = "service.n_rows"
+BROKEN: dict[str, tuple[Any, str]] = {
+    "wrong type": (_verify(lambda q: np.zeros((q.n_rows, 10))), "returned ndarray; expected Verification or None"),
+    "a row too many": (_verify(lambda q: Verification.single(np.full((q.n_rows + 1, 2), 0.5), "x")), "returned 1 rows"),
+    "always ten classes": (_verify(lambda q: Verification.single(np.full((q.n_rows, 10), 0.1), "x")), "10 classes"),
+    "score above one": (_detect(lambda q, s, v: Detection(np.full(s.n_rows, 2.0), s.valid, "x")), "outside [0, 1]"),
+    "score per class": (_detect(lambda q, s, v: Detection(s.probabilities, s.valid, "x")), "expected (rows,)"),
+    "empty batch": (_detect(lambda q, s, v: s.probabilities.max() and None), "N=0, K=2 raised ValueError"),
+    "no reference": (_detect(lambda q, s, v: [1][int(not v.valid.all())] and None), "raised IndexError"),
+    "writes": (_verify(_write), "copy before you write"),
+    "writes below": (_detect(_write_below), "changed its argument `service`"),
+    "slow": (_detect(_slow), "took"),
+    "slow observer": (_slow_record(), "at most 100 ms"),
+    "configure": (_raises_in("fides_configure"), "fides_configure raised ValueError: out of order"),
+    "unconfigure": (_raises_in("fides_unconfigure"), "fides_unconfigure raised ValueError"),
+    "not for threads": (_unsteady(), "from 4 threads at once"),
+}
+
+
+@pytest.mark.parametrize("case", sorted(BROKEN))
+def test_each_broken_promise_is_found_and_named(case: str) -> None:
+    plugin, text = BROKEN[case]
+    limits = {"fides_detect": 20.0} if case == "slow" else None
+
+    with pytest.raises(PluginError) as caught:
+        check_plugin(plugin, class_counts=(2, 10), limits_ms=limits)
+
+    assert text in str(caught.value)
+    assert "'Plugin'" in str(caught.value)
+
+
+def test_no_hook_and_misspelt_hooks_and_arguments_are_named() -> None:
+    class Misspelt:
+        @hookimpl
+        def fides_detekt(self, query: Any) -> None:
+            return None
+
+    class Stranger:
+        @hookimpl
+        def fides_detect(self, answer: Any) -> None:
+            return None
+
+    assert "implements no hook" in check_plugin(object(), raises=False).problems[0]
+    assert "'fides_detect'" in check_plugin(Misspelt, raises=False).problems[0]
+    assert "answer" in check_plugin(Stranger, raises=False).problems[0]
+
+
+def test_the_bundle_in_memory_is_the_bundle_on_disk(tmp_path: Path) -> None:
+    from fides_plugins.testing import make_bundle
+
+    bundle = memory_bundle(5)
+
+    assert bundle.digest == make_bundle(tmp_path / "fake", 5).digest
+    # "A few kilobytes": the graphs and the manifest; the calibration scores are most of it.
+    graphs = sum(len(bundle.file(n)) for n in bundle.file_names if n.endswith(".onnx"))
+    assert graphs < 4096
+
+
+def test_the_fixtures_give_fresh_objects_and_only_the_named_plugins(
+    fides_manager: Any, fides_pipeline: Any, fides_bundle: Any
+) -> None:
+    manager = fides_manager(Good, Good)
+    names = [p.name for p in manager.report.plugins]
+
+    assert names[-2:] == ["Good", "Good-2"]
+    assert not any("entry point" in p.source for p in manager.report.plugins)
+    assert fides_manager() is not fides_manager()
+
+    logits = fake_logits(6)
+    honest = fake_service(logits)
+    lie = Prediction(switch_top_two(honest.probabilities, rows=[2]), honest.valid)
+    verdict = fides_pipeline(mode="correct", detector="divergence").run(fake_query(logits), lie)
+    assert fides_bundle.n_classes == 10
+    assert verdict.status.tolist() == [Status.TRUSTED] * 2 + [Status.ATTACKED] + [Status.TRUSTED] * 3
+    assert verdict.label[2] == honest.label[2]
+
+
+TEST_OF_A_STRANGER = """
+from fides_plugins import hookimpl
+
+class Closing:
+    closed = []
+
+    @hookimpl
+    def fides_unconfigure(self):
+        self.closed.append(True)
+
+def test_one(fides_pipeline, fides_bundle):
+    assert fides_pipeline(Closing, bundle=fides_bundle).n_classes == 10
+
+def test_two():
+    assert Closing.closed == [True]
+"""
+
+
+def test_pytest_finds_the_fixtures_by_their_entry_point_and_imports_little(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(TEST_OF_A_STRANGER)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 passed" in done.stdout
+
+    code = "import sys, fides_plugins.pytest_plugin as p; print('onnxruntime' in sys.modules, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["False", "False"]
