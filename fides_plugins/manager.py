@@ -139,7 +139,7 @@ def create_plugin_manager(
             _add(manager, entry.name, _origin(entry), blocked, entry.load, must=strict and entry.name in required)
     for target in settings.plugins.load:
         name = target.partition(":")[2] or target
-        _add(manager, name, f"module {target}", blocked, lambda target=target: _import(target), must=strict)
+        _add(manager, name, f"module {target}", blocked, lambda target=target: import_target(target), must=strict)
     for name, plugin in (extra or {}).items():
         _add(manager, name, "host", blocked, lambda plugin=plugin: plugin, must=strict)
     missing = sorted(n for n in required if manager.report.state(n) != "loaded")
@@ -199,7 +199,14 @@ def _entry_points() -> Iterable[metadata.EntryPoint]:
     return metadata.entry_points(group=hookspecs.ENTRY_POINT_GROUP)
 
 
-def _import(target: str) -> Any:
+def import_target(target: str) -> Any:
+    """The object behind `package.module` or `package.module:attribute`.
+
+    Raises
+    ------
+    PluginError
+        If there is no such module or attribute.
+    """
     module_name, _, attribute = target.partition(":")
     try:
         module = importlib.import_module(module_name)
