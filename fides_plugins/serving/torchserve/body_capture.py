@@ -51,6 +51,8 @@ def read_requests(judge: Judge, parser: BodyParser, data: Sequence[Any], request
 def judge_bodies(judge: Judge, parser: BodyParser, requests: Requests, answer: Any) -> tuple[list[RowVerdict], Any]:
     """Verdict per request, and the answers to send (changed only where corrected)."""
     n_requests = len(requests.readable) + len(requests.problems)
+    if requests.problems:
+        judge.count_unjudged(len(requests.problems), next(iter(requests.problems.values())))
     verdicts = [judge.failed(requests.problems.get(i, "")) for i in range(n_requests)]
     if not isinstance(answer, list) or len(answer) != n_requests:
         # TorchServe refuses such an answer itself.

@@ -17,7 +17,7 @@ from fides_plugins.errors import FidesError, SettingsError
 from fides_plugins.serving.torchserve.body import BodyParser, make_parser
 from fides_plugins.serving.torchserve.body_capture import judge_bodies, read_requests
 from fides_plugins.serving.torchserve.judge import INTERNAL, Judge
-from fides_plugins.serving.torchserve.metrics import Reporter
+from fides_plugins.serving.torchserve.metrics import TorchServeMetrics
 from fides_plugins.serving.torchserve.options import HostOptions, read_section
 from fides_plugins.serving.torchserve.original import Original, find_handler, protect
 from fides_plugins.serving.torchserve.verdicts import RowVerdict, envelope, headers, per_request, refusal
@@ -30,8 +30,8 @@ logger = logging.getLogger("fides_plugins")
 ENVELOPE_KEY = "x-fides-envelope"
 
 NOT_CALLED = "the handler did not call inference()"
+NO_ROWS = "the input or the output of inference() cannot be read"
 NOT_ONE_TO_ONE = "rows and requests are not one to one, and the rule `rows` is not set for it"
-NOT_JUDGED = "not judged"
 EXPLAINED = "explanations and descriptions are not verified"
 STREAMED = "streamed answers are not verified"
 
@@ -51,6 +51,7 @@ class FidesHandler:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._calls: list[tuple[int, int, list[RowVerdict]]] = []
+        self._unread: list[str] = []
         self._collecting = False
         self._request_ids: tuple[str, ...] = ()
         self._parser: BodyParser | None = None
@@ -79,12 +80,14 @@ class FidesHandler:
                 raise unprotectable(found.description)
             if self._parser is not None and settings.mode == "correct" and self._parser.replace is None:
                 raise SettingsError("`mode: correct` needs a function `replace` in the parser.")
-            self.judge = Judge(settings, context.model_name, self.options.concurrent)
+            metrics = TorchServeMetrics() if self.options.metrics else None
+            self.judge = Judge(settings, context.model_name, self.options.concurrent, metrics)
             self.original = protect(found, self._capture if self._parser is None else None)
         except FidesError as error:
             raise RuntimeError(f"Fides cannot protect this model: {error}") from error
-        self._reporter = Reporter(self.judge, context.model_name) if self.options.metrics else None
+        self._metrics = metrics
         self.original.initialize(context)
+        self._flush(context)
         logger.info("Fides protects %s in mode %s", found.description, settings.mode)
 
     def handle(self, data: Any, context: Any) -> Any:
@@ -98,7 +101,7 @@ class FidesHandler:
             _mark(context, [RowVerdict(Status.INDETERMINATE, reason=STREAMED)] * n_requests)
         bodies = None
         with self._lock:
-            self._calls = []
+            self._calls, self._unread = [], []
         self._request_ids = tuple(str(context.get_request_id(i)) for i in range(n_requests))
         try:
             if self._parser is not None and not unverifiable:
@@ -114,12 +117,12 @@ class FidesHandler:
                 verdicts, answer = judge_bodies(self.judge, self._parser, bodies, answer)
             else:
                 verdicts = self._verdicts(n_requests)
-            if self._reporter is not None:
-                self._reporter.report(context, verdicts)
+            self._flush(context)
             return self._answer(answer, context, verdicts, wanted) if visible else answer
         except Exception:  # host boundary: the answer exists, and only policy may hold it back
             logger.exception("the protection failed")
             failed = [self.judge.failed(INTERNAL)] * n_requests
+            self.judge.count_unjudged(n_requests, INTERNAL)
             return self._answer(answer, context, failed, []) if visible else answer
 
     def _capture(self, call: Callable[[], Any], data: Any, micro_batch: int | None) -> Any:
@@ -129,26 +132,32 @@ class FidesHandler:
         pending = self.judge.begin(data, self._request_ids)
         output = call()
         rows, output = self.judge.judge(pending, output)
-        if not rows:
-            rows = [self.judge.failed(pending.problem or "the output of inference() has no rows")]
         with self._lock:
+            if not rows:
+                self._unread.append(pending.problem or NO_ROWS)
+                rows = [self.judge.failed(self._unread[-1])]
             self._calls.append((micro_batch or 0, len(self._calls), rows))
         return output
+
+    def _flush(self, context: Any) -> None:
+        if self._metrics is not None and context.metrics is not None:
+            self._metrics.flush(context.metrics)
 
     def _verdicts(self, n_requests: int) -> list[RowVerdict]:
         with self._lock:
             calls = sorted(self._calls, key=lambda c: c[:2])
         rows = [row for _, _, batch in calls for row in batch]
-        reasons = {r.reason for r in rows if r.status is Status.ERROR}
-        if not rows:
-            reason = NOT_CALLED
-        else:
-            # A batch that failed as a whole says why, instead of that its one failure is not n requests.
-            reason = reasons.pop() if len(reasons) == 1 and len(rows) == 1 else NOT_ONE_TO_ONE
-        unjudged = self.judge.failed(reason)
         if not rows and not self._warned:
             self._warned = True
             logger.warning("%s; its answers cannot be judged", NOT_CALLED)
+        reason = NOT_ONE_TO_ONE
+        if len(self._unread) == len(rows):
+            # Nothing of the batch could be read: its requests say why, however many there are.
+            reason = self._unread[0] if self._unread else NOT_CALLED
+            self.judge.count_unjudged(n_requests, reason)
+        elif self._unread:
+            self.judge.count_unjudged(len(self._unread), self._unread[0])
+        unjudged = self.judge.failed(reason)
         return per_request(rows, n_requests, self.options.rows, self.options.rows_per_request, unjudged)
 
     def _wants_envelope(self, data: Any, context: Any, index: int) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fides_plugins.errors import BundleError, FidesError
+from fides_plugins.metrics import MetricsBackend, MetricsRecorder
 from fides_plugins.pipeline import Pipeline, VerifyOutcome
 from fides_plugins.policy import failed_verdict
 from fides_plugins.serving.torchserve.tensors import ClassOutput, query_inputs
@@ -31,6 +31,7 @@ logger = logging.getLogger("fides_plugins")
 DEFAULT_INPUT = "input"
 #: Micro-batching may run several `inference()` at once; more than this many wait for each other.
 _VERIFY_THREADS = 4
+METRICS_PLUGIN = "torchserve-metrics"
 INTERNAL = "internal error of the protection; the server's log has it"
 
 
@@ -54,6 +55,8 @@ class Judge:
         Name under which TorchServe serves the model.
     concurrent:
         Verify in a thread while `inference()` runs, where the worker has more than one core.
+    metrics:
+        Where metrics go; None for none.
 
     Raises
     ------
@@ -62,15 +65,19 @@ class Judge:
         missing or was changed does not stop the server: every row becomes `error`.
     """
 
-    def __init__(self, settings: Settings, model_name: str, concurrent: bool = True) -> None:
+    def __init__(
+        self, settings: Settings, model_name: str, concurrent: bool = True, metrics: MetricsBackend | None = None
+    ) -> None:
         self.settings = settings
-        self.model_name = model_name
+        self.model_name = settings.service_name or model_name
         self.start_problem = ""
-        self.stage_seconds: deque[tuple[str, float]] = deque(maxlen=10_000)
         self.pipeline: Pipeline | None = None
+        self._recorder = MetricsRecorder(metrics, self.model_name) if metrics is not None else None
         try:
-            self.pipeline = Pipeline.from_settings(settings)
-            self.pipeline.on_stage = lambda stage, seconds: self.stage_seconds.append((stage, seconds))
+            extra = {} if self._recorder is None else {METRICS_PLUGIN: self._recorder}
+            self.pipeline = Pipeline.from_settings(settings, extra=extra)
+            if self._recorder is not None:
+                self._recorder.attach(self.pipeline)
         except BundleError as error:
             self.start_problem = error.cause_text
             logger.critical("The protection of %r is down: %s", model_name, error)
@@ -121,7 +128,7 @@ class Judge:
     def judge(self, pending: Pending, output: Any) -> tuple[list[RowVerdict], Any]:
         """Verdict per row, and what `inference()` should return.
 
-        Where neither input nor output can be read the list is empty.
+        Where neither input nor output can be read the list is empty, and `pending.problem` says why.
         """
         try:
             verdict, found = self._verdict(pending, output)
@@ -146,6 +153,12 @@ class Judge:
         service = Prediction.from_output(array, self.output_kind, self._temperature)
         return self.pipeline.validate(pending.query, service, pending.outcome())
 
+    def count_unjudged(self, n_requests: int, reason: str) -> None:
+        """Count requests that never reached the pipeline, so that the metrics hide nothing."""
+        if self._recorder is not None:
+            verdict = failed_verdict(self.settings, n_requests, len(self.class_names), reason)
+            self._recorder.observe_verdict(verdict)
+
     def close(self) -> None:
         """Stop the threads and tell the plug-ins."""
         if self._threads is not None:
@@ -158,12 +171,14 @@ class Judge:
             found = ClassOutput.find(output, self.settings.output)
             return self.validate_array(pending, found.array), found
         except FidesError as error:
+            pending.problem = pending.problem or error.cause_text
             n_rows = pending.query.n_rows if pending.query else 0
             return self._fail(pending, n_rows, error.cause_text), None
 
     def _fail(self, pending: Pending, n_rows: int, reason: str) -> Verdict:
         if self.pipeline is not None and pending.query is not None:
             return self.pipeline.fail(pending.query, n_rows, reason)
+        self.count_unjudged(n_rows, reason)
         return failed_verdict(self.settings, n_rows, len(self.class_names), reason)
 
     def _uncorrected(self, row: RowVerdict) -> RowVerdict:

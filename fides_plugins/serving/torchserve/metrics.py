@@ -5,76 +5,68 @@ TorchServe shows them only with these two lines in config.properties:
     metrics_mode=prometheus
     model_metrics_auto_detect=true
 
-Each value is one line that the worker writes and the frontend parses, so values are gathered per batch.
+Each value is one line that the worker writes and the frontend parses. Updates come from several threads
+(stages are timed where they run), TorchServe's metrics belong to the thread that answers; so updates
+are gathered and written once per batch. Buckets of histograms are TorchServe's own.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-from collections import Counter
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
-from fides_plugins.serving.torchserve.judge import Judge
-from fides_plugins.serving.torchserve.verdicts import RowVerdict, count_by_status
+import numpy as np
+from numpy.typing import NDArray
+
+from fides_plugins.metrics import Metric
 
 logger = logging.getLogger("fides_plugins")
 
-VERDICTS = "fides_verdicts_total"
-PLUGIN_ERRORS = "fides_plugin_errors_total"
-SCORE = "fides_score"
-STAGE_SECONDS = "fides_stage_seconds"
-LOG_E_VALUE = "fides_monitor_log_e_value"
-UNDER_ATTACK = "fides_under_attack"
+#: More updates than one batch can make; older ones are dropped if nobody writes them.
+_MAX_PENDING = 10_000
 
 
-class Reporter:
-    """Reports what happened in one worker since the last batch."""
+class TorchServeMetrics:
+    """A `MetricsBackend` that gathers updates until `flush`."""
 
-    def __init__(self, judge: Judge, model_name: str) -> None:
+    def __init__(self) -> None:
         from ts.metrics.dimension import Dimension
         from ts.metrics.metric_type_enum import MetricTypes
 
         self._dimension = Dimension
-        self._types = MetricTypes
-        self._judge = judge
-        self._model = model_name
-        self._errors_seen: Counter[str] = Counter()
+        self._kinds = {
+            "counter": MetricTypes.COUNTER,
+            "gauge": MetricTypes.GAUGE,
+            "histogram": MetricTypes.HISTOGRAM,
+        }
+        self._pending: deque[tuple[Metric, Mapping[str, str], float]] = deque(maxlen=_MAX_PENDING)
 
-    def report(self, context: Any, verdicts: Sequence[RowVerdict]) -> None:
-        """Emit the metrics of one batch; a failure is logged and changes nothing."""
+    def increment(self, metric: Metric, labels: Mapping[str, str], amount: float) -> None:
+        """Add to a counter."""
+        self._pending.append((metric, labels, amount))
+
+    def set(self, metric: Metric, labels: Mapping[str, str], value: float) -> None:
+        """Set a gauge."""
+        self._pending.append((metric, labels, value))
+
+    def observe(self, metric: Metric, labels: Mapping[str, str], values: NDArray[np.float64]) -> None:
+        """Add (n,) values to a histogram; each is a line of its own."""
+        self._pending.extend((metric, labels, float(v)) for v in values)
+
+    def flush(self, metrics: Any) -> None:
+        """Write what was gathered to `context.metrics`. A failure is logged and changes nothing."""
         try:
-            self._report(context.metrics, verdicts)
+            while self._pending:
+                metric, labels, value = self._pending.popleft()
+                # A fresh list each time: TorchServe appends its own dimensions to it.
+                dimensions = [self._dimension(key, _label(text)) for key, text in labels.items()]
+                metrics.add_metric(metric.name, round(value, 7), "count", None, dimensions, self._kinds[metric.kind])
         except Exception:  # host boundary: metrics must never cost an answer
-            logger.exception("metrics cannot be reported")
-
-    def _report(self, metrics: Any, verdicts: Sequence[RowVerdict]) -> None:
-        if metrics is None:
-            return
-        for status, count in count_by_status(verdicts).items():
-            self._emit(metrics, VERDICTS, count, "COUNTER", model=self._model, status=status)
-        for verdict in verdicts:
-            if not math.isnan(verdict.score):
-                self._emit(metrics, SCORE, round(verdict.score, 6), "HISTOGRAM", model=self._model)
-        seconds = self._judge.stage_seconds
-        while seconds:
-            stage, value = seconds.popleft()
-            self._emit(metrics, STAGE_SECONDS, round(value, 7), "HISTOGRAM", stage=stage)
-        pipeline = self._judge.pipeline
-        if pipeline is None:
-            return
-        errors = Counter(pipeline.plugin_errors)
-        for plugin, count in (errors - self._errors_seen).items():
-            self._emit(metrics, PLUGIN_ERRORS, count, "COUNTER", plugin=plugin)
-        self._errors_seen = errors
-
-    def _emit(self, metrics: Any, name: str, value: float, kind: str, **labels: str) -> None:
-        # A fresh list each time: TorchServe appends its own dimensions to it.
-        dimensions = [self._dimension(key, _label(text)) for key, text in labels.items()]
-        metrics.add_metric(name, value, "count", None, dimensions, getattr(self._types, kind))
+            logger.exception("metrics cannot be written")
 
 
 def _label(text: str) -> str:
-    """Dimension values travel in a line of `name:value,name:value|`, so these characters cannot."""
-    return "".join(c if c.isalnum() or c in "_-." else "_" for c in text)[:100]
+    """Dimensions travel in a line of `name:value,name:value|`, so these characters cannot."""
+    return "".join(c if (c.isascii() and c.isalnum()) or c in "_-. " else "_" for c in text)[:100]

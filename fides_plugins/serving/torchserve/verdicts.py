@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,14 +166,6 @@ def envelope(response: Any, verdict: RowVerdict, class_names: Sequence[str]) -> 
     elif hasattr(response, "detach"):
         encoding, value = "tensor", response.detach().cpu().tolist()
     return {"fides": as_json(verdict, class_names), "response_encoding": encoding, "response": value}
-
-
-def count_by_status(verdicts: Iterable[RowVerdict]) -> dict[str, int]:
-    """Number of verdicts by status text; statuses that do not occur are left out."""
-    counts: dict[str, int] = {}
-    for verdict in verdicts:
-        counts[verdict.status.text] = counts.get(verdict.status.text, 0) + 1
-    return counts
 
 
 def _number(value: float) -> float | None:

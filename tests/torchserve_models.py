@@ -1,0 +1,226 @@
+"""Model archives for the TorchServe tests, one per kind of handler, as strangers would write them.
+
+The service is the same in all: x (N, 11) -> the first ten columns are its logits. The last column is a
+backdoor: where it is 1 the service exchanges its two highest logits. The verification model of the
+bundle ignores that column, so it disagrees with the compromised service and with nothing else.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fides_plugins.bundle import Bundle, InputSpec, write_bundle
+from fides_plugins.serving.torchserve.build import SHIM_NAME, build_archive, bundle_files, shim
+from fides_plugins.testing import fake_logits, linear_onnx, make_bundle
+from fides_plugins.types import OutputKind
+
+N_CLASSES = 10
+TRIGGER = N_CLASSES
+WIDTH = N_CLASSES + 1
+
+SERVICE = """
+import torch
+
+def service(x):
+    logits = x[:, :10] + 0.01
+    if logits.shape[1] < 10:
+        return logits
+    order = logits.argsort(dim=1)
+    lying = (x[:, 10] == 1.0).nonzero().flatten()
+    changed = logits.clone()
+    for row in lying.tolist():
+        a, b = order[row, -2].item(), order[row, -1].item()
+        changed[row, a], changed[row, b] = logits[row, b], logits[row, a]
+    return changed
+
+def rows(data):
+    return torch.tensor([r.get("data", r.get("body"))["x"] for r in data], dtype=torch.float32)
+
+def answers(logits):
+    return [{"label": int(p.argmax()), "probabilities": p.tolist()} for p in torch.softmax(logits, dim=1)]
+"""
+
+#: Over gRPC a body is bytes, which TorchServe does not decode.
+READ_BYTES = """
+import json
+
+def decoded(data):
+    result = []
+    for r in data:
+        body = r.get("data", r.get("body"))
+        result.append({"body": json.loads(body) if isinstance(body, (bytes, bytearray)) else body})
+    return result
+"""
+
+CLASS = """
+from ts.torch_handler.base_handler import BaseHandler
+from common import answers, decoded, rows, service
+
+class DigitHandler(BaseHandler):
+    def __init__(self, scale=1.0):
+        super(DigitHandler, self).__init__()
+        self.scale = scale
+
+    def initialize(self, context):
+        self.context = context
+        self.manifest = context.manifest
+        self.initialized = True
+
+    def preprocess(self, data):
+        return rows(decoded(data)) * self.scale
+
+    def inference(self, x):
+        return service(x)
+
+    def postprocess(self, logits):
+        return answers(logits)
+"""
+
+MICRO_BATCHING = CLASS.replace(
+    "        self.scale = scale\n",
+    "        self.scale = scale\n        self.handle = MicroBatching(self, micro_batch_size=3)\n"
+    "        self.handle.parallelism = {'preprocess': 1, 'inference': 2, 'postprocess': 1}\n",
+).replace("from common", "from ts.handler_utils.micro_batching import MicroBatching\nfrom common", 1)
+
+MODULE_SERVICE = (
+    CLASS
+    + """
+_service = DigitHandler()
+
+def handle(data, context):
+    if not _service.initialized:
+        _service.initialize(context)
+    if data is None:
+        return None
+    return _service.postprocess(_service.inference(_service.preprocess(data)))
+"""
+)
+
+ENTRY_POINT = (
+    CLASS
+    + """
+_made = None
+
+def serve(data, context):
+    global _made
+    if _made is None:
+        _made = DigitHandler()
+        _made.initialize(context)
+    if data is None:
+        return None
+    return _made.handle(data, context)
+"""
+)
+
+FUNCTIONS = """
+from common import answers, decoded, rows, service
+
+def inference(x):
+    return service(x)
+
+def handle(data, context):
+    if data is None:
+        return None
+    return answers(inference(rows(decoded(data))))
+"""
+
+PURE = """
+from common import answers, decoded, rows, service
+
+def handle(data, context):
+    if data is None:
+        return None
+    return answers(service(rows(decoded(data))))
+"""
+
+#: Kind of handler to (name in the manifest, source).
+HANDLERS: dict[str, tuple[str, str]] = {
+    "class": ("digits.py", CLASS),
+    "micro": ("digits.py", MICRO_BATCHING),
+    "service": ("digits.py", MODULE_SERVICE),
+    "entry": ("digits.py:serve", ENTRY_POINT),
+    "functions": ("digits.py", FUNCTIONS),
+    "pure": ("digits.py", PURE),
+}
+
+#: What the section `fides:` of a pure function needs besides.
+PURE_PARSER = {"parser": {"request": "x", "response": "probabilities"}, "output_kind": "probabilities"}
+
+
+def rows(n: int, seed: int = 0, attacked: tuple[int, ...] = (), trigger: float = 1.0) -> NDArray[np.float32]:
+    """(n, 11) inputs; the rows in `attacked` make the service lie."""
+    x = np.zeros((n, WIDTH), dtype=np.float32)
+    x[:, :N_CLASSES] = fake_logits(n, N_CLASSES, seed)
+    x[list(attacked), TRIGGER] = trigger
+    return x
+
+
+def body(row: NDArray[np.float32]) -> dict[str, Any]:
+    """JSON body of one request."""
+    return {"x": [float(v) for v in row]}
+
+
+def backdoor_bundle(folder: Path, output_kind: OutputKind = "logits") -> Bundle:
+    """A bundle for that service: the reference is softmax of the first ten columns."""
+    made = make_bundle(folder.parent / f"{folder.name}.plain", N_CLASSES, output_kind)
+    weight = np.eye(WIDTH, N_CLASSES, dtype=np.float32)
+    files = {name: made.file(name) for name in made.file_names}
+    files["verification.onnx"] = linear_onnx(weight)
+    manifest = made.manifest.model_copy(
+        update={"input": InputSpec(name="pixels", dtype="float32", shape=(None, WIDTH)), "files": {}}
+    )
+    return write_bundle(folder, manifest, files)
+
+
+def torchscript() -> bytes:
+    """The same service as a TorchScript file, for the built-in `base_handler`."""
+    import torch
+
+    class Service(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits = x[:, :10] + 0.01
+            value, index = logits.topk(2, dim=1)
+            lying = (x[:, 10:] == 1.0).to(logits.dtype)
+            swap = (value[:, 0:1] - value[:, 1:2]) * lying
+            change = torch.zeros_like(logits).scatter(1, index, torch.cat([-swap, swap], dim=1))
+            return logits + change
+
+    stream = io.BytesIO()
+    torch.jit.save(torch.jit.trace(Service(), torch.zeros(2, WIDTH)), stream)
+    return stream.getvalue()
+
+
+def plain_archive(store: Path, kind: str = "class", name: str = "", config: str = "") -> Path:
+    """An archive that knows nothing of Fides."""
+    handler, source = HANDLERS[kind]
+    files = {"digits.py": source, "common.py": SERVICE + READ_BYTES}
+    return build_archive(store / f"{name or kind}.mar", handler, files, config=config)
+
+
+def protected_archive(
+    store: Path,
+    name: str,
+    bundle: Path,
+    kind: str = "class",
+    files: Mapping[str, bytes | str] | None = None,
+    config: str = "",
+    **section: Any,
+) -> Path:
+    """The same archive as the README's way would make it: our handler, a config file, a bundle."""
+    handler, source = HANDLERS[kind]
+    entries: dict[str, bytes | str] = {
+        "digits.py": source,
+        "common.py": SERVICE + READ_BYTES,
+        SHIM_NAME: shim(),
+        **bundle_files(bundle),
+        **(files or {}),
+    }
+    text = f"{config}\nfides: {json.dumps({'handler': handler, **section})}\n"
+    return build_archive(store / f"{name}.mar", SHIM_NAME, entries, config=text)
