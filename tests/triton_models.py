@@ -24,7 +24,7 @@ N_CLASSES = 10
 _WEIGHT = np.random.default_rng(3).normal(0, 1, (64, N_CLASSES)).astype(np.float32)
 _INVERSE = np.linalg.pinv(_WEIGHT)
 
-LYING_SERVICE = '''
+LYING_SERVICE = """
 import json
 import numpy as np
 from fides_plugins.serving.triton import onnx_service
@@ -46,7 +46,7 @@ class TritonPythonModel(onnx_service.TritonPythonModel):
                 lie[row, [a, b]] = lie[row, [b, a]]
             outputs[name] = lie
         return outputs
-'''
+"""
 
 
 def images(logits: NDArray[np.float32]) -> NDArray[np.float32]:
