@@ -1,0 +1,119 @@
+"""What the demonstration asks of every host: predictions with verdicts, honest and attacked, and latency."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fides_plugins.demo.compromised import tamper_logits
+from fides_plugins.demo.digits import INPUT_NAME, OUTPUT_NAME
+from fides_plugins.onnx_model import OnnxModel
+from fides_plugins.pipeline import Pipeline
+from fides_plugins.settings import Settings
+from fides_plugins.types import Float32Array, IntArray, Prediction, Query
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+#: Verdicts travel with the answer, and the service's own answer stays visible beside it.
+MODE = "flag"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a client got for N rows."""
+
+    claimed: IntArray
+    status: NDArray[np.str_]
+    label: IntArray
+    p_value: Float32Array
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What every host serves."""
+
+    service: bytes
+    bundle: Path
+    folder: Path
+    false_alarm_rate: float
+    seed: int
+
+
+class Host(Protocol):
+    """A protected service, running. A context manager."""
+
+    name: str
+
+    def ask(self, images: Float32Array, attack: str = "") -> Answers:
+        """Answers for (N, 1, 8, 8) images from the protected service, compromised by `attack` if given."""
+
+    def call(self, image: Float32Array, protected: bool) -> None:
+        """One request of one image (1, 1, 8, 8), for timing."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class InProcessHost:
+    """No server: the pipeline in this process, beside the service model."""
+
+    name = "in process"
+
+    def __init__(self, deployment: Deployment) -> None:
+        self._deployment = deployment
+
+    def __enter__(self) -> Self:
+        d = self._deployment
+        values = {"bundle": str(d.bundle), "mode": MODE, "false_alarm_rate": d.false_alarm_rate}
+        self._service = OnnxModel(d.service, name="service.onnx")
+        self._pipeline = Pipeline.from_settings(Settings.from_mapping(values))
+        self._rng = np.random.default_rng(d.seed)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pipeline.close()
+
+    def ask(self, images: Float32Array, attack: str = "") -> Answers:
+        """See `Host.ask`."""
+        logits = self._service.run({INPUT_NAME: images})[OUTPUT_NAME]
+        if attack:
+            logits = tamper_logits(logits, attack, self._rng)
+        verdict = self._pipeline.run(Query({INPUT_NAME: images}), Prediction.from_output(logits, "logits"))
+        return Answers(verdict.service_label, verdict.status_text, verdict.label, verdict.p_value)
+
+    def call(self, image: Float32Array, protected: bool) -> None:
+        """See `Host.call`."""
+        logits = self._service.run({INPUT_NAME: image})[OUTPUT_NAME]
+        if protected:
+            self._pipeline.run(Query({INPUT_NAME: image}), Prediction.from_output(logits, "logits"))
+
+
+def latency_ms(
+    host: Host, images: Float32Array, rounds: int = 200, on_round: Callable[[], None] | None = None
+) -> dict[str, float]:
+    """Median milliseconds of one request, bare and protected, asked in turns so that noise hits both."""
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for index in range(rounds):
+        image = images[index % len(images)][None]
+        for protected in (False, True):
+            start = time.perf_counter()
+            host.call(image, protected)
+            times[protected].append((time.perf_counter() - start) * 1000.0)
+        if on_round is not None:
+            on_round()
+    # The first calls pay for lazy start-up on every host.
+    bare, protected_ms = (float(np.median(times[p][rounds // 10 :])) for p in (False, True))
+    return {"bare": bare, "protected": protected_ms}

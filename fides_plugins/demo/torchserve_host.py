@@ -1,0 +1,136 @@
+"""The demonstration on a real TorchServe."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fides_plugins.demo.compromised import ATTACKS
+from fides_plugins.demo.hosts import MODE, Answers, Deployment
+from fides_plugins.serving.torchserve.build import SHIM_NAME, build_archive, bundle_files, shim
+from fides_plugins.serving.torchserve.server import TorchServeServer
+from fides_plugins.types import Float32Array
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+CLIENTS = 4
+BARE = "digits_bare"
+
+# A handler as a team would have written it: it knows nothing of Fides. A compromised host runs the second
+# form, in which the attacker has added two lines.
+HANDLER = '''"""Digits: JSON pixels in, class probabilities out."""
+
+import json
+import os
+
+import numpy as np
+import onnxruntime
+
+
+class DigitsHandler:
+    def initialize(self, context):
+        folder = context.system_properties["model_dir"]
+        self.session = onnxruntime.InferenceSession(os.path.join(folder, "service.onnx"))
+        self.initialized = True
+
+    def preprocess(self, data):
+        bodies = [row.get("body") or row.get("data") for row in data]
+        rows = [json.loads(b) if isinstance(b, (bytes, bytearray)) else b for b in bodies]
+        return np.asarray(rows, dtype=np.float32).reshape(-1, 1, 8, 8)
+
+    def inference(self, pixels):
+        logits = self.session.run(None, {"image": pixels})[0]
+        return logits
+
+    def postprocess(self, logits):
+        return [{"digit": int(row.argmax()), "logits": [round(float(v), 6) for v in row]} for row in logits]
+
+    def handle(self, data, context):
+        return self.postprocess(self.inference(self.preprocess(data)))
+'''
+TAMPERING = """
+        import numpy
+        from fides_plugins.demo.compromised import tamper_logits
+        self.rng = getattr(self, "rng", numpy.random.default_rng({seed}))
+        return tamper_logits(logits, "{attack}", self.rng)
+"""
+
+
+def _config(rate: float) -> str:
+    lines = [
+        "fides:",
+        "  handler: digits_handler.py",
+        "  bundle: fides_bundle",
+        f"  mode: {MODE}",
+        f"  false_alarm_rate: {rate}",
+        "  input: image",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+class TorchServeHost:
+    """One server with the bare model, the protected one, and a protected compromised one per attack."""
+
+    name = "TorchServe"
+
+    def __init__(self, deployment: Deployment) -> None:
+        self._deployment = deployment
+
+    def __enter__(self) -> Self:
+        import httpx
+
+        d = self._deployment
+        store = d.folder / "model_store"
+        store.mkdir(parents=True)
+        models = {BARE: {"digits_handler.py": HANDLER, "service.onnx": d.service}}
+        for attack in ("", *ATTACKS):
+            lie = "\n" + TAMPERING.format(seed=d.seed, attack=attack).strip("\n") + "\n"
+            source = HANDLER.replace("\n        return logits\n", lie) if attack else HANDLER
+            models[f"digits{attack}"] = {
+                "digits_handler.py": source,
+                "service.onnx": d.service,
+                SHIM_NAME: shim(),
+                **bundle_files(d.bundle),
+            }
+        for name, files in models.items():
+            protected = name != BARE
+            build_archive(
+                store / f"{name}.mar",
+                SHIM_NAME if protected else "digits_handler.py",
+                files,
+                config=_config(d.false_alarm_rate) if protected else "",
+            )
+        self._server = TorchServeServer(store, {n: f"{n}.mar" for n in models}, ready_timeout_s=120)
+        self._server.start()
+        self._client = httpx.Client(base_url=self._server.inference_url, timeout=30)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._client.close()
+        self._server.stop()
+
+    def _post(self, model: str, pixels: Any) -> Any:
+        response = self._client.post(f"/predictions/{model}", content=json.dumps(pixels))
+        return response.raise_for_status()
+
+    def ask(self, images: Float32Array, attack: str = "") -> Answers:
+        """See `Host.ask`."""
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            responses = list(pool.map(lambda row: self._post(f"digits{attack}", row), images.tolist()))
+        return Answers(
+            np.array([r.json()["digit"] for r in responses]),
+            np.array([r.headers["x-fides-status"] for r in responses]),
+            np.array([int(r.headers.get("x-fides-label", -1)) for r in responses]),
+            np.array([float(r.headers.get("x-fides-p-value", "nan")) for r in responses], np.float32),
+        )
+
+    def call(self, image: Float32Array, protected: bool) -> None:
+        """See `Host.call`."""
+        self._post("digits" if protected else BARE, image[0].tolist())
