@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from fides_plugins.attestation import cose, sealing
 from fides_plugins.attestation.keys import key_id, raw_public
-from fides_plugins.attestation.receipt import DEVELOPMENT_PROFILE, PROFILE, Receipt, open_receipt
+from fides_plugins.attestation.receipt import DEVELOPMENT_PROFILE, PROFILE, open_receipt
 from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.attestation.request import SignedRequest, decode_commitment, from_text, to_text
 from fides_plugins.attestation.tensors import tensor_bytes, tensor_digest, tensor_from_bytes
@@ -154,12 +154,9 @@ def test_mutated_receipts_are_never_accepted_and_never_crash() -> None:
     for data in mutations(originals, random.Random(6), 200_000):
         if data in accepted:
             continue
-        try:
-            open_receipt(data, KEYS)
-        except Refusal as refusal:
-            codes[refusal.code] = codes.get(refusal.code, 0) + 1
-        else:
-            raise AssertionError(f"accepted: {data.hex()}")
+        code = _refusal_or_none(data)
+        assert code, f"accepted: {data.hex()}"
+        codes[code] = codes.get(code, 0) + 1
     assert sum(codes.values()) > 195_000
     assert {"receipt-malformed", "receipt-algorithm", "receipt-unprotected", "receipt-key", "receipt-signature"} <= set(
         codes
@@ -186,6 +183,14 @@ _cbor = st.recursive(
 )
 
 
+def _refusal_or_none(data: bytes) -> str | None:
+    try:
+        open_receipt(data, KEYS)
+    except Refusal as refusal:
+        return refusal.code
+    return None
+
+
 @given(st.sampled_from(range(1, 20)), _cbor)
 @settings(max_examples=500, deadline=None)
 def test_any_value_in_any_field_is_checked(number: int, value: object) -> None:
@@ -194,12 +199,10 @@ def test_any_value_in_any_field_is_checked(number: int, value: object) -> None:
         data = signed(cose.encode({**good, number: value}))
     except (cbor2.CBOREncodeError, OverflowError):  # not something a signer could write
         return
-    try:
-        opened = open_receipt(data, KEYS)
-    except Refusal as refusal:
-        assert refusal.code in {"receipt-encoding", "receipt-fields", "receipt-profile"}
+    if code := _refusal_or_none(data):
+        assert code in {"receipt-encoding", "receipt-fields", "receipt-profile"}
     else:
-        assert opened.encode() == cose.encode({**good, number: value})
+        assert open_receipt(data, KEYS).encode() == cose.encode({**good, number: value})
 
 
 # Requests

@@ -1,0 +1,233 @@
+"""From a document to a key that may sign receipts: the one place where evidence becomes trust."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from fides_plugins.attestation import dcap, development, snp
+from fides_plugins.attestation.evidence import CHALLENGE_BYTES, Evidence, ReportFacts, Statement, Tee
+from fides_plugins.attestation.policy import EvidencePolicy
+from fides_plugins.attestation.refusal import Refusal
+
+#: Evidence may be this much ahead of the reader's clock before it is refused.
+CLOCK_SKEW_S = 300.0
+
+
+class InsecureEvidenceWarning(UserWarning):
+    """Development evidence was accepted because the caller asked for it."""
+
+
+@dataclass(frozen=True)
+class TrustRoots:
+    """Where trust starts. The defaults are the vendors' production roots.
+
+    Attributes
+    ----------
+    intel:
+        DER of the SGX root certificate; None: Intel's, as built into `dcap-qvl`.
+    amd:
+        Generation to SHA-256 of the ARK certificate.
+    """
+
+    intel: bytes | None = None
+    amd: Mapping[str, str] = field(default_factory=lambda: snp.AMD_ROOTS)
+
+
+@dataclass(frozen=True)
+class TrustedEvidence:
+    """Evidence that a policy accepted.
+
+    Attributes
+    ----------
+    facts:
+        What the hardware said.
+    statement:
+        What the report data bound; None for a bare report that the policy accepts.
+    verified_at:
+        Seconds since 1970 of the check.
+    """
+
+    facts: ReportFacts
+    statement: Statement | None
+    verified_at: float
+
+    @property
+    def development(self) -> bool:
+        """Whether nothing but an explicit flag vouches for this evidence."""
+        return self.facts.tee == "development"
+
+    @property
+    def signing_key(self) -> Ed25519PublicKey:
+        """The key whose receipts may be believed.
+
+        Raises
+        ------
+        Refusal
+            `evidence-statement`, where the evidence vouches for no key.
+        """
+        if self.statement is None:
+            raise Refusal("evidence-statement", "This evidence vouches for no key.")
+        return Ed25519PublicKey.from_public_bytes(self.statement.signing_key)
+
+    def summary(self) -> dict[str, Any]:
+        """For people and `--json`."""
+        result: dict[str, Any] = {
+            "tee": self.facts.tee,
+            "evidence_id": self.facts.evidence_id.hex(),
+            "measurements": self.facts.measurements,
+            "tcb": self.facts.tcb,
+            "advisories": list(self.facts.advisories),
+            "report_data": self.facts.report_data.hex(),
+        }
+        if self.statement is not None:
+            result |= {
+                "key_id": self.statement.key_id.hex(),
+                "bundle_digest": self.statement.bundle_digest.hex(),
+                "boot_id": self.statement.boot_id.hex(),
+                "issued_at": self.statement.issued_at,
+                "configuration": self.statement.settings,
+            }
+        return result
+
+
+def new_challenge() -> bytes:
+    """32 random bytes to be bound into fresh evidence."""
+    return os.urandom(CHALLENGE_BYTES)
+
+
+def sniff(data: bytes) -> Evidence:
+    """A document, or a bare report or quote, as evidence.
+
+    Raises
+    ------
+    Refusal
+        `evidence-malformed`.
+    """
+    if data.lstrip()[:1] == b"{":
+        return Evidence.from_json(data)
+    tee: Tee
+    if len(data) == snp.REPORT_BYTES and int.from_bytes(data[0x34:0x38], "little") == 1:
+        tee = "sev-snp"
+    else:
+        dcap.signed_part(data)
+        tee = "tdx" if int.from_bytes(data[4:8], "little") == 0x81 else "sgx"
+    return Evidence(tee=tee, report=data)
+
+
+def _report_facts(
+    evidence: Evidence, policy: EvidencePolicy, now: float, roots: TrustRoots, insecure_development: bool
+) -> ReportFacts:
+    if evidence.tee == "development":
+        if not insecure_development:
+            raise Refusal(
+                "evidence-development",
+                "This is development evidence: no hardware stands behind it.",
+                "Only tests may accept it, with an explicit insecure flag.",
+            )
+        warnings.warn(
+            "Development evidence is accepted: nothing is protected from the host.", InsecureEvidenceWarning, 3
+        )
+        return development.verify_report(evidence.report)
+    if not policy.measurements:
+        raise Refusal("policy-empty", "The policy names no measurement, so it trusts nothing.", "Add one.")
+    if evidence.tee == "sev-snp":
+        return snp.verify_report(evidence.report, evidence.vcek, evidence.chain, policy, now, roots.amd)
+    facts = dcap.verify_quote(evidence.report, evidence.collateral, policy, now, roots.intel)
+    if facts.tee != evidence.tee:
+        raise Refusal("evidence-malformed", f"The document says {evidence.tee}, its quote is of {facts.tee}.")
+    return facts
+
+
+def verify_evidence(
+    evidence: Evidence,
+    policy: EvidencePolicy,
+    now: float,
+    *,
+    challenge: bytes = b"",
+    roots: TrustRoots | None = None,
+    insecure_development: bool = False,
+) -> TrustedEvidence:
+    """Decide whether a verifier is trusted.
+
+    Parameters
+    ----------
+    evidence:
+        The document, or a bare report.
+    policy:
+        What is demanded.
+    now:
+        Seconds since 1970, by the reader's clock.
+    challenge:
+        What the reader asked to be bound; checked where given.
+    roots:
+        Other roots than the vendors'; for tests.
+    insecure_development:
+        Accept development evidence, with a warning. Everything else of the policy still holds.
+
+    Raises
+    ------
+    Refusal
+        With the code of the first check that failed.
+    """
+    facts = _report_facts(evidence, policy, now, roots or TrustRoots(), insecure_development)
+    measured = facts.measurements
+    if facts.tee != "development" and not any(m.matches(facts.tee, measured) for m in policy.measurements):
+        raise Refusal(
+            "evidence-measurement",
+            f"The {facts.tee} measurements are of no program that the policy trusts.",
+            f"Measured: {json.dumps(measured)}.",
+        )
+    statement = evidence.statement
+    if statement is None:
+        _check_bare(facts, policy)
+    else:
+        _check_statement(facts, statement, policy, now, challenge)
+    return TrustedEvidence(facts, statement, now)
+
+
+def _check_bare(facts: ReportFacts, policy: EvidencePolicy) -> None:
+    if policy.report_data is not None:
+        if not hmac.compare_digest(bytes.fromhex(policy.report_data), facts.report_data):
+            raise Refusal("evidence-report-data", "The report data is not what the policy expects.")
+    elif not policy.allow_unbound_report_data:
+        raise Refusal(
+            "evidence-report-data",
+            "A bare report vouches for no key.",
+            "Give `report_data` in the policy, or set allow_unbound_report_data.",
+        )
+
+
+def _check_statement(
+    facts: ReportFacts, statement: Statement, policy: EvidencePolicy, now: float, challenge: bytes
+) -> None:
+    if not hmac.compare_digest(statement.report_data(), facts.report_data):
+        raise Refusal("evidence-report-data", "The report vouches for another key, bundle or configuration.")
+    if challenge and not hmac.compare_digest(challenge, statement.challenge):
+        raise Refusal("evidence-challenge", "The evidence was not made for this challenge: it may be old.")
+    # A fresh challenge proves the age; without one the host's clock is all there is.
+    age = 0.0 if challenge else now - statement.issued_at
+    if age > policy.maximum_age_s:
+        raise Refusal("evidence-age", f"The evidence is {age:.0f} s old; the policy allows {policy.maximum_age_s:.0f}.")
+    if age < -CLOCK_SKEW_S:
+        raise Refusal("evidence-age", "The evidence is from the future.")
+    if not policy.bundle_digests:
+        raise Refusal("policy-empty", "The policy names no bundle digest, so it trusts no answer.", "Add one.")
+    if statement.bundle_digest.hex() not in policy.bundle_digests:
+        raise Refusal("evidence-bundle", "The verifier runs a bundle that the policy does not trust.")
+    settings = statement.settings
+    version = settings.get("bundle_version")
+    if not isinstance(version, int) or version < policy.minimum_bundle_version:
+        raise Refusal("evidence-bundle-version", f"The verifier's bundle has version {version}: too old.")
+    if policy.clients and sorted(settings.get("clients") or ()) != sorted(policy.clients):
+        raise Refusal(
+            "evidence-clients",
+            "The verifier answers other clients than the policy's: the host may ask it, and shape its lie.",
+        )
