@@ -1,0 +1,250 @@
+"""Distillation: a transfer set that the teacher has answered, and the training of a student on it.
+
+The teacher labels whatever it is shown, so few rows go a long way: each one is also shown shifted, turned,
+scaled, noisy and mixed with another row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional
+
+from fides_plugins.training.data import image_layout
+from fides_plugins.types import Float32Array, IntArray
+
+
+#: Called as work goes on, with the share done in [0, 1].
+Share = Callable[[float], None]
+
+
+def silent(done: float) -> None:
+    """The progress that tells nobody."""
+
+
+@dataclass(frozen=True)
+class DistillationSettings:
+    """How a student is trained.
+
+    Attributes
+    ----------
+    temperature, alpha, beta:
+        Of the loss `alpha * T^2 * CE(softmax(S / T), softmax(V / T)) + beta * CE(label, V)`
+        (Hinton et al. 2015; the values are those of Kumar et al. 2024). Rows without a label have no second term.
+    epochs, batch_size, learning_rate, weight_decay:
+        Of AdamW with a one-cycle learning rate.
+    fine_tune_learning_rate:
+        Highest rate for pre-trained layers.
+    """
+
+    temperature: float = 5.0
+    alpha: float = 0.8
+    beta: float = 0.2
+    epochs: int = 20
+    batch_size: int = 128
+    learning_rate: float = 4e-3
+    fine_tune_learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How far a shown row may differ from a real one.
+
+    Attributes
+    ----------
+    degrees, scale, shift:
+        Largest turn, change of size and move (as a share of the image) of an image.
+    noise:
+        Largest standard deviation of added noise, in standard deviations of the data.
+    mix:
+        Share of copies that are blends of two rows.
+    flip:
+        Mirror images left to right half of the time; wrong for anything written.
+    """
+
+    degrees: float = 15.0
+    scale: float = 0.12
+    shift: float = 0.12
+    noise: float = 0.2
+    mix: float = 0.25
+    flip: bool = False
+
+
+@dataclass(frozen=True)
+class TransferSet:
+    """Rows, the teacher's logits for them, and labels where known (-1: none).
+
+    images (N, ...) in the service's dtype; logits (N, K) float32; labels (N,) int64.
+    """
+
+    images: NDArray[Any]
+    logits: Float32Array
+    labels: IntArray
+
+    @property
+    def n_rows(self) -> int:
+        """N, the number of rows."""
+        return len(self.images)
+
+
+def augment(
+    images: NDArray[Any], labels: IntArray | None, copies: int, seed: int, settings: Augmentation | None = None
+) -> tuple[NDArray[Any], IntArray]:
+    """The rows themselves, then `copies` changed versions of each, in the same dtype and range of values.
+
+    Parameters
+    ----------
+    images:
+        (N, ...).
+    labels:
+        (N,) or None. A blend of two rows has no label (-1).
+
+    Returns
+    -------
+    Images (N * (1 + copies), ...) and labels of the same length.
+    """
+    chosen = settings or Augmentation()
+    known = np.full(len(images), -1, np.int64) if labels is None else labels
+    generator = torch.Generator().manual_seed(seed)
+    layout = image_layout((None, *images.shape[1:]))
+    x = torch.from_numpy(np.ascontiguousarray(images)).float()
+    if layout is not None:
+        x = x.unsqueeze(1) if images.ndim == 3 else x
+        x = x.permute(0, 3, 1, 2) if layout.channels_last else x
+    low, high = float(x.min()), float(x.max())
+    spread = float(x.std()) if layout is not None else x.std(0, keepdim=True)
+    parts, answers = [images], [known]
+    n = len(x)
+    for _ in range(copies):
+        y = _move(x, generator, chosen) if layout is not None else x
+        blend = torch.rand(n, generator=generator) < chosen.mix
+        other = torch.randperm(n, generator=generator)
+        weight = torch.where(blend, torch.rand(n, generator=generator), torch.ones(n))
+        weight = weight.reshape(-1, *[1] * (y.dim() - 1))
+        y = weight * y + (1 - weight) * y[other]
+        strength = torch.rand(weight.shape, generator=generator) * chosen.noise
+        y = (y + strength * spread * torch.randn(y.shape, generator=generator)).clamp(low, high)
+        if layout is not None:
+            y = y.permute(0, 2, 3, 1) if layout.channels_last else y
+            y = y.squeeze(1) if images.ndim == 3 else y
+        out = y.numpy()
+        parts.append((np.rint(out) if images.dtype.kind in "iu" else out).astype(images.dtype))
+        answers.append(np.where(blend.numpy(), -1, known))
+    return np.concatenate(parts), np.concatenate(answers)
+
+
+def _move(x: torch.Tensor, generator: torch.Generator, settings: Augmentation) -> torch.Tensor:
+    """Turn, scale and shift each image (N, C, H, W) at random; the border is continued."""
+    n = len(x)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return 2 * torch.rand(*shape, generator=generator) - 1
+
+    angle = draw(n) * math.radians(settings.degrees)
+    size = 1 + draw(n) * settings.scale
+    shift = 2 * draw(n, 2) * settings.shift
+    mirror = torch.where(torch.rand(n, generator=generator) < 0.5, -1.0, 1.0) if settings.flip else torch.ones(n)
+    cos, sin = size * angle.cos(), size * angle.sin()
+    rows = [torch.stack([cos * mirror, -sin, shift[:, 0]], 1), torch.stack([sin * mirror, cos, shift[:, 1]], 1)]
+    grid = functional.affine_grid(torch.stack(rows, 1), list(x.shape), align_corners=False)
+    return functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+def distillation_loss(
+    student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, settings: DistillationSettings
+) -> torch.Tensor:
+    """The loss of `DistillationSettings` for logits (N, K), (N, K) and labels (N,), -1 where there is none."""
+    t = settings.temperature
+    soft = functional.softmax(teacher / t, dim=1)
+    loss = settings.alpha * t * t * -(soft * functional.log_softmax(student / t, dim=1)).sum(1).mean()
+    if settings.beta and bool((labels >= 0).any()):
+        # Averaged over all rows of the batch, so that a few labels weigh little.
+        hard = functional.cross_entropy(student, labels, ignore_index=-1, reduction="sum") / len(labels)
+        loss = loss + settings.beta * hard
+    return loss
+
+
+def distil(
+    module: nn.Module,
+    inputs: torch.Tensor,
+    transfer: TransferSet,
+    settings: DistillationSettings,
+    learning_rate: float,
+    epochs: int,
+    seed: int,
+    on_epoch: Share = silent,
+) -> None:
+    """Train the parameters of `module` that require a gradient, in place; ends in evaluation mode.
+
+    Parameters
+    ----------
+    module:
+        From `inputs` (N, ...) to logits (N, K).
+    inputs:
+        The rows of `transfer` as `module` takes them.
+    on_epoch:
+        Called after each epoch with the share done.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    logits, labels = torch.from_numpy(transfer.logits), torch.from_numpy(transfer.labels)
+    n, size = len(inputs), min(settings.batch_size, len(inputs))
+    # A last batch of one row would break batch norm; dropping the remainder is harmless over shuffled epochs.
+    per_epoch = max(1, n // size)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=settings.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, total_steps=per_epoch * epochs + 1, pct_start=0.2
+    )
+    generator = torch.Generator().manual_seed(seed)
+    training_mode(module)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # dropout draws from the global generator
+        for epoch in range(epochs):
+            order = torch.randperm(n, generator=generator)
+            for start in range(0, per_epoch * size, size):
+                rows = order[start : start + size]
+                loss = distillation_loss(module(inputs[rows]), logits[rows], labels[rows], settings)
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                schedule.step()
+            on_epoch((epoch + 1) / epochs)
+    module.eval()
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """True for every kind of batch normalisation, scripted ones included."""
+    name = getattr(module, "original_name", type(module).__name__)
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) or "BatchNorm" in str(name)
+
+
+def training_mode(module: nn.Module) -> None:
+    """Training mode, except for batch norms without a trainable weight: these stay frozen."""
+    module.train()
+    for part in module.modules():
+        if is_batch_norm(part) and not any(p.requires_grad for p in part.parameters(recurse=False)):
+            part.eval()
+
+
+def predict(module: nn.Module, images: NDArray[Any], batch_size: int = 512) -> Float32Array:
+    """Logits (N, K) float32 of a module in evaluation mode."""
+    module.eval()
+    with torch.no_grad():
+        parts = [
+            module(torch.from_numpy(np.ascontiguousarray(images[i : i + batch_size]))).numpy()
+            for i in range(0, len(images), batch_size)
+        ]
+    logits: Float32Array = np.concatenate(parts).astype(np.float32)
+    return logits
+
+
+def agreement(first: Float32Array, second: Float32Array) -> float:
+    """Share of rows with the same top class; both (N, K)."""
+    return float((first.argmax(axis=1) == second.argmax(axis=1)).mean())

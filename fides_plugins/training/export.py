@@ -1,0 +1,121 @@
+"""From a trained torch module to ONNX bytes that hold nothing but the network."""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import torch
+from torch import nn
+
+from fides_plugins.errors import TrainingError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+OPSET = 18
+#: Outputs of graph and module may differ by this much, relative to their size.
+TOLERANCE = 1e-3
+
+
+def export_onnx(
+    module: nn.Module, images: NDArray[Any], input_name: str = "input", output_name: str = "logits"
+) -> bytes:
+    """Export a module with a free batch axis, and check the graph against it.
+
+    Parameters
+    ----------
+    module:
+        Takes one tensor (N, ...) and gives one (N, K).
+    images:
+        A few rows (at least 3) of what it takes; they fix every axis but the first and check the result.
+
+    Raises
+    ------
+    TrainingError
+        If the graph computes something else than the module, or not at every batch size.
+    """
+    module.eval()
+    x = torch.from_numpy(np.ascontiguousarray(images[:3]))
+    scripted = any(isinstance(m, torch.jit.ScriptModule) for m in module.modules())
+    model = (_export_traced if scripted else _export)(module, x, input_name, output_name)
+    strip(model)
+    data: bytes = model.SerializeToString(deterministic=True)
+    _check(data, module, x, input_name)
+    return data
+
+
+def _export(module: nn.Module, x: torch.Tensor, input_name: str, output_name: str) -> onnx.ModelProto:
+    loggers = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                module,
+                (x,),
+                dynamo=True,
+                verbose=False,
+                opset_version=OPSET,
+                input_names=[input_name],
+                output_names=[output_name],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+            )
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+    assert program is not None
+    return program.model_proto
+
+
+def _export_traced(module: nn.Module, x: torch.Tensor, input_name: str, output_name: str) -> onnx.ModelProto:
+    """TorchScript modules cannot pass through torch.export; the older exporter still takes them."""
+    buffer: Any = io.BytesIO()  # taken by the exporter, though its signature says a path
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module,
+            (x,),
+            buffer,
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=[input_name],
+            output_names=[output_name],
+            dynamic_axes={input_name: {0: "batch"}, output_name: {0: "batch"}},
+        )
+    return onnx.load_model_from_string(buffer.getvalue())
+
+
+def strip(model: onnx.ModelProto) -> None:
+    """Remove what exporters add besides the network (stack traces hold paths of the machine), in place."""
+    model.doc_string = ""
+    del model.metadata_props[:]
+    graph = model.graph
+    graph.doc_string = ""
+    graph.name = "fides"
+    del graph.metadata_props[:]
+    for part in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        part.doc_string = ""
+        del part.metadata_props[:]
+
+
+def _check(data: bytes, module: nn.Module, x: torch.Tensor, input_name: str) -> None:
+    from fides_plugins.onnx_model import OnnxModel
+
+    graph = OnnxModel(data, name="the exported graph")
+    for n in (1, len(x)):
+        with torch.no_grad():
+            wanted = module(x[:n]).numpy()
+        (got,) = graph.run({input_name: x[:n].numpy()}).values()
+        error = float(np.abs(got - wanted).max())
+        if got.shape != wanted.shape or error > TOLERANCE * max(1.0, float(np.abs(wanted).max())):
+            raise TrainingError(
+                f"The exported graph differs from the torch module by {error:.2g} in a batch of {n}.",
+                "Use layers whose meaning does not depend on the batch.",
+            )

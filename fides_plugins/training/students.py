@@ -1,0 +1,438 @@
+"""Candidate verification models, and what surrounds them: pre-processing inside the graph, fresh heads.
+
+A student is a network from pre-processed rows to K logits. `VerificationModel` puts the pre-processing in
+front of it, so that the exported graph takes the very tensor that the service takes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fides_plugins.errors import TrainingError
+from fides_plugins.training.costs import Cost, torch_cost
+from fides_plugins.training.data import image_layout
+
+#: Images wider than this are down-sampled before the built-in students see them.
+LARGEST_SIZE = 64
+#: Channels of the first layer (CNN) or units of a layer (MLP) in the built-in family.
+WIDTHS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128, 192, 256, 384, 512)
+
+
+class Preprocess(nn.Module):
+    """From the service's tensor to what a student takes: cast, channels first, size, normalise.
+
+    Parameters
+    ----------
+    row_shape:
+        Shape of one row of the service's tensor.
+    size:
+        (height, width) for the student, None to keep the size. Not used for vectors.
+    channels:
+        Channels that the student takes; one channel is repeated, several are averaged to one. None to keep.
+    mean, std:
+        One number per channel (images) or per feature (vectors), applied after everything else.
+    """
+
+    def __init__(
+        self,
+        row_shape: tuple[int, ...],
+        mean: NDArray[np.float32],
+        std: NDArray[np.float32],
+        size: tuple[int, int] | None = None,
+        channels: int | None = None,
+    ) -> None:
+        super().__init__()
+        layout = image_layout((None, *row_shape))
+        self.is_image = layout is not None
+        self.add_channel = layout is not None and len(row_shape) == 2
+        self.channels_last = layout is not None and layout.channels_last
+        self.size = None if layout is None or size == (layout.height, layout.width) else size
+        self.source_size = (0, 0) if layout is None else (int(layout.height or 0), int(layout.width or 0))
+        self.channels = channels
+        shape = (1, -1, 1, 1) if self.is_image else (1, -1)
+        self.register_buffer("mean", torch.from_numpy(mean.astype(np.float32)).reshape(shape))
+        self.register_buffer("std", torch.from_numpy(std.astype(np.float32)).reshape(shape))
+
+    def resize(self, x: torch.Tensor) -> torch.Tensor:
+        """Everything but the normalisation: (N, ...) of any dtype to (N, C, h, w) or (N, F) float32."""
+        x = x.to(torch.float32)
+        if not self.is_image:
+            return x.flatten(1)
+        if self.add_channel:
+            x = x.unsqueeze(1)
+        if self.channels_last:
+            x = x.permute(0, 3, 1, 2)
+        if self.channels == 1 and x.shape[1] > 1:
+            x = x.mean(1, keepdim=True)
+        if self.size is not None:
+            (h, w), (sh, sw) = self.size, self.source_size
+            if sh % h == 0 and sw % w == 0:
+                # Averaging whole blocks: no aliasing, and the cheapest node in a graph.
+                x = nn.functional.avg_pool2d(x, (sh // h, sw // w))
+            else:
+                x = nn.functional.interpolate(x, self.size, mode="bilinear", align_corners=False)
+        if self.channels is not None and self.channels > x.shape[1]:
+            x = x.repeat(1, self.channels, 1, 1)
+        return x
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, ...) in the service's dtype to normalised float32."""
+        mean, std = self.get_buffer("mean"), self.get_buffer("std")
+        return (self.resize(x) - mean) / std
+
+
+class VerificationModel(nn.Module):
+    """Pre-processing and student in one: the service's tensor to logits (N, K)."""
+
+    def __init__(self, preprocess: Preprocess, network: nn.Module) -> None:
+        super().__init__()
+        self.preprocess = preprocess
+        self.network = network
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits (N, K) float32 for the service's tensor (N, ...)."""
+        logits: torch.Tensor = self.network(self.preprocess(x))
+        return logits
+
+
+class PretrainedNetwork(nn.Module):
+    """A pre-trained backbone under a fresh head: global pool, batch norm, dropout 0.2, linear.
+
+    Parameters
+    ----------
+    backbone:
+        Gives features (N, F) or maps (N, F, h, w).
+    n_features:
+        F.
+    """
+
+    def __init__(self, backbone: nn.Module, n_features: int, n_classes: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Sequential(nn.BatchNorm1d(n_features), nn.Dropout(0.2), nn.Linear(n_features, n_classes))
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """Pooled features (N, F)."""
+        y: torch.Tensor = self.backbone(x)
+        return y.flatten(2).mean(2) if y.dim() > 2 else y
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits (N, K)."""
+        logits: torch.Tensor = self.head(self.features(x))
+        return logits
+
+
+@dataclass(frozen=True)
+class Student:
+    """One candidate.
+
+    Attributes
+    ----------
+    name:
+        For tables.
+    build:
+        Makes the network: pre-processed rows to K logits. Its random numbers come from torch's generator.
+    size, channels:
+        What the network takes, see `Preprocess`.
+    mean, std:
+        The normalisation that a pre-trained network was trained with, one number per channel; None to
+        measure it on the data.
+    pretrained:
+        The network is a `PretrainedNetwork`, to be unfrozen step by step.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    size: tuple[int, int] | None = None
+    channels: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    pretrained: bool = False
+
+    def model(self, images: NDArray[Any], seed: int) -> VerificationModel:
+        """The whole verification model, untrained but for pre-trained layers.
+
+        Parameters
+        ----------
+        images:
+            (N, ...) rows to measure the normalisation on, where the student brings none.
+        seed:
+            For the initial weights.
+        """
+        row_shape = images.shape[1:]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = self.build()
+        one = np.ones(1, np.float32)
+        blank = Preprocess(row_shape, 0 * one, one, self.size, self.channels)
+        if self.mean is not None and self.std is not None:
+            mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
+        else:
+            with torch.no_grad():
+                x = blank.resize(torch.from_numpy(np.ascontiguousarray(images[:4096]))).double()
+            axes = (0, 2, 3) if x.dim() == 4 else (0,)
+            mean, std = x.mean(axes).numpy(), x.std(axes).numpy()
+            # A feature that never moved carries nothing; dividing by its spread would blow up the first that does.
+            std = np.where(std > 1e-6 * max(1.0, float(np.abs(mean).max())), std, 1.0)
+        return VerificationModel(Preprocess(row_shape, mean, std, self.size, self.channels), network)
+
+    def cost(self, images: NDArray[Any]) -> Cost:
+        """Parameters and multiply-adds for one row of these images."""
+        model = self.model(images[:2], 0)
+        return torch_cost(model, torch.from_numpy(np.ascontiguousarray(images[:1])))
+
+
+def _conv(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
+    return [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+
+
+def small_cnn(channels: int, size: tuple[int, int], width: int, n_classes: int) -> nn.Module:
+    """A small convolutional network for images (N, channels, *size).
+
+    Plain 3x3 convolutions, halving the map and doubling the width (up to four times `width`) until the map
+    is at most 7 wide, then one weight per place of the map instead of an average, which keeps what little
+    spatial information a tiny image has (a global depth-wise convolution, Chen et al. 2018, MobileFaceNets).
+    """
+    stride = 2 if min(size) > 32 else 1
+    layers = _conv(channels, width, stride)
+    h, w = (math.ceil(s / stride) for s in size)
+    now = width
+    first = True
+    while first or max(h, w) > 7:
+        wider = min(2 * now, 4 * width)
+        down = 2 if max(h, w) > 4 else 1
+        layers += _conv(now, wider, down) + _conv(wider, wider, 1)
+        h, w, now, first = math.ceil(h / down), math.ceil(w / down), wider, False
+    layers += [nn.Conv2d(now, now, (h, w), groups=now, bias=False), nn.BatchNorm2d(now), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(now, n_classes))
+
+
+def small_mlp(features: int, width: int, n_classes: int) -> nn.Module:
+    """Two hidden layers of `width` units, for vectors (N, features)."""
+    return nn.Sequential(
+        nn.Linear(features, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, n_classes)
+    )
+
+
+def built_in_students(
+    images: NDArray[Any],
+    n_classes: int,
+    max_parameters: int | None = None,
+    max_macs: int | None = None,
+    steps: Sequence[float] = (0.25, 0.5, 1.0),
+) -> tuple[Student, ...]:
+    """Small students within a budget, cheapest first: CNNs for images, MLPs for anything else.
+
+    Parameters
+    ----------
+    images:
+        (N, ...) rows of the service's tensor.
+    max_parameters, max_macs:
+        The most that a student may cost; None for no limit.
+    steps:
+        Shares of `max_parameters`; for each one the student that uses it best. Without a limit: the widths
+        8, 16 and 32.
+
+    Raises
+    ------
+    TrainingError
+        If even the smallest student costs more.
+    """
+    fitting: list[tuple[Cost, Student]] = []
+    smallest: Cost | None = None
+    for student in _family(images.shape[1:], n_classes):
+        cost = student.cost(images)
+        smallest = cost if smallest is None or cost.parameters < smallest.parameters else smallest
+        if (max_parameters is None or cost.parameters <= max_parameters) and (
+            max_macs is None or cost.macs <= max_macs
+        ):
+            fitting.append((cost, student))
+    if not fitting:
+        raise TrainingError(
+            f"The smallest built-in student has {smallest.parameters if smallest else 0} parameters and "
+            f"{smallest.macs if smallest else 0} multiply-adds, more than the {max_parameters} and {max_macs} allowed.",
+            "Allow a larger share of the service's cost, or give a student of your own.",
+        )
+    chosen: dict[str, tuple[Cost, Student]] = {}
+    if max_parameters is None:
+        for cost, student in fitting:
+            if student.name.endswith(("-8", "-16", "-32")):
+                chosen[student.name] = (cost, student)
+    for share in steps if max_parameters is not None else ():
+        under = [c for c in fitting if c[0].parameters <= share * max_parameters] if max_parameters else []
+        if under:
+            best = max(under, key=lambda c: (c[0].parameters, c[0].macs))
+            chosen[best[1].name] = best
+    if not chosen:
+        chosen[fitting[0][1].name] = fitting[0]
+    return tuple(s for _, s in sorted(chosen.values(), key=lambda c: (c[0].macs, c[0].parameters)))
+
+
+def _family(row_shape: tuple[int, ...], n_classes: int) -> Iterator[Student]:
+    layout = image_layout((None, *row_shape))
+    if layout is None:
+        features = math.prod(row_shape)
+        for width in WIDTHS:
+            yield Student(f"mlp-{width}", lambda w=width: small_mlp(features, w, n_classes))  # type: ignore[misc]
+        return
+    h, w = int(layout.height or 0), int(layout.width or 0)
+    while max(h, w) > LARGEST_SIZE:
+        h, w = math.ceil(h / 2), math.ceil(w / 2)
+    channels = layout.channels
+    for size in {(h, w), (h // 2, w // 2) if min(h, w) >= 16 else (h, w)}:
+        for width in WIDTHS:
+            if width > 128:
+                continue
+            name = f"cnn-{size[0]}x{size[1]}-{width}"
+            yield Student(name, lambda s=size, v=width: small_cnn(channels, s, v, n_classes), size)  # type: ignore[misc]
+
+
+def load_factory(spec: str) -> nn.Module:
+    """Call `package.module:factory` and return the torch module it makes. The working folder is searched too.
+
+    Raises
+    ------
+    TrainingError
+        If the module or the function is not there, or what it returns is no torch module.
+    """
+    module_name, _, attribute = spec.partition(":")
+    if not module_name or not attribute:
+        raise TrainingError(f"{spec!r} is not of the form package.module:factory.")
+    folder = os.getcwd()
+    added = folder not in sys.path
+    if added:
+        sys.path.insert(0, folder)
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except ImportError as error:
+        raise TrainingError(f"{module_name} cannot be imported: {error}.", "Check the name and the folder.") from error
+    except AttributeError as error:
+        raise TrainingError(f"{module_name} has no {attribute!r}.", "Check the name of the factory.") from error
+    finally:
+        if added:
+            sys.path.remove(folder)
+    module = factory() if callable(factory) and not isinstance(factory, nn.Module) else factory
+    if not isinstance(module, nn.Module):
+        raise TrainingError(f"{spec} gives a {type(module).__name__}, not a torch module.")
+    return module
+
+
+def load_torchscript(path: Path) -> nn.Module:
+    """Load a TorchScript file.
+
+    Raises
+    ------
+    TrainingError
+        If it is none.
+    """
+    try:
+        module: nn.Module = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+    except (RuntimeError, ValueError) as error:
+        raise TrainingError(f"{path.name} is not a TorchScript file.", "Save it with torch.jit.save.") from error
+    return module
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Fill a module from a ``.safetensors`` state dict; pickled files are refused.
+
+    Raises
+    ------
+    TrainingError
+        If the file is of another kind, or its names or shapes do not fit the module.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if path.suffix != ".safetensors":
+        raise TrainingError(
+            f"{path.name} is not a .safetensors file; pickled state dicts can run code and are refused.",
+            "Convert it where you trust it: safetensors.torch.save_file(model.state_dict(), 'weights.safetensors').",
+        )
+    try:
+        state = load_file(str(path))
+        module.load_state_dict(state)
+    except (SafetensorError, OSError) as error:
+        raise TrainingError(f"{path.name} cannot be read: {error}.") from error
+    except RuntimeError as error:
+        raise TrainingError(f"{path.name} does not fit the student: {error}") from error
+
+
+def pretrained_student(
+    spec: str,
+    images: NDArray[Any],
+    n_classes: int,
+    *,
+    weights: str | Path | None = None,
+    size: tuple[int, int] | None = None,
+    channels: int | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> Student:
+    """A student from a pre-trained network, with a fresh head.
+
+    Parameters
+    ----------
+    spec:
+        `package.module:factory` of a torch module (its last linear layer is cut off), or a TorchScript file
+        (kept whole: the head goes on top of its output).
+    images:
+        (N, ...) rows of the service's tensor.
+    weights:
+        A ``.safetensors`` state dict for the factory's module.
+    size, channels, mean, std:
+        What the network was trained with, see `Student`.
+
+    Raises
+    ------
+    TrainingError
+        If the network cannot be loaded, or does not run on the images.
+    """
+    path = Path(spec)
+
+    def load() -> nn.Module:
+        if path.suffix in (".pt", ".pth", ".ts", ".torchscript"):
+            return load_torchscript(path)
+        module = load_factory(spec)
+        if weights is not None:
+            load_weights(module, Path(weights))
+        return without_last_linear(module)
+
+    student = Student(path.stem.partition(":")[2] or path.stem, load, size, channels, mean, std, pretrained=True)
+    probe = student.model(images[:2], 0)
+    probe.eval()
+    try:
+        with torch.no_grad():
+            y = probe(torch.from_numpy(np.ascontiguousarray(images[:2])))
+    except (RuntimeError, ValueError) as error:
+        raise TrainingError(
+            f"The student {spec} does not run on the service's input: {str(error).splitlines()[0]}",
+            "State the size and the channels that it takes.",
+        ) from error
+    n_features = int(y.shape[1])
+
+    def build() -> nn.Module:
+        return PretrainedNetwork(load(), n_features, n_classes)
+
+    return Student(student.name, build, size, channels, mean, std, pretrained=True)
+
+
+def without_last_linear(module: nn.Module) -> nn.Module:
+    """The module with its last `nn.Linear` replaced by the identity, so that it gives features; in place."""
+    names = [n for n, m in module.named_modules() if isinstance(m, nn.Linear)]
+    if isinstance(module, nn.Linear) or not names:
+        return module
+    parent_name, _, child = names[-1].rpartition(".")
+    setattr(module.get_submodule(parent_name), child, nn.Identity())
+    return module
