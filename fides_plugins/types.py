@@ -205,6 +205,7 @@ class Prediction:
             safe = np.where(valid[:, None], array, np.float32(0))
             probabilities = softmax(safe / np.float32(temperature))
         else:
+            array = np.where(valid[:, None], array, np.float32(0))
             total = array.sum(axis=1, dtype=np.float64)
             valid &= (array >= -SUM_TOLERANCE).all(axis=1) & (np.abs(total - 1.0) <= SUM_TOLERANCE)
             clipped = np.clip(np.where(valid[:, None], array, np.float32(1)), 0, None)
@@ -289,6 +290,8 @@ class Verification:
     @classmethod
     def join(cls, parts: Sequence[Verification]) -> Verification:
         """All verifiers' answers side by side along M. At least one part is needed."""
+        if len(parts) == 1:
+            return parts[0]
         return cls(
             np.concatenate([p.references for p in parts], axis=1),
             np.concatenate([p.available for p in parts], axis=1),
