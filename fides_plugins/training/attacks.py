@@ -39,7 +39,7 @@ class Attack(Protocol):
 
     @property
     def kind(self) -> str:
-        """"output", "input" or "model"."""
+        """ "output", "input" or "model"."""
 
     @property
     def summary(self) -> str:
@@ -93,7 +93,7 @@ class OutputAttack:
         attacked = np.asarray(self.function(clean, rng), dtype=np.float32)
         if attacked.shape != clean.shape or not np.isfinite(attacked).all() or (attacked < 0).any():
             raise PluginError(
-                f"The attack {self.name!r} gave {attacked.shape} for {clean.shape}, or values that are no probabilities.",
+                f"The attack {self.name!r} gave {attacked.shape} for {clean.shape}, or values below 0 or not finite.",
                 "An output attack returns one distribution per row.",
             )
         attacked = attacked / np.maximum(attacked.sum(axis=1, keepdims=True), np.float32(1e-30))

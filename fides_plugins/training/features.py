@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from fides_plugins.divergences import EPSILON
 
-#: Log-probabilities are floored here: log(1e-30), still a normal float32.
-LOG_FLOOR = -69.0
+#: Stands for a class that is not there; below every tempered log-probability.
+LOG_PAD = -1e4
 #: Log-ratios are clipped here before they enter a network.
 LOG_RATIO_LIMIT = 20.0
 #: The highest classes looked at one by one. A K of 2 is padded.
@@ -54,6 +54,8 @@ CLASS_FEATURES = 6
 class Temper(nn.Module):
     """Probabilities (N, K) to tempered log-probabilities (N, K)."""
 
+    scale: Tensor
+
     def __init__(self, temperature: float) -> None:
         super().__init__()
         self.register_buffer("scale", torch.tensor(1.0 / temperature, dtype=torch.float32))
@@ -76,8 +78,8 @@ class Pair:
     def __init__(self, service: Tensor, verification: Tensor) -> None:
         self.service, self.verification = service, verification
         pad = (0, max(0, TOP - 2))
-        top_s = torch.topk(functional.pad(service, pad, value=LOG_FLOOR), TOP, dim=1)
-        top_v = torch.topk(functional.pad(verification, pad, value=LOG_FLOOR), TOP, dim=1)
+        top_s = torch.topk(functional.pad(service, pad, value=LOG_PAD), TOP, dim=1)
+        top_v = torch.topk(functional.pad(verification, pad, value=LOG_PAD), TOP, dim=1)
         self.top_service, self.top_verification = top_s.values, top_v.values
         # Only two are gathered, so that the padding's index is never used.
         self.service_of_verified = service.gather(1, top_v.indices[:, :2])

@@ -1,0 +1,327 @@
+"""Detector, re-classifier and generator trained together, as in Fides (Kumar et al., ASIA CCS 2024).
+
+Rounds: attacks are drawn anew, the generator's among them; detector and re-classifier learn from them
+and from benign rows; the generator learns to be taken for benign by the detector of that moment.
+
+What is added to the paper, and why (measured in `docs/explanation/detection.md`):
+
+- Features instead of one cross-entropy.
+- *Replays* beside the named attacks: genuine answers of the same service to other inputs. They have
+  exactly the benign marginal, so nothing in the service's answer alone gives them away, and they keep a
+  detector that never saw some attack from taking it for benign.
+- A tampered answer that still names the verification model's class cannot be told from benign traffic
+  by its label. Such rows count less, or they would buy alarms on agreeing benign rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fides_plugins.training.attacks import OutputAttack
+from fides_plugins.training.calibration import fit_temperature
+from fides_plugins.training.features import Pair, Temper
+from fides_plugins.training.networks import Detector, Generator, Reclassifier
+from fides_plugins.training.predictions import Predictions
+from fides_plugins.types import Float32Array, IntArray
+
+#: Called with the work done so far, from 0 to 1.
+ProgressCallback = Callable[[float], None]
+
+REPLAY = "replay"
+
+
+@dataclass(frozen=True)
+class GanOptions:
+    """How long and how hard to train. The defaults are meant to be left alone.
+
+    Attributes
+    ----------
+    rounds:
+        Times the attacks are drawn anew.
+    steps:
+        Detector and re-classifier steps per round; `None`: ten passes over the rows, within 60 and 150.
+    generator_steps:
+        Generator steps per round.
+    generator:
+        Whether there is a generator; False leaves it out of training.
+    batch:
+        Benign rows per step; each attack adds half as many.
+    learning_rate, weight_decay:
+        Of AdamW, for detector and re-classifier.
+    agreeing_weight:
+        Weight of tampered rows that still name the verification model's class.
+    label_keeping_weight:
+        Weight of an attack that keeps the label, as against 1 for one that changes it.
+    replay_weight:
+        Weight of replays, as against 1 for a named attack.
+    max_rows:
+        Rows used per round; more are sampled down.
+    class_limit:
+        Classes that the re-classifier sees per row while training: the likeliest of both models, the
+        right one, and a few at random whose weight makes up for the others.
+    """
+
+    rounds: int = 6
+    steps: int | None = None
+    generator_steps: int = 40
+    generator: bool = True
+    batch: int = 512
+    learning_rate: float = 3e-3
+    weight_decay: float = 1e-3
+    agreeing_weight: float = 0.2
+    label_keeping_weight: float = 0.1
+    replay_weight: float = 1.0
+    max_rows: int = 20_000
+    class_limit: int = 32
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What training gives."""
+
+    temper_service: Temper
+    temper_verification: Temper
+    detector: Detector
+    reclassifier: Reclassifier
+    generator: Generator
+    with_truth: bool
+
+
+@dataclass
+class _Pool:
+    """Features of one attack's rows (or the benign ones), ready for batches."""
+
+    features: Tensor
+    class_features: Tensor
+    log_offset: Tensor
+    own_class: Tensor
+    truth: Tensor | None
+    weight: Tensor
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+
+def train_gan(
+    rows: Predictions,
+    attacks: Sequence[OutputAttack],
+    seed: int = 0,
+    options: GanOptions | None = None,
+    progress: ProgressCallback | None = None,
+) -> Networks:
+    """Train the three networks.
+
+    Parameters
+    ----------
+    rows:
+        Clean pairs; with labels the re-classifier also learns the truth.
+    attacks:
+        Output attacks to learn from.
+    seed:
+        Same seed, same rows, same machine: same result.
+    options:
+        See `GanOptions`.
+    progress:
+        Told the share of the work done.
+    """
+    o = options or GanOptions()
+    rng = np.random.default_rng(seed)
+    if rows.n_rows > o.max_rows:
+        rows = rows.take(np.sort(rng.permutation(rows.n_rows)[: o.max_rows]))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _Trainer(rows, tuple(attacks), o, rng).run(progress or (lambda done: None))
+
+
+class _Trainer:
+    def __init__(
+        self, rows: Predictions, attacks: tuple[OutputAttack, ...], options: GanOptions, rng: np.random.Generator
+    ) -> None:
+        self.rows, self.attacks, self.options, self.rng = rows, attacks, options, rng
+        # Each model's temperature from the other's choice: certainty then says how likely they agree.
+        self.temper_s = Temper(fit_temperature(rows.service, rows.verification.argmax(axis=1)))
+        self.temper_v = Temper(fit_temperature(rows.verification, rows.service.argmax(axis=1)))
+        self.own = rows.service.argmax(axis=1)
+        self.order = np.argsort(-rows.service, axis=1)[:, :2]
+        self.benign = self._pool(rows.service, np.arange(rows.n_rows), 0.0)
+        self.generator = Generator(self.temper_s)
+        self.pools = self._attack_pools(with_generator=False)
+        sample = torch.cat([self.benign.features, *(p.features for p in self.pools)])
+        self.detector = Detector(sample)
+        self.reclassifier = Reclassifier(sample)
+
+    def run(self, progress: ProgressCallback) -> Networks:
+        o = self.options
+        n = self.rows.n_rows
+        steps = o.steps or int(np.clip(10 * math.ceil(n / o.batch), 60, 150))
+        total = o.rounds * steps
+        optimisers, schedules = [], []
+        for net in (self.detector, self.reclassifier):
+            optimiser = torch.optim.AdamW(net.parameters(), lr=o.learning_rate, weight_decay=o.weight_decay)
+            optimisers.append(optimiser)
+            schedules.append(torch.optim.lr_scheduler.OneCycleLR(optimiser, o.learning_rate, total_steps=total))
+        generator_optimiser = torch.optim.Adam(self.generator.parameters(), lr=3e-3)
+        for round_ in range(o.rounds):
+            if round_:
+                self.pools = self._attack_pools(with_generator=o.generator)
+            for net in (self.detector, self.reclassifier):
+                net.train()
+            for step in range(steps):
+                for optimiser, schedule, loss in zip(optimisers, schedules, self._losses(), strict=True):
+                    optimiser.zero_grad()
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    optimiser.step()
+                    schedule.step()
+                if step % 10 == 0:
+                    progress((round_ + step / steps) / o.rounds)
+            self.detector.eval()
+            if o.generator:
+                self._train_generator(generator_optimiser)
+        progress(1.0)
+        for module in (self.detector, self.reclassifier, self.generator):
+            module.eval()
+        return Networks(
+            self.temper_s,
+            self.temper_v,
+            self.detector,
+            self.reclassifier,
+            self.generator,
+            with_truth=self.rows.labels is not None,
+        )
+
+    def _losses(self) -> tuple[Tensor, Tensor]:
+        """Detector and re-classifier loss of one batch: benign rows and half as many of each attack."""
+        o = self.options
+        picks = [(self.benign, torch.randint(len(self.benign), (o.batch,)))]
+        picks += [(p, torch.randint(len(p), (o.batch // 2,))) for p in self.pools]
+        features = torch.cat([p.features[i] for p, i in picks])
+        benign, weights = o.batch, torch.cat([p.weight[i] for p, i in picks[1:]])
+        target = torch.zeros(len(features))
+        target[benign:] = 1.0
+        share = torch.cat([torch.full((benign,), 1.0 / benign), weights / weights.sum()])
+        # Every member on its own, so that they stay different; their mean is what is used.
+        logits = self.detector.members(features)
+        losses = functional.binary_cross_entropy_with_logits(logits, target.expand_as(logits), reduction="none")
+        detector_loss = (losses * share).sum() / len(logits)
+
+        # The re-classifier is asked about attacked rows; some benign ones teach it to leave them alone.
+        few = benign // 4
+        keep = torch.cat([torch.arange(few), torch.arange(benign, len(features))])
+        class_features = torch.cat([p.class_features[i] for p, i in picks])[keep]
+        offset = torch.cat([p.log_offset[i] for p, i in picks])[keep]
+        scores = self.reclassifier(class_features, features[keep]) + offset[:, :, None]
+        own = torch.cat([p.own_class[i] for p, i in picks])[keep]
+        loss = functional.cross_entropy(scores[:, :, 0], own)
+        if self.rows.labels is not None:
+            truth = torch.cat([p.truth[i] for p, i in picks if p.truth is not None])[keep]
+            loss = loss + functional.cross_entropy(scores[:, :, 1], truth)
+        return detector_loss, loss
+
+    def _train_generator(self, optimiser: torch.optim.Optimizer) -> None:
+        """Let the generator lower the detector's logit on its own attacks."""
+        service, verification = torch.from_numpy(self.rows.service), torch.from_numpy(self.rows.verification)
+        batch = max(32, min(self.options.batch, 2**19 // self.rows.n_classes))
+        with _frozen(self.detector):
+            for _ in range(self.options.generator_steps):
+                i = torch.randint(len(service), (batch,))
+                attacked = self.generator(service[i], torch.randn(len(i), service.shape[1]))
+                pair = Pair(self.temper_s(attacked), self.temper_v(verification[i]))
+                loss = functional.softplus(self.detector(pair.features())).mean()
+                optimiser.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimiser.step()
+
+    def _attack_pools(self, with_generator: bool) -> list[_Pool]:
+        o = self.options
+        pools = []
+        for attack in self.attacks:
+            attacked, changed = attack.apply(self.rows.service, self.rng)
+            weight = 1.0 if attack.changes_label else o.label_keeping_weight
+            pools.append(self._pool(attacked[changed], np.flatnonzero(changed), weight, attack.changes_label))
+        replayed = self.rows.service[self._replays()]
+        changed = replayed.argmax(axis=1) != self.own
+        pools.append(self._pool(replayed[changed], np.flatnonzero(changed), o.replay_weight))
+        if with_generator:
+            with torch.no_grad():
+                noise = torch.from_numpy(self.rng.standard_normal(self.rows.service.shape, dtype=np.float32))
+                lies = self.generator(torch.from_numpy(self.rows.service), noise).numpy()
+            pools.append(self._pool(lies, np.arange(self.rows.n_rows), 1.0))
+        return [p for p in pools if len(p)]
+
+    def _replays(self) -> IntArray:
+        """For each row, another row whose answer is replayed: any, or one with this class as runner-up.
+
+        The second kind is the careful liar's: of all genuine answers, one that finds the right class plausible.
+        """
+        n = self.rows.n_rows
+        chosen = self.rng.permutation(n)
+        careful = self.rng.random(n) < 0.5
+        for c in np.unique(self.own):
+            wanted = np.flatnonzero((self.own == c) & careful)
+            candidates = np.flatnonzero(self.order[:, 1] == c)
+            if len(candidates):
+                chosen[wanted] = self.rng.choice(candidates, len(wanted))
+        return chosen
+
+    @torch.no_grad()
+    def _pool(self, service: Float32Array, of: IntArray, weight: float, changes_label: bool = True) -> _Pool:
+        """Features of attacked answers (P, K) of the rows `of` (P,), computed in pieces."""
+        k = self.rows.n_classes
+        piece = max(64, 2_000_000 // k)
+        parts: list[tuple[Tensor, ...]] = []
+        for start in range(0, len(of), piece):
+            index = of[start : start + piece]
+            verification = torch.from_numpy(np.ascontiguousarray(self.rows.verification[index]))
+            claimed = torch.from_numpy(np.ascontiguousarray(service[start : start + piece]))
+            pair = Pair(self.temper_s(claimed), self.temper_v(verification))
+            own = torch.from_numpy(self.own[index])
+            truth = own if self.rows.labels is None else torch.from_numpy(self.rows.labels[index])
+            columns, offset = self._candidates(pair, own, truth)
+            class_features = pair.class_features().gather(1, columns[:, :, None].expand(-1, -1, 6))
+            at = [(columns == wanted[:, None]).to(torch.int64).argmax(dim=1) for wanted in (own, truth)]
+            agrees = pair.agreement[:, 0]
+            light = self.options.agreeing_weight if changes_label else 1.0
+            weights = weight * (1.0 + agrees * (light - 1.0))
+            parts.append((pair.features(), class_features, offset, at[0], at[1], weights))
+        if not parts:
+            empty = torch.empty(0)
+            return _Pool(empty, empty, empty, empty, empty, empty)
+        f, c, offset, own_at, truth_at, w = (torch.cat(column) for column in zip(*parts, strict=True))
+        return _Pool(f, c, offset, own_at, truth_at if self.rows.labels is not None else None, w)
+
+    def _candidates(self, pair: Pair, own: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, M) class indices and log-weights: all classes where they are few, else a sample."""
+        n, k = pair.service.shape
+        limit = self.options.class_limit
+        if k <= limit:
+            return torch.arange(k).expand(n, k), torch.zeros(n, k)
+        at_random = limit // 4
+        likely = limit - at_random
+        rank = torch.maximum(pair.service - pair.top_service[:, :1], pair.verification - pair.top_verification[:, :1])
+        rank = rank.scatter(1, own[:, None], 2.0).scatter(1, truth[:, None], 1.0)
+        order = torch.argsort(rank, dim=1, descending=True)
+        others = order[:, likely:].gather(1, torch.randint(k - likely, (n, at_random)))
+        columns = torch.cat([order[:, :likely], others], dim=1)
+        offset = torch.zeros(n, limit)
+        offset[:, likely:] = math.log((k - likely) / at_random)
+        return columns, offset
+
+
+class _frozen:
+    """Within the block, a module's parameters take no gradient."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __enter__(self) -> None:
+        self.module.requires_grad_(False)
+
+    def __exit__(self, *exception: object) -> None:
+        self.module.requires_grad_(True)

@@ -1,0 +1,246 @@
+"""Detector, re-classifier and generator as torch modules, and their export to ONNX.
+
+All three are small and do not depend on K: the detector reads a fixed number of features, the other two
+score every class with one network shared over the classes. The exported graphs take probabilities and
+hold everything from there on.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fides_plugins.errors import TrainingError
+from fides_plugins.training.features import CLASS_FEATURES, FEATURE_NAMES, Pair, Temper, limit
+
+SLOPE = 0.1
+_FEATURES = len(FEATURE_NAMES)
+
+
+class Standardise(nn.Module):
+    """(x - mean) / deviation, clipped to +-6, so that no foreign pair can leave the trained range."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, sample: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", sample.mean(dim=0))
+        self.register_buffer("scale", 1.0 / (sample.std(dim=0) + 1e-3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.clamp((x - self.mean) * self.scale, -6.0, 6.0)
+
+
+class Detector(nn.Module):
+    """Mean logit of several small networks over one feature vector, trained side by side.
+
+    Several networks in one: their weights are stacked in matrices (members, in, out), so that a call
+    costs three multiplications however many there are.
+    """
+
+    def __init__(self, sample: Tensor, members: int = 4, width: int = 32, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.standardise = Standardise(sample)
+        sizes = ((_FEATURES, width), (width, width), (width, 1))
+        self.weights = nn.ParameterList(nn.Parameter(_initial(members, a, b)) for a, b in sizes)
+        self.biases = nn.ParameterList(nn.Parameter(torch.zeros(members, 1, b)) for _, b in sizes)
+        self.dropout = nn.Dropout(dropout)
+
+    def members(self, features: Tensor) -> Tensor:
+        """(members, N) logits of features (N, F)."""
+        x: Tensor = self.standardise(features)[None]
+        last = len(self.weights) - 1
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.matmul(x, weight) + bias
+            if i < last:
+                x = self.dropout(functional.leaky_relu(x, SLOPE))
+        return x[:, :, 0]
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(N,) logits: attacked against benign."""
+        return self.members(features).mean(dim=0)
+
+
+class Reclassifier(nn.Module):
+    """One network over (class features, pair features), the same for every class.
+
+    It gives two scores for each class: that the un-attacked service would have chosen it, and that it is
+    the true one. The second is trained only where there are labels.
+    """
+
+    class_scale: Tensor
+
+    def __init__(self, sample: Tensor, width: int = 32) -> None:
+        super().__init__()
+        self.standardise = Standardise(sample)
+        self.of_class = nn.Linear(CLASS_FEATURES, width)
+        self.of_pair = nn.Linear(_FEATURES, width)
+        self.hidden = nn.Linear(width, width)
+        self.score = nn.Linear(width, 2)
+        # Log-ratios reach 20, probabilities 1: bring both to the same size once.
+        self.register_buffer("class_scale", torch.tensor([0.2, 0.2, 0.2, 0.2, 1.0, 1.0]))
+
+    def forward(self, class_features: Tensor, features: Tensor) -> Tensor:
+        """(N, M, 2) scores of M classes from (N, M, CLASS_FEATURES) and (N, F)."""
+        context = self.of_pair(self.standardise(features))[:, None, :]
+        x = functional.leaky_relu(self.of_class(class_features * self.class_scale) + context, SLOPE)
+        x = functional.leaky_relu(self.hidden(x), SLOPE)
+        return cast(Tensor, self.score(x))
+
+
+class Generator(nn.Module):
+    """The learned output attack: sees the service's answer only, returns one with another top class.
+
+    That the top class changes is built in: the claimed class ends below the best other class by a margin
+    that is learned, so no term of the loss has to ask for it.
+    """
+
+    def __init__(self, service_temper: Temper, width: int = 16) -> None:
+        super().__init__()
+        self.temper = service_temper
+        self.of_class = nn.Linear(5, width)
+        self.hidden = nn.Linear(width, width)
+        self.change = nn.Linear(width, 2)
+        nn.init.zeros_(self.change.weight)
+        nn.init.zeros_(self.change.bias)
+
+    def forward(self, service: Tensor, noise: Tensor) -> Tensor:
+        """(N, K) attacked probabilities from clean ones and standard normal noise, (N, K) both."""
+        logs = torch.log(torch.clamp_min(service, 1e-30))
+        tempered = self.temper(service)
+        top = torch.topk(tempered, 2, dim=1).values
+        is_top = (tempered >= top[:, :1]).to(service.dtype)
+        columns = (
+            limit(tempered - top[:, :1]) * 0.2,
+            limit(tempered - top[:, 1:]) * 0.2,
+            torch.exp(tempered),
+            is_top,
+            noise,
+        )
+        x = functional.leaky_relu(self.of_class(torch.stack(columns, dim=2)), SLOPE)
+        x = self.change(functional.leaky_relu(self.hidden(x), SLOPE))
+        moved = logs + limit(4.0 * x[:, :, 0])
+        best_other = (moved - 1e4 * is_top).amax(dim=1, keepdim=True)
+        margin = functional.softplus((x[:, :, 1] * is_top).sum(dim=1, keepdim=True)) + 0.01
+        lowered = torch.minimum(moved, best_other - margin)
+        return torch.softmax(moved + is_top * (lowered - moved), dim=1)
+
+
+class DetectorGraph(nn.Module):
+    """service, verification (N, K) -> score (N,) in (0, 1), 0.5 at the balanced threshold."""
+
+    def __init__(self, temper_s: Temper, temper_v: Temper, detector: Detector, balanced_logit: float) -> None:
+        super().__init__()
+        self.temper_s, self.temper_v, self.detector = temper_s, temper_v, detector
+        self.register_buffer("offset", torch.tensor(balanced_logit, dtype=torch.float32))
+
+    def forward(self, service: Tensor, verification: Tensor) -> Tensor:
+        pair = Pair(self.temper_s(service), self.temper_v(verification))
+        return to_score(self.detector(pair.features()) - self.offset)
+
+
+class ReclassifierGraph(nn.Module):
+    """service, verification (N, K) -> probabilities (N, K), truth (N, K).
+
+    `probabilities`: that the un-attacked service would have chosen the class. `truth`: that it is the
+    true class; without labels in training this is the tempered reference itself.
+    """
+
+    def __init__(self, temper_s: Temper, temper_v: Temper, reclassifier: Reclassifier, with_truth: bool) -> None:
+        super().__init__()
+        self.temper_s, self.temper_v, self.reclassifier = temper_s, temper_v, reclassifier
+        self.with_truth = with_truth
+
+    def forward(self, service: Tensor, verification: Tensor) -> tuple[Tensor, Tensor]:
+        pair = Pair(self.temper_s(service), self.temper_v(verification))
+        scores = torch.softmax(self.reclassifier(pair.class_features(), pair.features()), dim=1)
+        truth = scores[:, :, 1] if self.with_truth else torch.exp(pair.verification)
+        return scores[:, :, 0], truth
+
+
+def to_score(logit: Tensor) -> Tensor:
+    """Map a logit to (0, 1) by (1 + x / (1 + |x|)) / 2.
+
+    A sigmoid would round to exactly 1 in float32 from a logit of 17 on, and ties at the top are what
+    calibration must not have.
+    """
+    return 0.5 + 0.5 * logit / (1.0 + torch.abs(logit))
+
+
+def export(graph: nn.Module, inputs: Sequence[str], outputs: Sequence[str]) -> bytes:
+    """ONNX bytes of a graph over (N, K) float32 inputs, N and K free.
+
+    Parameters
+    ----------
+    graph:
+        In evaluation mode afterwards.
+    inputs, outputs:
+        Tensor names; the first output axis is N.
+    """
+    graph.eval()
+    example = tuple(torch.softmax(torch.randn(4, 7, generator=torch.Generator().manual_seed(i)), 1) for i in range(2))
+    rows, classes = torch.export.Dim("rows", min=1), torch.export.Dim("classes", min=2)
+    with _quiet_exporter(), torch.no_grad():
+        program = torch.onnx.export(
+            graph,
+            example[: len(inputs)],
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_shapes=tuple({0: rows, 1: classes} for _ in inputs),
+            dynamo=True,
+            opset_version=18,
+            external_data=False,
+            verbose=False,
+        )
+    if program is None:
+        raise TrainingError("The exporter of torch gave no graph.", "Install the torch release that this package pins.")
+    return _without_notes(program.model_proto.SerializeToString())
+
+
+def _without_notes(data: bytes) -> bytes:
+    """The graph without the exporter's per-node notes, which hold source paths and most of the bytes."""
+    import onnx
+
+    model = onnx.load_from_string(data)
+    for node in model.graph.node:
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info, *model.graph.initializer):
+        value.ClearField("metadata_props")
+        value.ClearField("doc_string")
+    model.graph.ClearField("value_info")
+    model.graph.ClearField("metadata_props")
+    model.ClearField("metadata_props")
+    onnx.checker.check_model(model)
+    return cast(bytes, model.SerializeToString())
+
+
+@contextmanager
+def _quiet_exporter() -> Any:
+    """Hold back the exporter's notes on its own internals; errors still pass."""
+    names = ("torch.onnx", "onnxscript", "onnx_ir")
+    levels = {name: logging.getLogger(name).level for name in names}
+    try:
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def _initial(members: int, fan_in: int, fan_out: int) -> Tensor:
+    weight = torch.empty(members, fan_in, fan_out)
+    for member in weight:
+        nn.init.kaiming_uniform_(member.T, a=SLOPE, nonlinearity="leaky_relu")
+    return weight

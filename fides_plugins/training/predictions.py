@@ -1,0 +1,195 @@
+"""Pairs of predictions: what both models answered on the same rows, and nothing else.
+
+The file format (`.npz`): `service_logits` or `service_probabilities`, `verification_logits` or
+`verification_probabilities`, all (N, K), and optionally `labels` (N,). With it a detector can be fitted
+and judged without any model at hand.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fides_plugins.errors import InputError, TrainingError
+from fides_plugins.types import BoolArray, Float32Array, IntArray, OutputKind, Prediction
+
+_ARRAYS = (
+    "`service_logits` or `service_probabilities`, `verification_logits` or `verification_probabilities`, "
+    "and optionally `labels`"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """Both models' answers on the same N rows.
+
+    Attributes
+    ----------
+    service, verification:
+        (N, K) float32, rows sum to one. `service` is clean: what the un-attacked service answered.
+    labels:
+        (N,) int64 in [0, K), or None.
+    service_kind, verification_kind:
+        What the source held.
+    """
+
+    service: Float32Array
+    verification: Float32Array
+    labels: IntArray | None = None
+    service_kind: OutputKind = "probabilities"
+    verification_kind: OutputKind = "probabilities"
+
+    @classmethod
+    def check(
+        cls,
+        service: ArrayLike,
+        verification: ArrayLike,
+        labels: ArrayLike | None = None,
+        *,
+        service_kind: OutputKind = "probabilities",
+        verification_kind: OutputKind = "probabilities",
+        service_temperature: float = 1.0,
+        verification_temperature: float = 1.0,
+    ) -> Predictions:
+        """Predictions from raw outputs.
+
+        Raises
+        ------
+        TrainingError
+            If shapes differ, a row is not finite or no distribution, or a label is out of range; the
+            message names the array and the first bad row.
+        """
+        s = _distribution(service, service_kind, service_temperature, f"service_{service_kind}")
+        v = _distribution(
+            verification, verification_kind, verification_temperature, f"verification_{verification_kind}"
+        )
+        if s.shape[1] != v.shape[1]:
+            raise TrainingError(
+                f"The service has {s.shape[1]} classes, the verification model {v.shape[1]}.",
+                "Both must answer over the same classes in the same order.",
+            )
+        if len(s) != len(v):
+            raise TrainingError(
+                f"The service has {len(s)} rows, the verification model {len(v)}.", "Both must answer the same inputs."
+            )
+        if not len(s):
+            raise TrainingError("There are no rows.", "Give predictions for at least a few hundred inputs.")
+        return cls(s, v, _labels(labels, *s.shape), service_kind, verification_kind)
+
+    @property
+    def n_rows(self) -> int:
+        """N, the number of rows."""
+        return len(self.service)
+
+    @property
+    def n_classes(self) -> int:
+        """K, the number of classes."""
+        return int(self.service.shape[1])
+
+    @property
+    def agreement(self) -> float:
+        """Share of rows on which both models choose the same class."""
+        return float((self.service.argmax(axis=1) == self.verification.argmax(axis=1)).mean())
+
+    def take(self, rows: IntArray | BoolArray) -> Predictions:
+        """The chosen rows."""
+        labels = None if self.labels is None else self.labels[rows]
+        return Predictions(
+            np.ascontiguousarray(self.service[rows]),
+            np.ascontiguousarray(self.verification[rows]),
+            labels,
+            self.service_kind,
+            self.verification_kind,
+        )
+
+    def split(self, fraction: float, seed: int) -> tuple[Predictions, Predictions]:
+        """Two disjoint parts at random; the first has ceil((1 - fraction) N) rows."""
+        order = np.random.default_rng(seed).permutation(self.n_rows)
+        cut = self.n_rows - int(fraction * self.n_rows)
+        return self.take(np.sort(order[:cut])), self.take(np.sort(order[cut:]))
+
+
+def load_predictions(
+    path: str | Path, service_temperature: float = 1.0, verification_temperature: float = 1.0
+) -> Predictions:
+    """Read a predictions file. The temperatures divide logits, as the bundle's do.
+
+    Raises
+    ------
+    TrainingError
+        If the file cannot be read, arrays are missing, or their contents do not fit.
+    """
+    name = Path(path).name
+    arrays = _read_npz(Path(path), name)
+    outputs: dict[str, tuple[NDArray[Any], OutputKind]] = {}
+    for side in ("service", "verification"):
+        kinds: list[OutputKind] = [k for k in ("logits", "probabilities") if f"{side}_{k}" in arrays]
+        if not kinds:
+            raise TrainingError(
+                f"{name} has neither `{side}_logits` nor `{side}_probabilities`; it has {sorted(arrays)}.",
+                f"A predictions file holds {_ARRAYS}.",
+            )
+        outputs[side] = (arrays[f"{side}_{kinds[0]}"], kinds[0])
+    return Predictions.check(
+        outputs["service"][0],
+        outputs["verification"][0],
+        arrays.get("labels"),
+        service_kind=outputs["service"][1],
+        verification_kind=outputs["verification"][1],
+        service_temperature=service_temperature,
+        verification_temperature=verification_temperature,
+    )
+
+
+def _read_npz(path: Path, name: str) -> Mapping[str, NDArray[Any]]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise TrainingError(f"{name} holds one array, not an archive.", f"Save {_ARRAYS} with numpy.savez.")
+            return {key: archive[key] for key in archive.files}
+    except FileNotFoundError:
+        raise TrainingError(f"There is no file {name}.", "Check the path.") from None
+    except OSError as error:
+        raise TrainingError(f"{name} cannot be read: {error.strerror or error}.") from None
+    except (ValueError, zipfile.BadZipFile, EOFError):
+        raise TrainingError(
+            f"{name} is no .npz file of plain arrays.", f"Save {_ARRAYS} with numpy.savez; objects are not read."
+        ) from None
+
+
+def _distribution(values: ArrayLike, kind: OutputKind, temperature: float, what: str) -> Float32Array:
+    try:
+        prediction = Prediction.from_output(values, kind, temperature)
+    except InputError as error:
+        raise TrainingError(f"`{what}`: {error.cause_text}", error.remedy) from None
+    bad = np.flatnonzero(~prediction.valid)
+    if len(bad):
+        raise TrainingError(
+            f"`{what}` has {len(bad)} row(s) that are not finite or no distribution, the first is row {bad[0]}.",
+            "Remove these rows from every array, or find out why the model gave them.",
+        )
+    return prediction.probabilities
+
+
+def _labels(labels: ArrayLike | None, n: int, k: int) -> IntArray | None:
+    if labels is None:
+        return None
+    raw = np.asarray(labels)
+    if raw.shape != (n,) or raw.dtype.kind not in "iu":
+        raise TrainingError(
+            f"`labels` has shape {raw.shape} and dtype {raw.dtype}; expected ({n},) whole numbers.",
+            "Give one class index per row, or leave the labels out.",
+        )
+    bad = np.flatnonzero((raw < 0) | (raw >= k))
+    if len(bad):
+        raise TrainingError(
+            f"`labels` has {len(bad)} value(s) outside 0..{k - 1}, the first is {raw[bad[0]]} in row {bad[0]}.",
+            "Labels are class indices that start at 0.",
+        )
+    return raw.astype(np.int64)
