@@ -19,9 +19,13 @@ if os.path.isdir(_VENDOR):
 try:
     from fides_plugins.serving.torchserve import handler as _handler
 except ImportError as error:
+    remedy = "Install fides-plugins there, or attach again with --vendor."
+    if os.path.isdir(_VENDOR):
+        with open(os.path.join(_VENDOR, "TAG"), encoding="utf-8") as stream:
+            remedy = f"The vendored copy is for {stream.read().strip()}; attach with that server's Python."
     # Not an ImportError: TorchServe would then look for a built-in handler and report that instead.
     raise RuntimeError(
-        f"The worker's Python cannot import fides-plugins ({error}). Install it there, or attach again with --vendor."
+        f"The worker's Python {sys.version.split()[0]} cannot import Fides: {error}. {remedy}"
     ) from error
 
 

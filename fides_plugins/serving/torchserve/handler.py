@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fides_plugins.errors import FidesError, SettingsError
+from fides_plugins.metrics import MetricsBackend
 from fides_plugins.serving.torchserve.body import BodyParser, make_parser
 from fides_plugins.serving.torchserve.body_capture import judge_bodies, read_requests
 from fides_plugins.serving.torchserve.judge import INTERNAL, Judge
 from fides_plugins.serving.torchserve.metrics import TorchServeMetrics
 from fides_plugins.serving.torchserve.options import HostOptions, read_section
-from fides_plugins.serving.torchserve.original import Original, find_handler, protect
+from fides_plugins.serving.torchserve.original import Found, Original, find_handler, protect
 from fides_plugins.serving.torchserve.verdicts import RowVerdict, envelope, headers, per_request, refusal
 from fides_plugins.settings import Settings
 from fides_plugins.types import Status
@@ -70,25 +73,20 @@ class FidesHandler:
         RuntimeError
             If the configuration cannot work. TorchServe reports this type as a failed load.
         """
-        model_dir = context.system_properties["model_dir"]
+        metrics = None
         try:
-            self.options, settings = read_section(context.model_yaml_config, model_dir)
-            found = find_handler(self.options.handler)
-            if self.options.parser is not None:
-                self._parser = make_parser(self.options.parser)
-            elif found.kind == "body":
-                raise unprotectable(found.description)
-            if self._parser is not None and settings.mode == "correct" and self._parser.replace is None:
-                raise SettingsError("`mode: correct` needs a function `replace` in the parser.")
-            metrics = TorchServeMetrics() if self.options.metrics else None
-            self.judge = Judge(settings, context.model_name, self.options.concurrent, metrics)
-            self.original = protect(found, self._capture if self._parser is None else None)
+            metrics = TorchServeMetrics()
+            prepared = prepare(
+                context.model_yaml_config, context.system_properties["model_dir"], context.model_name, metrics
+            )
+            self.options, self.judge, self._parser = prepared.options, prepared.judge, prepared.parser
+            self.original = protect(prepared.found, self._capture if self._parser is None else None)
         except FidesError as error:
             raise RuntimeError(f"Fides cannot protect this model: {error}") from error
-        self._metrics = metrics
+        self._metrics = metrics if self.options.metrics else None
         self.original.initialize(context)
         self._flush(context)
-        logger.info("Fides protects %s in mode %s", found.description, settings.mode)
+        logger.info("Fides protects %s in mode %s", prepared.found.description, self.settings.mode)
 
     def handle(self, data: Any, context: Any) -> Any:
         """Answer one batch: the original's answer, with verdicts in headers, bodies and statuses."""
@@ -190,6 +188,40 @@ class FidesHandler:
                 for position in where:
                     items[position] = envelope(items[position], verdict, self.judge.class_names)
         return items
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that is known before the original handler is made."""
+
+    options: HostOptions
+    judge: Judge
+    found: Found
+    parser: BodyParser | None
+
+
+def prepare(
+    config: Mapping[str, Any] | None,
+    model_dir: str | Path,
+    model_name: str,
+    metrics: MetricsBackend | None = None,
+) -> Prepared:
+    """Read the section, import the original handler and load the protection, without calling anything.
+
+    Raises
+    ------
+    FidesError
+        If this cannot work: a wrong key, a handler that cannot be imported or has nothing to wrap.
+    """
+    options, settings = read_section(config, model_dir)
+    found = find_handler(options.handler)
+    parser = None if options.parser is None else make_parser(options.parser)
+    if found.kind == "body" and parser is None:
+        raise unprotectable(found.description)
+    if parser is not None and settings.mode == "correct" and parser.replace is None:
+        raise SettingsError("`mode: correct` needs a function `replace` in the parser.")
+    judge = Judge(settings, model_name, options.concurrent, metrics if options.metrics else None)
+    return Prepared(options, judge, found, parser)
 
 
 def unprotectable(description: str) -> SettingsError:

@@ -1,0 +1,250 @@
+"""Read and rewrite model archives: `.mar` (zip), `.tar.gz` and unpacked folders.
+
+Entries that are not changed are copied as they are, with their place, time and mode, so that an archive
+can be changed and changed back. Nothing is written before everything is known to be sound.
+"""
+
+from __future__ import annotations
+
+import copy
+import gzip
+import io
+import os
+import shutil
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, Literal
+
+from fides_plugins.errors import InputError
+from fides_plugins.serving.torchserve.build import MANIFEST, ZIP_EPOCH
+
+Form = Literal["mar", "tar.gz", "folder"]
+
+_FILE_MODE = 0o644
+_LIMIT = "Check that the file is a whole model archive."
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file (or folder) of an archive.
+
+    Attributes
+    ----------
+    name:
+        Path inside the archive, without the folder that a `.tar.gz` has around everything.
+    open:
+        Opens the contents for reading; None for a folder or a link.
+    info:
+        What the container says about it: `ZipInfo`, `TarInfo`, or the path of a file on disk; None for
+        an entry that is new.
+    """
+
+    name: str
+    open: Callable[[], IO[bytes]] | None
+    info: Any = None
+
+    def read(self) -> bytes:
+        """Whole contents; empty for a folder."""
+        if self.open is None:
+            return b""
+        with self.open() as stream:
+            return stream.read()
+
+    def with_content(self, content: bytes) -> Entry:
+        """The same entry with other contents."""
+        return Entry(self.name, lambda: io.BytesIO(content), self.info)
+
+    @classmethod
+    def new(cls, name: str, content: bytes) -> Entry:
+        """An entry that the archive did not have."""
+        return cls(name, lambda: io.BytesIO(content))
+
+
+@dataclass(frozen=True)
+class ModelArchive:
+    """An opened archive.
+
+    Attributes
+    ----------
+    form:
+        How it is packed.
+    prefix:
+        Folder around everything, with its slash; empty for most.
+    entries:
+        In the archive's order.
+    comment:
+        Comment of a zip.
+    """
+
+    form: Form
+    prefix: str
+    entries: tuple[Entry, ...]
+    comment: bytes = b""
+
+    def get(self, name: str) -> Entry | None:
+        """The entry with this name."""
+        return next((e for e in self.entries if e.name == name), None)
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all entries, folders without their slash."""
+        return {e.name.rstrip("/") for e in self.entries}
+
+
+@contextmanager
+def open_archive(path: str | Path) -> Iterator[ModelArchive]:
+    """Open an archive; entries can be read while the context is open.
+
+    Raises
+    ------
+    InputError
+        If it is no model archive, or holds entries that are unsafe or cannot be copied.
+    """
+    source = Path(path)
+    if source.is_dir():
+        files = sorted(p for p in source.rglob("*") if not p.is_dir() or p.is_symlink())
+        yield _checked(source, "folder", [_folder_entry(source, p) for p in files])
+    elif not source.is_file():
+        raise InputError(f"There is no archive {source.name}.")
+    elif zipfile.is_zipfile(source):
+        with zipfile.ZipFile(source) as zipped:
+            if any(i.flag_bits & 1 for i in zipped.infolist()):
+                raise InputError(f"{source.name} holds encrypted entries.", "Remove the encryption first.")
+            entries = [_zip_entry(zipped, info) for info in zipped.infolist()]
+            yield _checked(source, "mar", entries, zipped.comment)
+    elif tarfile.is_tarfile(source):
+        with tarfile.open(source, "r:*") as tar:
+            yield _checked(source, "tar.gz", [_tar_entry(tar, info) for info in tar.getmembers()])
+    else:
+        raise InputError(f"{source.name} is neither a zip, nor a tar, nor a folder.", _LIMIT)
+
+
+def write_archive(target: str | Path, archive: ModelArchive, force: bool = False) -> None:
+    """Write an archive in one step: it is there completely or not at all.
+
+    Raises
+    ------
+    InputError
+        If something is there already and `force` is not set.
+    """
+    path = Path(target)
+    if path.exists() and not force:
+        raise InputError(f"{path.name} exists already.", "Choose another name, or add --force.")
+    if not path.parent.is_dir():
+        raise InputError(f"There is no folder for {path.name}.", "Make it first.")
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        staging = Path(folder) / "archive"
+        if archive.form == "folder":
+            write_folder(staging, archive)
+        elif archive.form == "mar":
+            _write_zip(staging, archive)
+        else:
+            _write_tar(staging, archive)
+        if path.is_dir() and not path.is_symlink():
+            # A folder cannot be replaced in one step; the old one steps aside first.
+            os.replace(path, Path(folder) / "before")
+        os.replace(staging, path)
+
+
+def write_folder(root: Path, archive: ModelArchive) -> None:
+    """Unpack an archive into a new folder."""
+    root.mkdir(parents=True)
+    for entry in archive.entries:
+        path = root / entry.name
+        if entry.open is None:
+            if isinstance(entry.info, Path) and entry.info.is_symlink():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.symlink_to(os.readlink(entry.info))
+            else:
+                path.mkdir(parents=True, exist_ok=True)
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with entry.open() as source, path.open("wb") as out:
+            shutil.copyfileobj(source, out)
+        if isinstance(entry.info, Path):
+            shutil.copystat(entry.info, path)
+
+
+def _checked(source: Path, form: Form, entries: Sequence[Entry], comment: bytes = b"") -> ModelArchive:
+    manifests = [e.name for e in entries if e.name == MANIFEST or e.name.endswith(f"/{MANIFEST}")]
+    prefix = manifests[0][: -len(MANIFEST)] if len(manifests) == 1 else ""
+    if not manifests or any(not _inside(e.name, prefix) for e in entries):
+        raise InputError(f"{source.name} is no model archive: it has no {MANIFEST} at its top.", _LIMIT)
+    plain = [Entry(e.name[len(prefix) :], e.open, e.info) for e in entries if e.name.rstrip("/") + "/" != prefix]
+    for entry in plain:
+        parts = PurePosixPath(entry.name)
+        if parts.is_absolute() or ".." in parts.parts or "\\" in entry.name or not entry.name:
+            raise InputError(f"{source.name} holds the unsafe entry {entry.name!r}.", "Build the archive again.")
+    names = [e.name for e in plain]
+    if len(set(names)) < len(names):
+        twice = next(n for n in names if names.count(n) > 1)
+        raise InputError(f"{source.name} holds {twice!r} twice.", "Build the archive again.")
+    return ModelArchive(form, prefix, tuple(plain), comment)
+
+
+def _inside(name: str, prefix: str) -> bool:
+    return name.startswith(prefix) or name.rstrip("/") + "/" == prefix
+
+
+def _zip_entry(zipped: zipfile.ZipFile, info: zipfile.ZipInfo) -> Entry:
+    return Entry(info.filename, None if info.is_dir() else lambda: zipped.open(info), info)
+
+
+def _tar_entry(tar: tarfile.TarFile, info: tarfile.TarInfo) -> Entry:
+    if not info.isfile():
+        return Entry(info.name, None, info)
+
+    def contents() -> IO[bytes]:
+        stream = tar.extractfile(info)
+        assert stream is not None  # extractfile gives None only for what is no file
+        return stream
+
+    return Entry(info.name, contents, info)
+
+
+def _folder_entry(root: Path, path: Path) -> Entry:
+    name = path.relative_to(root).as_posix()
+    return Entry(name, None if path.is_symlink() else lambda: path.open("rb"), path)
+
+
+def _write_zip(target: Path, archive: ModelArchive) -> None:
+    with zipfile.ZipFile(target, "w") as out:
+        out.comment = archive.comment
+        for entry in archive.entries:
+            if entry.info is None:
+                info = zipfile.ZipInfo(archive.prefix + entry.name, ZIP_EPOCH)
+                info.compress_type = zipfile.ZIP_DEFLATED
+                info.external_attr = _FILE_MODE << 16
+            else:
+                info = copy.copy(entry.info)
+            if entry.open is None:
+                out.writestr(info, b"")
+                continue
+            # Sizes may have changed, so a large entry must be allowed to need zip64.
+            with entry.open() as source, out.open(info, "w", force_zip64=info.file_size >= 1 << 31) as sink:
+                shutil.copyfileobj(source, sink)
+
+
+def _write_tar(target: Path, archive: ModelArchive) -> None:
+    # Time 0 in the gzip header: the same archive gives the same bytes.
+    with (
+        target.open("wb") as raw,
+        gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed,
+        tarfile.open(fileobj=packed, mode="w") as out,
+    ):
+        for entry in archive.entries:
+            if entry.open is None:
+                out.addfile(copy.copy(entry.info))
+                continue
+            info = copy.copy(entry.info) if entry.info is not None else tarfile.TarInfo(archive.prefix + entry.name)
+            if entry.info is None:
+                info.mode = _FILE_MODE
+            with entry.open() as source:
+                if isinstance(source, io.BytesIO):
+                    info.size = len(source.getbuffer())
+                out.addfile(info, source)

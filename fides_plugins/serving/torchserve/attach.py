@@ -1,0 +1,249 @@
+"""Protect an existing model archive, and undo it.
+
+Attaching changes two entries, the manifest (its handler) and the config file (a section `fides:`), and
+adds others: the handler, the bundle, a record of what was there before, and with `vendor` the package.
+Detaching puts the two back and takes the others out.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fides_plugins.bundle import Bundle
+from fides_plugins.errors import InputError, SettingsError
+from fides_plugins.serving.torchserve.archive import Entry, ModelArchive, open_archive, write_archive
+from fides_plugins.serving.torchserve.build import CONFIG_NAME, MANIFEST, SHIM_NAME, bundle_files, shim
+from fides_plugins.serving.torchserve.options import BUNDLE_FOLDER, SECTION, HostOptions, read_section
+from fides_plugins.serving.torchserve.probe import ProbeResult, probe_archive
+from fides_plugins.serving.torchserve.vendor import vendor_files
+
+RECORD = "fides_attach.json"
+RECORD_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What an attach did, for people and for `--json`.
+
+    Attributes
+    ----------
+    original_handler:
+        As the manifest named it.
+    handler:
+        What the import check found it to be; empty when the check was skipped.
+    added:
+        Names of new entries.
+    changed:
+        Names of entries whose contents changed.
+    """
+
+    original_handler: str
+    handler: str
+    added: Sequence[str] = field(default=())
+    changed: Sequence[str] = field(default=())
+
+
+def attach(
+    source: str | Path,
+    bundle: str | Path,
+    target: str | Path,
+    section: Mapping[str, Any] | None = None,
+    *,
+    vendor: bool = False,
+    force: bool = False,
+    python: str | None = None,
+    check_import: bool = True,
+) -> Attachment:
+    """Write a protected copy of a model archive.
+
+    Attaching to an archive that is attached already starts from its original, so doing it twice gives
+    the same bytes as doing it once.
+
+    Parameters
+    ----------
+    source, target:
+        `.mar`, `.tar.gz` or a folder; the target gets the source's form.
+    bundle:
+        Folder that `fides fit` wrote.
+    section:
+        Settings and options for the section `fides:`, without `handler` and `bundle`.
+    vendor:
+        Put the package and its dependencies into the archive.
+    force:
+        Replace `target` if it exists.
+    python:
+        Interpreter that imports the handler, when the server's is not this one.
+    check_import:
+        Whether to import the handler at all.
+
+    Raises
+    ------
+    FidesError
+        If the archive cannot be protected; nothing is written then.
+    """
+    _different(source, target)
+    Bundle.load(bundle)
+    with open_archive(source) as opened:
+        original = _without_attachment(opened)
+        manifest, model = _manifest(original)
+        handler = model["handler"]
+        files = {SHIM_NAME: shim().encode(), **bundle_files(bundle)}
+        if vendor:
+            files.update(vendor_files())
+        config_name, config, config_entry = _config(original, model)
+        ours = {"handler": handler, "bundle": BUNDLE_FOLDER, **(section or {})}
+        text = _with_section(config, ours)
+        _check_section(text, files)
+        changed = {MANIFEST: _rewritten(manifest, config_name)}
+        if config_entry is None:
+            files[config_name] = text.encode()
+        else:
+            changed[config_name] = text.encode()
+        files[RECORD] = _record(original, changed, files)
+        taken = sorted(original.names & files.keys())
+        if taken:
+            raise InputError(f"The archive already holds {', '.join(taken)}.", "Rename these entries first.")
+        protected = _with_entries(original, changed, files)
+        found = ProbeResult("", "")
+        if check_import:
+            found = probe_archive(protected, python)
+        write_archive(target, protected, force)
+    return Attachment(handler, found.description, tuple(sorted(files)), tuple(sorted(changed)))
+
+
+def detach(source: str | Path, target: str | Path, *, force: bool = False) -> tuple[str, ...]:
+    """Write the archive that was there before `attach`; returns the names that were taken out.
+
+    Raises
+    ------
+    InputError
+        If the archive was not attached by this command, or was changed since.
+    """
+    _different(source, target)
+    with open_archive(source) as opened:
+        if opened.get(RECORD) is None:
+            raise InputError(f"{Path(source).name} was not protected by `fides attach`.", "There is nothing to undo.")
+        original = _without_attachment(opened)
+        write_archive(target, original, force)
+        return tuple(sorted(opened.names - original.names))
+
+
+def _different(source: str | Path, target: str | Path) -> None:
+    if Path(source).resolve() == Path(target).resolve():
+        raise InputError("Source and target are the same file.", "Write to a new file; the original stays as it is.")
+
+
+def _without_attachment(archive: ModelArchive) -> ModelArchive:
+    entry = archive.get(RECORD)
+    if entry is None:
+        return archive
+    try:
+        record = json.loads(entry.read())
+        if record["version"] != RECORD_VERSION:
+            raise InputError(f"{RECORD} has version {record['version']!r}.", "Detach with the release that attached.")
+        added = set(record["added"])
+        before = {name: base64.b64decode(text) for name, text in record["before"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{RECORD} is damaged.", "Take the original archive from where it was published.") from None
+    missing = sorted((added | before.keys()) - archive.names)
+    if missing:
+        raise InputError(
+            f"The archive was changed after it was attached: {', '.join(missing)} is missing.",
+            "Take the original archive from where it was published.",
+        )
+    kept = [e for e in archive.entries if e.name not in added]
+    return replace(archive, entries=tuple(e.with_content(before[e.name]) if e.name in before else e for e in kept))
+
+
+def _manifest(archive: ModelArchive) -> tuple[dict[str, Any], dict[str, Any]]:
+    entry = archive.get(MANIFEST)
+    assert entry is not None  # open_archive checked it
+    try:
+        manifest = json.loads(entry.read())
+        model = manifest["model"]
+        handler = model.get("handler")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{MANIFEST} is not valid.", "Build the archive again with torch-model-archiver.") from None
+    if manifest.get("runtime", "python") not in ("python", "python3"):
+        raise InputError(
+            f"The archive's runtime is {manifest['runtime']!r}; only Python handlers can be protected.",
+            "Serve the model with a Python handler.",
+        )
+    if not isinstance(handler, str) or not handler:
+        raise InputError("The manifest names no handler.", "Build the archive with --handler.")
+    return manifest, model
+
+
+def _config(archive: ModelArchive, model: Mapping[str, Any]) -> tuple[str, str, Entry | None]:
+    """Name and text of the config file, and its entry if the archive has one."""
+    name = model.get("configFile")
+    if not name:
+        # A file of that name which the manifest does not mention is not a config file; it stays as it is.
+        return (CONFIG_NAME if CONFIG_NAME not in archive.names else f"fides-{CONFIG_NAME}"), "", None
+    entry = archive.get(str(name))
+    if entry is None:
+        raise InputError(f"The manifest names the config file {name}, which the archive lacks.", "Build it again.")
+    try:
+        text = entry.read().decode("utf-8")
+        parsed = yaml.safe_load(text)
+    except (UnicodeDecodeError, yaml.YAMLError):
+        raise InputError(f"The config file {name} is not valid yaml.", "Mend it first.") from None
+    if parsed is not None and not isinstance(parsed, dict):
+        raise InputError(f"The config file {name} holds no mapping.", "Mend it first.")
+    if parsed and SECTION in parsed:
+        raise InputError(
+            f"The config file {name} has a section `{SECTION}:` already, written by hand.",
+            "Change that section, or take it and the handler out and attach again.",
+        )
+    return str(name), text, entry
+
+
+def _with_section(config: str, section: Mapping[str, Any]) -> str:
+    """The user's file, comments and all, with our section after it."""
+    ours = yaml.safe_dump({SECTION: dict(section)}, sort_keys=False, allow_unicode=True)
+    expected = {**(yaml.safe_load(config) or {}), SECTION: dict(section)}
+    appended = f"{config.rstrip()}\n\n{ours}" if config.strip() else ours
+    try:
+        if yaml.safe_load(appended) == expected:
+            return appended
+    except yaml.YAMLError:
+        pass
+    # Flow style or an explicit end of the document: nothing can be appended, so the keys are written anew.
+    return str(yaml.safe_dump(expected, sort_keys=False, allow_unicode=True))
+
+
+def _check_section(text: str, files: Mapping[str, bytes]) -> HostOptions:
+    options, settings = read_section(yaml.safe_load(text), ".")
+    if settings.bundle != BUNDLE_FOLDER:
+        raise SettingsError(
+            f"`bundle` is {settings.bundle!r}.", "Leave it out; attach puts the bundle into the archive."
+        )
+    return options
+
+
+def _rewritten(manifest: Mapping[str, Any], config_name: str) -> bytes:
+    model = {**manifest["model"], "handler": SHIM_NAME, "configFile": config_name}
+    return json.dumps({**manifest, "model": model}, indent=2).encode()
+
+
+def _record(original: ModelArchive, changed: Mapping[str, bytes], files: Mapping[str, bytes]) -> bytes:
+    before = {}
+    for name in changed:
+        entry = original.get(name)
+        assert entry is not None  # only existing entries are changed
+        before[name] = base64.b64encode(entry.read()).decode("ascii")
+    record = {"version": RECORD_VERSION, "added": sorted([*files, RECORD]), "before": before}
+    return json.dumps(record, indent=2).encode()
+
+
+def _with_entries(original: ModelArchive, changed: Mapping[str, bytes], files: Mapping[str, bytes]) -> ModelArchive:
+    entries = [e.with_content(changed[e.name]) if e.name in changed else e for e in original.entries]
+    entries += [Entry.new(name, content) for name, content in sorted(files.items())]
+    return replace(original, entries=tuple(entries))
