@@ -7,6 +7,8 @@ those rows; that is the compromised service of these tests.
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -132,3 +134,75 @@ def add_mode(repository: Path, model: str, step: str, **parameters: str) -> None
     shutil.copytree(repository / "digits__fides", repository / model)
     config = repository / model / "config.pbtxt"
     config.write_text(config.read_text().replace('"fides_validate"', f'"{step}"'))
+
+
+STRANGER_CONFIG = """\
+# Served since 2023; do not touch.
+name: "flowers"
+backend: "python"
+max_batch_size: 16
+version_policy { latest { num_versions: 1 } }
+input [ { name: "pixels_in" data_type: TYPE_FP32 dims: [ 1, 8, 8 ] } ]
+output [ { name: "scores" data_type: TYPE_FP32 dims: [ 10 ] label_filename: "flower_labels.txt" } ]
+dynamic_batching { preferred_batch_size: [ 4, 8 ] max_queue_delay_microseconds: 100 }
+model_warmup [ {
+  name: "one" batch_size: 1
+  inputs { key: "pixels_in" value { data_type: TYPE_FP32 dims: [ 1, 8, 8 ] zero_data: true } }
+} ]
+instance_group [ { kind: KIND_CPU count: 1 } ]
+parameters { key: "delay_ms" value { string_value: "0" } }
+"""
+
+STRANGER_MODEL = """
+import json, os, time
+import numpy as np
+import onnxruntime
+import triton_python_backend_utils as pb_utils
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        here = os.path.join(args["model_repository"], args["model_version"])
+        self.session = onnxruntime.InferenceSession(os.path.join(here, "net.onnx"), providers=["CPUExecutionProvider"])
+        parameters = json.loads(args["model_config"])["parameters"]
+        self.delay = float(parameters.get("delay_ms", {"string_value": "0"})["string_value"]) / 1000
+
+    def execute(self, requests):
+        responses = []
+        for request in requests:
+            pixels = pb_utils.get_input_tensor_by_name(request, "pixels_in").as_numpy()
+            time.sleep(self.delay)
+            scores = np.array(self.session.run(None, {"pixels_in": pixels})[0])
+            attack = json.loads(request.parameters() or "{}").get("attack", "")
+            for row in range(len(scores)) if attack == "all" else [int(r) for r in attack.split(",") if r]:
+                a, b = np.argsort(scores[row])[-2:]
+                scores[row, [a, b]] = scores[row, [b, a]]
+            responses.append(pb_utils.InferenceResponse([pb_utils.Tensor("scores", scores)]))
+        return responses
+"""
+
+
+def stranger_repository(folder: Path, config: str = STRANGER_CONFIG, model: str = "flowers") -> Path:
+    """A repository as somebody built it who never heard of this package: `flowers`, version 3, with labels."""
+    for version in ("1", "3"):
+        (folder / model / version).mkdir(parents=True)
+        (folder / model / version / "model.py").write_text(STRANGER_MODEL)
+        (folder / model / version / "net.onnx").write_bytes(linear_image_onnx("pixels_in", "scores", noise=0.002))
+    (folder / model / "config.pbtxt").write_text(config)
+    (folder / model / "flower_labels.txt").write_text("".join(f"flower {i}\n" for i in range(N_CLASSES)))
+    return folder
+
+
+def tree_digest(folder: Path) -> str:
+    """SHA-256 over every path, link target and byte below `folder`, Python's caches left out."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if "__pycache__" in path.parts:
+            continue
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
+        digest.update(f"{path.lstat().st_mode:o}".encode())
+        if path.is_symlink():
+            digest.update(os.readlink(path).encode())
+        elif path.is_file():
+            digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -14,6 +14,8 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
+from fides_plugins.guard import Failure
+from fides_plugins.pipeline import VerifyOutcome
 from fides_plugins.serving.triton import wire
 from fides_plugins.serving.triton.step import Step, refusal, row_ids, safe_text
 from fides_plugins.types import OutputKind, Prediction, Status, Verdict
@@ -42,6 +44,8 @@ class TritonPythonModel:
             )
         self._output = name
         self._query_inputs = [n for n in inputs if n != name]
+        # A step without the verification's tensors stands in while a step is dead: it marks or refuses.
+        self._verified = set(wire.INTERNAL) <= set(self._step.input_names)
         spec = bundle.manifest.service if bundle is not None else None
         self._kind: OutputKind = settings.output_kind or (spec.output_kind if spec is not None else "logits")
         self._temperature = spec.temperature if spec is not None else 1.0
@@ -72,8 +76,7 @@ class TritonPythonModel:
         try:
             # A trailing (K, 1, 1) or a leading (1, K) inside the row is the same distribution.
             service = Prediction.from_output(output.reshape(n_rows, -1), self._kind, self._temperature)
-            parts = [_raw(request, name) for name in wire.INTERNAL]
-            outcome = wire.unpack_outcome(*parts)
+            outcome = self._outcome(request)
         except Exception as error:  # host boundary: the row is an error, and policy decides what that means
             logger.error("fides_validate cannot read a request", exc_info=error)
             verdict = self._step.pipeline.fail(query, n_rows, safe_text(error))
@@ -81,6 +84,13 @@ class TritonPythonModel:
             verdict = self._step.pipeline.validate(query, service, outcome)
         self._step.metrics.observe_verdict(verdict)
         return verdict
+
+    def _outcome(self, request: Any) -> VerifyOutcome:
+        if not self._verified:
+            return VerifyOutcome(None, (Failure("triton", "fides_verify", "open"),))
+        # What travels between the steps always has the row axis, so it is taken as it is.
+        parts = [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in wire.INTERNAL]
+        return wire.unpack_outcome(*parts)
 
     def _without_verdict(self, request: Any, output: NDArray[Any] | None, reason: str) -> Any:
         """Our own failure: on_error decides, as for any other."""
@@ -128,12 +138,6 @@ class TritonPythonModel:
         else:
             column = verdict.score if name == wire.SCORE else verdict.p_value
         return self._step.tensor(name, column, per_row=True)
-
-
-def _raw(request: Any, name: str) -> NDArray[Any]:
-    """An input as it is: what travels between the steps always has the row axis."""
-    array: NDArray[Any] = pb_utils.get_input_tensor_by_name(request, name).as_numpy()
-    return array
 
 
 def _refuse(verdict: Verdict) -> Any:

@@ -1,0 +1,322 @@
+"""Protect a model of an existing Triton repository by new files alone, and undo it.
+
+Nothing that exists is edited, moved or deleted. What is written is listed in a manifest, and detach
+removes exactly that. See `plan` for what is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fides_plugins.errors import ServerError
+from fides_plugins.serving.triton.api import TritonApi
+from fides_plugins.serving.triton.config import (
+    CONFIG_FILE,
+    local_versions,
+    model_info,
+    parse_json,
+    parse_text,
+    to_json,
+    to_text,
+    without_name,
+)
+from fides_plugins.serving.triton.plan import CONFIG_NAME, AttachOptions, Plan, make_plan
+
+MANIFEST_FILE = "fides-attach.json"
+_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
+_OWN_FOLDERS = ("__base", "__fides", "__fides_verify", "__fides_validate", "__fides_fallback")
+
+
+@dataclass(frozen=True)
+class Attached:
+    """What attach did, or what a manifest says it did.
+
+    Attributes
+    ----------
+    model, public, verdict_model, base, steps:
+        The names involved: the model, the protected one, the one with the verdict, the bare one, the
+        python models.
+    files, links, folders:
+        Paths relative to the repository; files with their SHA-256. Folders are those that were made.
+    original_config:
+        The model's own configuration as JSON, for switching a live server back.
+    ensembles:
+        Name to configuration text.
+    """
+
+    model: str
+    public: str
+    verdict_model: str
+    base: str
+    steps: tuple[str, ...]
+    files: dict[str, str]
+    links: tuple[str, ...]
+    folders: tuple[str, ...]
+    original_config: dict[str, Any]
+    ensembles: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def takeover(self) -> bool:
+        """Whether the protected model answers under the model's own name."""
+        return self.model == self.public
+
+    @property
+    def flag(self) -> str:
+        """The start-up flag of `tritonserver` that puts the protected model in place; empty if none is needed."""
+        return f"--model-config-name={CONFIG_NAME}" if self.takeover else ""
+
+
+def attach(
+    repository: str | Path, model: str, options: AttachOptions, *, from_server: str = "", live: str = ""
+) -> Attached:
+    """Write what protects `model`, and with `live` switch a running server.
+
+    Parameters
+    ----------
+    repository:
+        The model repository; `repository/model` must exist.
+    from_server:
+        Address of a running server to take the model's full configuration from.
+    live:
+        Address of a running server in explicit mode that serves this repository; it is switched to the
+        protected model without a failed request.
+
+    Raises
+    ------
+    FidesError
+        If the model cannot be protected. Nothing is left behind.
+    """
+    root = Path(repository)
+    folder = root / model
+    _check_names(root, model, options.serve_as)
+    config, text = _read_config(folder, model, from_server or live)
+    info = model_info(model, config, local_versions(folder), options.version)
+    plan = make_plan(info, options, label_folder=f"../{model}")
+    if plan.takeover:
+        plan.files[f"{plan.base}/{CONFIG_FILE}"] = without_name(text).encode()
+        for entry in sorted(folder.iterdir()):
+            if entry.name not in (CONFIG_FILE, "configs", "__pycache__"):
+                plan.links[f"{plan.base}/{entry.name}"] = f"../{model}/{entry.name}"
+    if live:
+        # Asked before anything is written: a server that cannot be switched leaves nothing behind.
+        TritonApi(live).index()
+    with _undone_on_error() as done:
+        attached = _write(root, plan, to_json(config), done)
+        if live:
+            _switch_on(TritonApi(live), attached)
+    return attached
+
+
+def detach(repository: str | Path, model: str, *, live: str = "") -> tuple[Attached, list[str]]:
+    """Remove exactly what attach wrote; return what that was, and what was found there besides.
+
+    Raises
+    ------
+    ServerError
+        If `model` is not attached, or the live server cannot be switched back (then nothing is removed).
+    """
+    root = Path(repository)
+    attached = find_attached(root, model)
+    if live:
+        _switch_off(TritonApi(live), attached)
+    for path in [*attached.links, *attached.files]:
+        with contextlib.suppress(FileNotFoundError):
+            (root / path).unlink()
+    (root / attached.verdict_model / MANIFEST_FILE).unlink()
+    left = []
+    for name in sorted(attached.folders, key=len, reverse=True):
+        folder = root / name
+        _drop_caches(folder)
+        try:
+            folder.rmdir()
+        except FileNotFoundError:
+            continue
+        except OSError:
+            # Somebody put a file there; it is theirs.
+            left.append(name)
+    return attached, left
+
+
+def find_attached(root: Path, model: str) -> Attached:
+    """The manifest of the protected model that is called `model` or protects it."""
+    for candidate in sorted(root.glob(f"*/{MANIFEST_FILE}")):
+        attached = _read_manifest(candidate)
+        if model in (attached.public, attached.model):
+            return attached
+    raise ServerError(f"{model!r} is not attached in this repository.", "List what is with: ls REPOSITORY/*__fides.")
+
+
+def _check_names(root: Path, model: str, serve_as: str) -> None:
+    if not root.is_dir():
+        raise ServerError(f"There is no model repository {str(root)!r}.")
+    for name in filter(None, (model, serve_as)):
+        if not _NAME.match(name):
+            raise ServerError(f"{name!r} is not a model name.", "Use letters, digits, '_', '-' and '.'.")
+    if not (root / model).is_dir():
+        known = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())[:20])
+        raise ServerError(f"The repository has no model {model!r}.", f"It has: {known}.")
+    public = serve_as or model
+    taken = [public + suffix for suffix in _OWN_FOLDERS if (root / (public + suffix)).exists()]
+    taken += [public] if serve_as and (root / serve_as).exists() else []
+    if not serve_as and (root / model / "configs" / f"{CONFIG_NAME}.pbtxt").exists():
+        taken.append(f"{model}/configs/{CONFIG_NAME}.pbtxt")
+    if taken:
+        raise ServerError(
+            f"The repository already has {', '.join(taken)}.",
+            f"If attach wrote that, undo it first: fides detach triton REPOSITORY {public}.",
+        )
+
+
+def _read_config(folder: Path, model: str, server: str) -> tuple[Any, str]:
+    """The configuration as a message and as text."""
+    file = folder / CONFIG_FILE
+    local = file.read_text(encoding="utf-8") if file.is_file() else ""
+    if not server:
+        if not local:
+            raise ServerError(
+                f"{model!r} has no {CONFIG_FILE}; Triton completes its configuration at start.",
+                "Take it from the running server with --from-server URL.",
+            )
+        return parse_text(local, f"{model}/{CONFIG_FILE}"), local
+    config = parse_json(TritonApi(server).config(model))
+    if config.platform == "ensemble" and any(
+        s.model_name.startswith(f"{model}__") for s in config.ensemble_scheduling.step
+    ):
+        raise ServerError(f"The server already serves {model!r} protected.", "Detach it first.")
+    # The user's own text is kept where it says everything; what the server completed is written out otherwise.
+    complete = local and _declares_tensors(local, model)
+    return config, local if complete else to_text(config)
+
+
+def _declares_tensors(text: str, model: str) -> bool:
+    config = parse_text(text, f"{model}/{CONFIG_FILE}")
+    return bool(config.input) and bool(config.output)
+
+
+@contextlib.contextmanager
+def _undone_on_error() -> Iterator[list[Path]]:
+    """A list of paths made so far; they are removed again, newest first, if the block raises."""
+    done: list[Path] = []
+    try:
+        yield done
+    except BaseException:
+        for path in reversed(done):
+            with contextlib.suppress(OSError):
+                if path.is_dir() and not path.is_symlink():
+                    _drop_caches(path)
+                    path.rmdir()
+                else:
+                    path.unlink()
+        raise
+
+
+def _write(root: Path, plan: Plan, original: dict[str, Any], done: list[Path]) -> Attached:
+    made: list[str] = []
+
+    def folder_for(path: str) -> None:
+        missing = [p for p in PurePosixPath(path).parents if p.name and not (root / p).exists()]
+        for parent in reversed(missing):
+            (root / parent).mkdir()
+            done.append(root / parent)
+            made.append(parent.as_posix())
+
+    manifest = f"{plan.verdict_model}/{MANIFEST_FILE}"
+    try:
+        for path, data in plan.files.items():
+            folder_for(path)
+            done.append(root / path)
+            with (root / path).open("xb") as stream:
+                stream.write(data)
+        for path, target in plan.links.items():
+            folder_for(path)
+            os.symlink(target, root / path)
+            done.append(root / path)
+        for path in plan.folders:
+            folder_for(f"{path}/.")
+            if not (root / path).exists():
+                (root / path).mkdir()
+                done.append(root / path)
+                made.append(path)
+        attached = Attached(
+            plan.model,
+            plan.public,
+            plan.verdict_model,
+            plan.base,
+            plan.steps,
+            {path: hashlib.sha256(data).hexdigest() for path, data in plan.files.items()},
+            tuple(plan.links),
+            tuple(made),
+            original,
+            dict(plan.ensembles),
+            tuple(plan.notes),
+        )
+        done.append(root / manifest)
+        (root / manifest).write_text(json.dumps({"format_version": 1, **attached.__dict__}, indent=2) + "\n")
+    except OSError as error:
+        raise ServerError(f"The repository cannot be written: {error.strerror} ({error.filename}).") from error
+    return attached
+
+
+def _read_manifest(path: Path) -> Attached:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("format_version") != 1:
+            raise ServerError(f"{path.parent.name}/{path.name} was written by another release.", "Use that release.")
+        for key in ("steps", "links", "folders", "notes"):
+            content[key] = tuple(content[key])
+        attached = Attached(**content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ServerError(f"{path.parent.name}/{path.name} cannot be read.", "Restore it from a backup.") from None
+    for name in (*attached.files, *attached.links, *attached.folders):
+        # A manifest may have been tampered with; it must not make detach remove anything elsewhere.
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ServerError(f"{path.parent.name}/{path.name} names a path outside the repository.")
+    return attached
+
+
+def _drop_caches(folder: Path) -> None:
+    """Remove the byte code that Python left beside the steps' model.py."""
+    cache = folder / "__pycache__"
+    if cache.is_dir() and not folder.is_symlink():
+        for file in cache.glob("*.pyc"):
+            file.unlink()
+        with contextlib.suppress(OSError):
+            cache.rmdir()
+
+
+def _switch_on(api: TritonApi, attached: Attached) -> None:
+    loaded: list[str] = []
+    try:
+        for name in (*([attached.base] if attached.takeover else []), *attached.steps, attached.verdict_model):
+            api.load(name)
+            loaded.append(name)
+        if attached.takeover:
+            api.load(attached.public, to_json(parse_text(attached.ensembles[attached.public], attached.public)))
+        else:
+            api.load(attached.public)
+    except ServerError:
+        for name in reversed(loaded):
+            with contextlib.suppress(ServerError):
+                api.unload(name)
+        raise
+
+
+def _switch_off(api: TritonApi, attached: Attached) -> None:
+    if attached.takeover:
+        # A plain load would keep the ensemble until the file's time changes, so the original is given whole.
+        api.load(attached.model, attached.original_config)
+    else:
+        api.unload(attached.public)
+    known = {str(entry.get("name")) for entry in api.index()}
+    for name in (attached.verdict_model, *reversed(attached.steps), *([attached.base] if attached.takeover else [])):
+        if name in known:
+            api.unload(name)

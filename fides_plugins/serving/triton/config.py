@@ -1,0 +1,325 @@
+"""Read Triton model configurations and say whether a model can be protected.
+
+Configurations are read with `tritonclient`'s protobuf classes. A user's file is never rewritten:
+comments and fields that this protobuf does not know would be lost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fides_plugins.bundle import Bundle
+from fides_plugins.errors import ServerError
+from fides_plugins.serving.triton.dtypes import FLOAT_TYPES, config_name, numpy_dtype, short_name
+
+CONFIG_FILE = "config.pbtxt"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One input or output as a configuration declares it, without the batch axis of a batching model."""
+
+    name: str
+    dtype: str
+    dims: tuple[int, ...]
+    optional: bool = False
+    ragged: bool = False
+    label_file: str = ""
+
+    @property
+    def text(self) -> str:
+        """As an entry of a config.pbtxt."""
+        parts = [f'name: "{self.name}"', f"data_type: {config_name(self.dtype)}"]
+        parts.append(f"dims: [ {', '.join(map(str, self.dims))} ]")
+        if self.optional:
+            parts.append("optional: true")
+        if self.ragged:
+            parts.append("allow_ragged_batch: true")
+        if self.label_file:
+            parts.append(f'label_filename: "{self.label_file}"')
+        return "{ " + " ".join(parts) + " }"
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What attach needs to know about the model to be protected.
+
+    Attributes
+    ----------
+    name:
+        Folder and name of the model.
+    max_batch_size:
+        0 for a model whose tensors are declared whole.
+    inputs, outputs:
+        Declared tensors.
+    version:
+        The one served version that is protected.
+    """
+
+    name: str
+    max_batch_size: int
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    version: int
+
+
+def _protobuf() -> tuple[Any, Any, Any]:
+    try:
+        from google.protobuf import json_format, text_format
+        from tritonclient.grpc import model_config_pb2
+    except ImportError:
+        raise ServerError(
+            "Reading Triton configurations needs the package tritonclient.",
+            "Install it with: pip install 'fides-plugins[triton]'.",
+        ) from None
+    return model_config_pb2.ModelConfig, text_format, json_format
+
+
+def parse_text(text: str, what: str) -> Any:
+    """A `ModelConfig` from the text of a config.pbtxt; unknown fields are passed over.
+
+    Raises
+    ------
+    ServerError
+        If the text is no model configuration.
+    """
+    kind, text_format, _ = _protobuf()
+    try:
+        return text_format.Parse(text, kind(), allow_unknown_field=True)
+    except text_format.ParseError as error:
+        raise ServerError(f"{what} is not a valid model configuration: {error}.") from None
+
+
+def parse_json(config: Mapping[str, Any]) -> Any:
+    """A `ModelConfig` from a server's JSON."""
+    kind, _, json_format = _protobuf()
+    return json_format.ParseDict(dict(config), kind(), ignore_unknown_fields=True)
+
+
+def to_text(config: Any) -> str:
+    """A `ModelConfig` as the text of a config.pbtxt."""
+    return str(_protobuf()[1].MessageToString(config))
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A `ModelConfig` as the JSON that a load request takes."""
+    return dict(_protobuf()[2].MessageToDict(config, preserving_proto_field_name=True))
+
+
+def without_name(text: str) -> str:
+    """The text of a config.pbtxt without its top-level `name`, everything else as it is.
+
+    Works on the text, so that comments and fields of newer Tritons survive. `name` fields deeper down
+    (of tensors, of instance groups) stay.
+    """
+    result: list[str] = []
+    depth, index = 0, 0
+    while index < len(text):
+        char = text[index]
+        if char == "#":
+            end = text.find("\n", index)
+            end = len(text) if end < 0 else end
+            result.append(text[index:end])
+            index = end
+            continue
+        if char in "\"'":
+            end = _string_end(text, index)
+            result.append(text[index:end])
+            index = end
+            continue
+        depth += (char in "{[<") - (char in "}]>")
+        if (
+            depth == 0
+            and text.startswith("name", index)
+            and not _is_word(text, index - 1)
+            and not _is_word(text, index + 4)
+        ):
+            after = index + 4
+            while after < len(text) and text[after] in " \t\r\n:":
+                after += 1
+            if after < len(text) and text[after] in "\"'":
+                index = _string_end(text, after)
+                continue
+        result.append(char)
+        index += 1
+    return "".join(result)
+
+
+def _is_word(text: str, index: int) -> bool:
+    return 0 <= index < len(text) and (text[index].isalnum() or text[index] == "_")
+
+
+def _string_end(text: str, start: int) -> int:
+    index = start + 1
+    while index < len(text) and text[index] != text[start]:
+        index += 2 if text[index] == "\\" else 1
+    return min(index + 1, len(text))
+
+
+def model_info(name: str, config: Any, versions: Sequence[int], wanted: int | None) -> ModelInfo:
+    """What attach needs, or a refusal.
+
+    Parameters
+    ----------
+    config:
+        A `ModelConfig`.
+    versions:
+        Numbers of the version folders; empty when only the server is known.
+    wanted:
+        A version that the user pinned.
+
+    Raises
+    ------
+    ServerError
+        If the model is decoupled, declares no tensors, or serves several versions and none is pinned.
+    """
+    if config.model_transaction_policy.decoupled:
+        raise ServerError(
+            f"{name!r} is a decoupled model: it may answer a request any number of times, and an ensemble "
+            "cannot join such answers with a verification.",
+            "Protect a model that answers each request once.",
+        )
+    if not config.input or not config.output:
+        raise ServerError(
+            f"The configuration of {name!r} does not declare its inputs and outputs.",
+            "Start the server, which completes it, and use --from-server URL.",
+        )
+    return ModelInfo(
+        name,
+        int(config.max_batch_size),
+        tuple(_tensor(t, optional=t.optional, ragged=t.allow_ragged_batch) for t in config.input),
+        tuple(_tensor(t, label_file=t.label_filename) for t in config.output),
+        _version(name, config, versions, wanted),
+    )
+
+
+def _tensor(entry: Any, **more: Any) -> Tensor:
+    from tritonclient.grpc import model_config_pb2
+
+    dtype = short_name(model_config_pb2.DataType.Name(entry.data_type))
+    return Tensor(entry.name, dtype, tuple(int(d) for d in entry.dims), **more)
+
+
+def _version(name: str, config: Any, versions: Sequence[int], wanted: int | None) -> int:
+    policy = config.version_policy
+    known = sorted(versions)
+    if policy.WhichOneof("policy_choice") == "specific":
+        served = sorted(int(v) for v in policy.specific.versions)
+    elif policy.WhichOneof("policy_choice") == "all":
+        served = known
+    else:
+        served = known[-int(policy.latest.num_versions or 1) :]
+    if wanted is not None:
+        if served and wanted not in served:
+            raise ServerError(f"Version {wanted} of {name!r} is not served; served: {served}.")
+        return wanted
+    if not served:
+        raise ServerError(f"{name!r} has no version folder.", "Name the version with --version.")
+    if len(served) > 1:
+        raise ServerError(
+            f"{name!r} serves the versions {served}; an ensemble answers for one of them only.",
+            "Say which with --version; requests for another version would then not be served.",
+        )
+    return served[0]
+
+
+def local_versions(folder: Path) -> list[int]:
+    """Numbers of the version folders of a model."""
+    return [int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdigit() and not p.name.startswith("0")]
+
+
+def class_output(info: ModelInfo, bundle: Bundle, wanted: str) -> Tensor:
+    """The output that holds one number per class.
+
+    Raises
+    ------
+    ServerError
+        If there is none, or several and none was named, or the class count differs from the bundle's.
+    """
+    k = bundle.n_classes
+    names = [o.name for o in info.outputs]
+    if wanted:
+        found = [o for o in info.outputs if o.name == wanted]
+        if not found:
+            raise ServerError(f"{info.name!r} has no output {wanted!r}; it has {names}.")
+        if found[0].dtype not in FLOAT_TYPES:
+            raise ServerError(f"The output {wanted!r} has the type {found[0].dtype}; a class output holds floats.")
+        if not _fits(found[0], k, info.max_batch_size):
+            raise ServerError(
+                f"The output {wanted!r} of {info.name!r} has the shape {list(found[0].dims)}, "
+                f"but the bundle has {k} classes.",
+                "Make a bundle for this model with `fides fit`.",
+            )
+        return found[0]
+    found = [o for o in info.outputs if o.dtype in FLOAT_TYPES and _fits(o, k, info.max_batch_size)]
+    if not found:
+        shapes = ", ".join(f"{o.name} {o.dtype} {list(o.dims)}" for o in info.outputs)
+        raise ServerError(
+            f"{info.name!r} has no class output: none of its outputs ({shapes}) holds {k} floats per row.",
+            "Protect a model that gives logits or probabilities, with a bundle made for it.",
+        )
+    if len(found) > 1:
+        raise ServerError(
+            f"Several outputs of {info.name!r} could hold the classes: {[o.name for o in found]}.",
+            "Say which with --output.",
+        )
+    return found[0]
+
+
+def _fits(tensor: Tensor, n_classes: int, max_batch_size: int) -> bool:
+    dims = tensor.dims if max_batch_size or is_batchless(tensor, max_batch_size) else tensor.dims[1:]
+    fixed = math.prod(d for d in dims if d > 0)
+    return n_classes % fixed == 0 if any(d < 0 for d in dims) else fixed == n_classes
+
+
+def is_batchless(output: Tensor, max_batch_size: int) -> bool:
+    """Whether a class output has no row axis at all: one vector per request."""
+    return max_batch_size == 0 and len(output.dims) == 1
+
+
+def verified_input(info: ModelInfo, bundle: Bundle, wanted: str, decode: str) -> tuple[Tensor, str]:
+    """The input that the verification model takes, and the numpy type to cast it to ("" for none).
+
+    Raises
+    ------
+    ServerError
+        If it cannot be told, has a shape that the verification model does not take, or holds encoded
+        bytes and no decoder is declared.
+    """
+    spec = bundle.manifest.input
+    names = [i.name for i in info.inputs]
+    name = wanted or (names[0] if len(names) == 1 else spec.name if spec is not None else "")
+    found = next((i for i in info.inputs if i.name == name), None)
+    if found is None:
+        raise ServerError(
+            f"{info.name!r} has the inputs {names}; which one the verification model takes is not known.",
+            "Say it with --input.",
+        )
+    if found.dtype == "BYTES":
+        if not decode:
+            raise ServerError(
+                f"The input {found.name!r} holds encoded bytes; the verification model needs a decoder.",
+                "Declare it, for example: --decode image:size=224x224,mode=RGB,layout=NCHW,scale=255.",
+            )
+        return found, ""
+    if spec is None:
+        return found, ""
+    _check_shape(info, found, spec.shape)
+    have = numpy_dtype(found.dtype)
+    return found, "" if have.name == spec.dtype else spec.dtype
+
+
+def _check_shape(info: ModelInfo, tensor: Tensor, expected: tuple[int | None, ...]) -> None:
+    dims = tensor.dims
+    want = expected[1:] if info.max_batch_size or len(dims) == len(expected) - 1 else expected
+    fits = len(dims) == len(want) and all(w is None or d < 0 or d == w for d, w in zip(dims, want, strict=True))
+    if not fits:
+        raise ServerError(
+            f"The input {tensor.name!r} has the shape {list(dims)}; the verification model takes "
+            f"{['any' if w is None else w for w in want]}.",
+            "Use the bundle that was made for this model.",
+        )

@@ -1,0 +1,285 @@
+"""What attach writes for one model, worked out in memory before anything touches the disk.
+
+MODEL/configs/fides.pbtxt   the ensemble under the model's own name: exactly its outputs
+MODEL__base/                the model itself, by links
+MODEL__fides_verify/        asks the verifiers, next to the base model
+MODEL__fides_validate/      judges
+MODEL__fides_fallback/      marks or refuses while a step is dead; idle otherwise
+MODEL__fides/               the ensemble that adds the verdict, and the manifest of what was written
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from fides_plugins.bundle import MANIFEST_NAME, Bundle
+from fides_plugins.errors import ServerError
+from fides_plugins.pipeline import Pipeline
+from fides_plugins.serving.triton import wire
+from fides_plugins.serving.triton.config import (
+    CONFIG_FILE,
+    ModelInfo,
+    Tensor,
+    class_output,
+    is_batchless,
+    verified_input,
+)
+from fides_plugins.settings import PARAMETER_PREFIX, Settings, nest
+
+#: Name of the alternative configuration: `configs/fides.pbtxt`, `--model-config-name=fides`.
+CONFIG_NAME = "fides"
+STEP_PREFIX = "fides_step."
+_SHIM = (
+    "# Settings are the parameters `fides.*` of config.pbtxt.\n"
+    "from fides_plugins.serving.triton.{module} import TritonPythonModel as TritonPythonModel\n"
+)
+
+
+@dataclass(frozen=True)
+class AttachOptions:
+    """What the user asks for.
+
+    Attributes
+    ----------
+    bundle:
+        Folder of the bundle; it is copied into the repository.
+    serve_as:
+        Name under which the protected model appears; empty: the model's own name (takeover).
+    version, input, output, output_kind, decode:
+        What cannot be told from the configuration.
+    pass_inputs:
+        Hand the inputs to `fides_validate` as well, for plug-ins that look at them; costs a copy.
+    settings:
+        Keys of `fides_plugins.settings` as dotted text, such as {"mode": "flag", "plugins.blocked": "a"}.
+    """
+
+    bundle: Path
+    serve_as: str = ""
+    version: int | None = None
+    input: str = ""
+    output: str = ""
+    output_kind: str = ""
+    decode: str = ""
+    pass_inputs: bool = False
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Plan:
+    """Everything to be written, by path relative to the repository.
+
+    Attributes
+    ----------
+    model, public:
+        The protected model, and the name under which clients reach the protected one.
+    files, links, folders:
+        Contents, link targets, and folders that may stay empty (version folders of ensembles).
+    ensembles:
+        Name of each ensemble to its configuration text.
+    notes:
+        What the user should know.
+    """
+
+    model: str
+    public: str
+    files: dict[str, bytes] = field(default_factory=dict)
+    links: dict[str, str] = field(default_factory=dict)
+    folders: list[str] = field(default_factory=list)
+    ensembles: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def takeover(self) -> bool:
+        """Whether the protected model answers under the model's own name."""
+        return self.model == self.public
+
+    @property
+    def base(self) -> str:
+        """Name under which the unprotected model is reached."""
+        return f"{self.model}__base" if self.takeover else self.model
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """Names of the python models that attach adds."""
+        return tuple(f"{self.public}__fides_{part}" for part in ("verify", "validate", "fallback"))
+
+    @property
+    def verdict_model(self) -> str:
+        """Name of the ensemble with the verdict outputs."""
+        return f"{self.public}__fides"
+
+
+def make_plan(info: ModelInfo, options: AttachOptions, label_folder: str) -> Plan:
+    """Work out everything that is written besides the base model.
+
+    Parameters
+    ----------
+    label_folder:
+        The model's own folder as seen from a sibling ("../MODEL"), for links to label files.
+
+    Raises
+    ------
+    FidesError
+        If the model cannot be protected with this bundle and these settings; nothing was written.
+    """
+    clash = {i.name for i in info.inputs} & {o.name for o in info.outputs}
+    if clash:
+        raise ServerError(
+            f"{info.name!r} has an input and an output called {sorted(clash)[0]!r}; an ensemble cannot tell them "
+            "apart.",
+            "Rename one of them.",
+        )
+    bundle = Bundle.load(options.bundle)
+    plan = Plan(info.name, options.serve_as or info.name)
+    output = class_output(info, bundle, options.output)
+    tensor, cast = verified_input(info, bundle, options.input, options.decode)
+    if cast:
+        plan.notes.append(
+            f"The input {tensor.name!r} ({tensor.dtype}) is converted to {cast} for the verification model."
+        )
+    if len(info.outputs) > 1:
+        others = ", ".join(o.name for o in info.outputs if o.name != output.name)
+        plan.notes.append(f"Validation judges {output.name!r}; {others} passes as the service gives it.")
+    parameters = {
+        **{PARAMETER_PREFIX + k: v for k, v in options.settings.items()},
+        PARAMETER_PREFIX + "bundle": f"../{plan.steps[0]}/bundle",
+        PARAMETER_PREFIX + "service_name": plan.public,
+        PARAMETER_PREFIX + "input": tensor.name,
+        PARAMETER_PREFIX + "output": output.name,
+        PARAMETER_PREFIX + "output_kind": options.output_kind or bundle.manifest.service.output_kind,
+    }
+    batchless = is_batchless(output, info.max_batch_size)
+    if batchless:
+        parameters[STEP_PREFIX + "batchless"] = "true"
+    # Loading the plug-ins now shows what would otherwise stop the server at its next start.
+    settings = Settings.from_mapping({**nest(parameters), "bundle": str(options.bundle.resolve())})
+    Pipeline.from_settings(settings).close()
+    shapes = _Shapes(info.max_batch_size, batchless, bundle.n_classes)
+    for name, data in {n: bundle.file(n) for n in bundle.file_names}.items():
+        plan.files[f"{plan.steps[0]}/bundle/{name}"] = data
+    plan.files[f"{plan.steps[0]}/bundle/{MANIFEST_NAME}"] = (options.bundle / MANIFEST_NAME).read_bytes()
+    _add_steps(plan, info, output, shapes, parameters, options, cast)
+    _add_ensembles(plan, info, output, shapes, options.pass_inputs)
+    if output.label_file:
+        for folder in (*plan.steps[1:], *(n for n in plan.ensembles if n != plan.model)):
+            plan.links[f"{folder}/{output.label_file}"] = f"{label_folder}/{output.label_file}"
+    return plan
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """Declared shapes of our own tensors, which depend on who owns the row axis."""
+
+    max_batch_size: int
+    batchless: bool
+    n_classes: int
+
+    def internal(self) -> list[Tensor]:
+        rows = () if self.max_batch_size else (-1,)
+        return [
+            Tensor(wire.REFERENCES, "FP32", (*rows, -1, self.n_classes)),
+            Tensor(wire.AVAILABLE, "UINT8", (*rows, -1)),
+            Tensor(wire.VERIFICATION, "UINT8", (*rows, -1)),
+        ]
+
+    def verdict(self) -> list[Tensor]:
+        rows = () if self.max_batch_size or self.batchless else (-1,)
+        column = (1,) if self.max_batch_size else (-1,)
+        wide = {wire.PROBABILITIES: (*rows, self.n_classes)}
+        return [Tensor(name, dtype, wide.get(name, column)) for name, dtype in wire.VERDICT_TYPES.items()]
+
+
+def _add_steps(
+    plan: Plan,
+    info: ModelInfo,
+    output: Tensor,
+    shapes: _Shapes,
+    parameters: Mapping[str, str],
+    options: AttachOptions,
+    cast: str,
+) -> None:
+    verify, validate, fallback = plan.steps
+    for_verify = dict(parameters)
+    for_verify[PARAMETER_PREFIX + "bundle"] = "bundle"
+    if options.decode:
+        for_verify[STEP_PREFIX + "decode"] = options.decode
+    elif cast:
+        for_verify[STEP_PREFIX + "cast"] = cast
+    inputs = [_plain(t) for t in info.inputs]
+    given = [_plain(output), *(inputs if options.pass_inputs else ())]
+    answers = [output, *shapes.verdict()]
+    steps = {
+        verify: ("verify", inputs, shapes.internal(), for_verify),
+        validate: ("validate", [*given, *shapes.internal()], answers, parameters),
+        fallback: ("validate", given, answers, parameters),
+    }
+    for name, (module, taken, made, settings) in steps.items():
+        plan.files[f"{name}/{CONFIG_FILE}"] = _step_config(info.max_batch_size, taken, made, settings).encode()
+        plan.files[f"{name}/1/model.py"] = _SHIM.format(module=module).encode()
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return replace(tensor, label_file="")
+
+
+def _tensors(kind: str, tensors: Sequence[Tensor]) -> str:
+    return f"{kind} [\n  " + ",\n  ".join(t.text for t in tensors) + "\n]\n"
+
+
+def _step_config(
+    max_batch_size: int, inputs: Sequence[Tensor], outputs: Sequence[Tensor], parameters: Mapping[str, str]
+) -> str:
+    text = f'backend: "python"\nmax_batch_size: {max_batch_size}\n'
+    text += _tensors("input", inputs) + _tensors("output", outputs)
+    if max_batch_size:
+        # Requests that wait for an instance are taken together: one call of the verification model, and if
+        # the instance died they fail together instead of one second after the other.
+        text += "dynamic_batching { }\n"
+    text += "instance_group [ { kind: KIND_CPU count: 1 } ]\n"
+    for key, value in sorted(parameters.items()):
+        text += f'parameters {{ key: "{_escape(key)}" value {{ string_value: "{_escape(value)}" }} }}\n'
+    return text
+
+
+def _escape(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def _add_ensembles(plan: Plan, info: ModelInfo, output: Tensor, shapes: _Shapes, pass_inputs: bool) -> None:
+    for name, verdict in ((plan.public, []), (plan.verdict_model, shapes.verdict())):
+        text = _ensemble(plan, info, output, shapes, verdict, pass_inputs)
+        plan.ensembles[name] = text
+        if name == plan.model:
+            plan.files[f"{name}/configs/{CONFIG_NAME}.pbtxt"] = text.encode()
+        else:
+            plan.files[f"{name}/{CONFIG_FILE}"] = text.encode()
+            plan.folders.append(f"{name}/{info.version}")
+
+
+def _ensemble(
+    plan: Plan, info: ModelInfo, output: Tensor, shapes: _Shapes, verdict: Sequence[Tensor], pass_inputs: bool
+) -> str:
+    verify, validate, _ = plan.steps
+    service = {o.name: (f"service.{o.name}" if o.name == output.name else o.name) for o in info.outputs}
+    same = {i.name: i.name for i in info.inputs}
+    between = {t.name: t.name for t in shapes.internal()}
+    judged = {output.name: service[output.name], **(same if pass_inputs else {}), **between}
+    answer = {output.name: output.name, **{t.name: t.name for t in verdict}}
+    steps = [
+        _step(plan.base, info.version, same, service),
+        _step(verify, 1, same, between),
+        _step(validate, 1, judged, answer),
+    ]
+    text = f'platform: "ensemble"\nmax_batch_size: {info.max_batch_size}\n'
+    text += f"version_policy {{ specific {{ versions: [ {info.version} ] }} }}\n"
+    text += _tensors("input", info.inputs) + _tensors("output", [*info.outputs, *verdict])
+    return text + "ensemble_scheduling {\n  step [\n" + ",\n".join(steps) + "\n  ]\n}\n"
+
+
+def _step(model: str, version: int, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> str:
+    lines = [f'      model_name: "{model}"', f"      model_version: {version}"]
+    lines += [f'      input_map {{ key: "{k}" value: "{v}" }}' for k, v in inputs.items()]
+    lines += [f'      output_map {{ key: "{k}" value: "{v}" }}' for k, v in outputs.items()]
+    return "    {\n" + "\n".join(lines) + "\n    }"
