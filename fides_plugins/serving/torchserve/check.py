@@ -1,0 +1,207 @@
+"""One real inference through a served model, and what is wrong when it is not protected."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import statistics
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from urllib.parse import urlsplit, urlunsplit
+
+from fides_plugins.errors import InputError, ServerError
+from fides_plugins.metrics import VERDICTS
+from fides_plugins.serving.process import wait_until
+from fides_plugins.serving.torchserve.verdicts import HEADER_REASON, HEADER_STATUS
+
+StepState = Literal["good", "failed", "unknown"]
+
+_TIMEOUT_S = 60.0
+_METRIC_WAIT_S = 5.0
+METRIC_LINES = "Add `metrics_mode=prometheus` and `model_metrics_auto_detect=true` to config.properties."
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing that was looked at."""
+
+    name: str
+    state: StepState
+    detail: str
+    remedy: str = ""
+
+
+@dataclass
+class Report:
+    """Everything that was looked at, in order."""
+
+    steps: list[Step] = field(default_factory=list)
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing failed."""
+        return all(s.state != "failed" for s in self.steps)
+
+    def add(self, name: str, state: StepState, detail: str, remedy: str = "") -> None:
+        """Append one step."""
+        self.steps.append(Step(name, state, detail, remedy))
+
+
+def check(
+    url: str,
+    model: str,
+    body: bytes,
+    *,
+    content_type: str = "application/json",
+    management_url: str = "",
+    metrics_url: str = "",
+    token: str = "",
+    repeat: int = 5,
+) -> Report:
+    """Send `body` to a model and look at every step of its protection.
+
+    Parameters
+    ----------
+    url:
+        Root of the inference API, such as http://localhost:8080.
+    body:
+        A real request; only the model's own handler knows what one looks like.
+    management_url, metrics_url:
+        Taken from `url` by TorchServe's usual ports (+1 and +2) when empty.
+    token:
+        Inference key, where token authorization is on.
+    repeat:
+        Requests to time.
+
+    Raises
+    ------
+    InputError
+        If `url` is no http(s) URL.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise InputError(f"{url!r} is no URL.", "Give one such as http://localhost:8080.")
+    report = Report()
+    headers = {"content-type": content_type, **({"authorization": f"Bearer {token}"} if token else {})}
+    metrics = metrics_url or f"{_neighbour(url, 2)}/metrics"
+    _check_workers(report, management_url or _neighbour(url, 1), model, headers)
+    before = _count_verdicts(metrics, model)
+    answer = _check_inference(report, f"{url.rstrip('/')}/predictions/{model}", body, headers, repeat)
+    if answer is not None:
+        _check_protection(report, answer, lambda: _count_verdicts(metrics, model), before)
+    return report
+
+
+@dataclass(frozen=True)
+class _Answer:
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+def _check_workers(report: Report, management_url: str, model: str, headers: Mapping[str, str]) -> None:
+    try:
+        answer = _ask(f"{management_url}/models/{model}", None, headers)
+    except ServerError:
+        report.add("workers", "unknown", "the management API cannot be reached", "Give its address with --management.")
+        return
+    if answer.status == 404:
+        report.add("workers", "failed", f"no model {model!r} is registered", "Register it, or correct the name.")
+        return
+    try:
+        workers = json.loads(answer.body)[0]["workers"]
+        ready = sum(1 for w in workers if w["status"] == "READY")
+    except (ValueError, LookupError, TypeError):
+        report.add("workers", "unknown", f"the management API answered {answer.status}")
+        return
+    state: StepState = "good" if workers and ready == len(workers) else "failed"
+    remedy = "" if state == "good" else "Read model_log.log: a handler that fails to load is tried again for minutes."
+    report.add("workers", state, f"{ready} of {len(workers)} ready", remedy)
+
+
+def _check_inference(report: Report, url: str, body: bytes, headers: Mapping[str, str], repeat: int) -> _Answer | None:
+    seconds: list[float] = []
+    try:
+        answer = _ask(url, body, headers)
+        for _ in range(repeat if answer.status in (200, 409) else 0):
+            start = time.perf_counter()
+            answer = _ask(url, body, headers)
+            seconds.append(time.perf_counter() - start)
+    except ServerError as error:
+        report.add("inference", "failed", str(error), "Start the server, or correct the URL.")
+        return None
+    if answer.status in (400, 401, 403) and b"oken" in answer.body:
+        report.add("inference", "failed", "token authorization is on", "Give the inference key with --token.")
+        return None
+    timing = f", median {1000 * statistics.median(seconds):.1f} ms" if seconds else ""
+    good = answer.status in (200, 409)
+    remedy = "" if good else "Send a body that the model's own handler accepts, and read model_log.log."
+    report.add("inference", "good" if good else "failed", f"HTTP {answer.status}{timing}", remedy)
+    return answer
+
+
+def _check_protection(report: Report, answer: _Answer, count: Callable[[], float | None], before: float | None) -> None:
+    status = answer.headers.get(HEADER_STATUS, "")
+    after = before
+    if before is not None:
+        with contextlib.suppress(ServerError):
+            wait_until(lambda: (count() or 0) > (before or 0), _METRIC_WAIT_S, "the metric")
+        after = count()
+    counted = before is not None and after is not None and after > before
+    if status in ("trusted", "attacked"):
+        report.add("verdict", "good", f"{status}, in the response headers")
+    elif status:
+        report.add(
+            "verdict",
+            "failed",
+            f"{status}: {answer.headers.get(HEADER_REASON, 'no reason given')}",
+            "Read model_log.log; the answer could not be judged.",
+        )
+    elif counted:
+        report.add("verdict", "good", "none in the response, but it is counted: mode is `observe`")
+    elif before is None:
+        report.add("verdict", "failed", "no verdict, and no metrics to see whether mode is `observe`", METRIC_LINES)
+    else:
+        report.add("verdict", "failed", "the model is not protected", "Run `fides attach torchserve` on its archive.")
+    if counted:
+        report.add("metrics", "good", f"{VERDICTS.name} counts this model")
+    else:
+        detail = (
+            "the metrics page cannot be reached" if before is None else f"{VERDICTS.name} does not count this model"
+        )
+        report.add("metrics", "unknown" if before is None else "failed", detail, METRIC_LINES)
+
+
+def _count_verdicts(url: str, model: str) -> float | None:
+    """Sum of the verdict counters of a model; None where there is no metrics page."""
+    try:
+        answer = _ask(url, None, {})
+    except ServerError:
+        return None
+    if answer.status != 200:
+        return None
+    pattern = rf'^{VERDICTS.name}{{[^}}]*ModelName="{re.escape(model)}"[^}}]*}} ([0-9.eE+]+)$'
+    return sum(float(v) for v in re.findall(pattern, answer.body.decode("utf-8", "replace"), re.MULTILINE))
+
+
+def _neighbour(url: str, offset: int) -> str:
+    parts = urlsplit(url)
+    port = (parts.port or {"http": 80, "https": 443}[parts.scheme]) + offset
+    return urlunsplit((parts.scheme, f"{parts.hostname}:{port}", "", "", ""))
+
+
+def _ask(url: str, body: bytes | None, headers: Mapping[str, Any]) -> _Answer:
+    request = urllib.request.Request(url, data=body, headers=dict(headers))
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
+            return _Answer(answer.status, {k.lower(): v for k, v in answer.headers.items()}, answer.read())
+    except urllib.error.HTTPError as error:
+        return _Answer(error.code, {k.lower(): v for k, v in error.headers.items()}, error.read())
+    except (urllib.error.URLError, OSError) as error:
+        reason = getattr(error, "reason", error)
+        raise ServerError(f"{urlsplit(url).netloc} cannot be reached: {reason}.") from None
