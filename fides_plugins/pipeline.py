@@ -108,15 +108,16 @@ class Pipeline:
             sound = results
         return VerifyOutcome(Verification.join(sound) if sound else None, tuple(failures))
 
-    def validate(self, query: Query, service: Prediction, outcome: VerifyOutcome) -> Verdict:
+    def validate(self, query: Query, service: Prediction, outcome: VerifyOutcome, *, record: bool = True) -> Verdict:
         """Judge the service's answer with a verification outcome, and record the verdict.
 
         Never raises for what a plug-in or the service does: what cannot be judged is `indeterminate`
-        or `error` in the verdict.
+        or `error` in the verdict. `record=False` is for a host's health probes, which are no traffic.
         """
         problem = self._mismatch(query, service, outcome)
         if problem:
-            return self.fail(query, service.n_rows, problem, service.n_classes)
+            verdict = failed_verdict(self.settings, service.n_rows, service.n_classes, problem)
+            return self._finish(query, verdict) if record else verdict
         verification, failures = outcome.verification, list(outcome.failures)
         detections: list[Detection] = []
         if verification is not None and service.n_rows:
@@ -131,7 +132,7 @@ class Pipeline:
             # A failure here cannot undo the alarm: the rows stay attacked, and it is counted and logged.
             correction, _ = self._timed("reclassify", self._reclassify.call_first, arguments)
         verdict = make_verdict(self.settings, service, verification, decision, correction)
-        return self._finish(query, verdict)
+        return self._finish(query, verdict) if record else verdict
 
     def run(self, query: Query, service: Prediction) -> Verdict:
         """`verify` and `validate` in one call."""

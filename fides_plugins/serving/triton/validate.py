@@ -73,24 +73,23 @@ class TritonPythonModel:
         n_rows = len(output) if output.ndim else 0
         arrays = {n: a for n in self._query_inputs if (a := self._step.array(request, n)) is not None}
         query = self._step.query(arrays, n_rows, row_ids(request.request_id(), n_rows))
+        probe = False
         try:
             # A trailing (K, 1, 1) or a leading (1, K) inside the row is the same distribution.
             service = Prediction.from_output(output.reshape(n_rows, -1), self._kind, self._temperature)
-            outcome = self._outcome(request)
+            outcome = VerifyOutcome(None, (Failure("triton", "fides_verify", "open"),))
+            if self._verified:
+                # What travels between the steps always has the row axis, so it is taken as it is.
+                parts = [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in wire.INTERNAL]
+                outcome, probe = wire.unpack_outcome(*parts), wire.is_probe(parts[-1])
         except Exception as error:  # host boundary: the row is an error, and policy decides what that means
             logger.error("fides_validate cannot read a request", exc_info=error)
             verdict = self._step.pipeline.fail(query, n_rows, safe_text(error))
         else:
-            verdict = self._step.pipeline.validate(query, service, outcome)
-        self._step.metrics.observe_verdict(verdict)
+            verdict = self._step.pipeline.validate(query, service, outcome, record=not probe)
+        if not probe:
+            self._step.metrics.observe_verdict(verdict)
         return verdict
-
-    def _outcome(self, request: Any) -> VerifyOutcome:
-        if not self._verified:
-            return VerifyOutcome(None, (Failure("triton", "fides_verify", "open"),))
-        # What travels between the steps always has the row axis, so it is taken as it is.
-        parts = [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in wire.INTERNAL]
-        return wire.unpack_outcome(*parts)
 
     def _without_verdict(self, request: Any, output: NDArray[Any] | None, reason: str) -> Any:
         """Our own failure: on_error decides, as for any other."""

@@ -70,6 +70,24 @@ def pack_outcome(outcome: VerifyOutcome, n_rows: int, n_classes: int) -> dict[st
     }
 
 
+def mark_probe(text: NDArray[Any]) -> NDArray[np.uint8]:
+    """The packed text with the mark of a health probe, whose verdict is not recorded.
+
+    The mark travels in a tensor that `fides_verify` writes, and not in a request's id or parameters: these
+    come from clients, who must not be able to keep their requests out of the records.
+    """
+    described = json.loads(text[0].tobytes())
+    data = np.frombuffer(json.dumps({**described, "probe": True}).encode(), dtype=np.uint8)
+    return np.ascontiguousarray(np.broadcast_to(data, (len(text), data.size)))
+
+
+def is_probe(text: NDArray[Any]) -> bool:
+    """Whether `mark_probe` marked this text."""
+    return (
+        bool(len(text)) and b'"probe": true' in text[0].tobytes() and json.loads(text[0].tobytes()).get("probe") is True
+    )
+
+
 def unpack_outcome(references: NDArray[Any], available: NDArray[Any], text: NDArray[Any]) -> VerifyOutcome:
     """The outcome that `pack_outcome` packed.
 
