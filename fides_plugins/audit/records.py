@@ -1,0 +1,359 @@
+"""Recorded predictions: find their columns, cut them into parts, and read the rows of a part in batches.
+
+A part is a range of rows with a fixed place in the file, so that any worker can read any part, and a
+run that was stopped goes on at the first part that is missing. Formats: Parquet, and JSON Lines with
+one object per row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from fides_plugins.errors import InputError
+from fides_plugins.types import BoolArray, Float32Array
+
+SERVICE_COLUMNS = ("service_probabilities", "service_logits")
+VERIFICATION_COLUMNS = ("verification_probabilities", "verification_logits")
+INPUT_COLUMN = "input"
+ID_COLUMN = "request_id"
+#: Rows of one part: what a killed run does again at most.
+PART_ROWS = 50_000
+#: Bytes of decoded rows that one batch should hold.
+BATCH_BYTES = 16 * 1024 * 1024
+MAX_BATCH_ROWS = 8192
+_READ_BUFFER = 1 << 20
+_JSON_BLOCK = 1 << 22
+
+_FORMAT_HELP = (
+    "Columns: service_probabilities or service_logits; verification_probabilities, verification_logits or input; "
+    "optionally request_id."
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A range of rows: `start` and `rows` count from the first row of the file; `offset` is its first byte."""
+
+    index: int
+    start: int
+    rows: int
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A file of recorded predictions, and how it is read.
+
+    Attributes
+    ----------
+    service, reference:
+        Names of the columns that are used; `reference` is a verification column or `input`.
+    request_ids:
+        Whether there is a column `request_id`.
+    batch_rows:
+        Rows handed to the pipeline at once; part of the plan, so that every run sees the same batches.
+    fingerprint:
+        Stands for the file's content: its size and the SHA-256 of its first and last bytes.
+    """
+
+    path: str
+    format: Literal["parquet", "jsonl"]
+    service: str
+    reference: str
+    request_ids: bool
+    n_rows: int
+    batch_rows: int
+    parts: tuple[Part, ...]
+    fingerprint: str
+
+
+def open_recording(path: str | Path, part_rows: int = PART_ROWS) -> Recording:
+    """Look at a file and plan its parts; reads the schema, or counts the lines of JSON.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read, or lacks or doubles a column.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"There is no file {file.name!r}.", "Give a Parquet or JSON Lines file.")
+    with file.open("rb") as stream:
+        parquet = stream.read(4) == b"PAR1"
+    recording = (_open_parquet if parquet else _open_jsonl)(file, part_rows)
+    if not recording.n_rows:
+        raise InputError(f"{file.name} has no rows.")
+    return recording
+
+
+def read_part(recording: Recording, parts: Sequence[Part]) -> Iterator[tuple[Part, pa.Table]]:
+    """Batches of at most `batch_rows` rows of neighbouring parts, each with its part; never across two parts."""
+    if not parts:
+        return
+    read = _read_parquet if recording.format == "parquet" else _read_jsonl
+    batches = read(recording, parts[0], sum(p.rows for p in parts))
+    rest = pa.table({})
+    for part in parts:
+        left = part.rows
+        while left:
+            while rest.num_rows < min(left, recording.batch_rows):
+                more = next(batches, None)
+                if more is None:
+                    raise InputError(f"{Path(recording.path).name} ends early.", "Was it changed during the run?")
+                rest = pa.concat_tables([rest, more]) if rest.num_rows else more
+            batch = rest.slice(0, min(left, recording.batch_rows))
+            rest = rest.slice(batch.num_rows)
+            left -= batch.num_rows
+            yield part, batch
+
+
+def matrix(column: pa.ChunkedArray, width: int) -> tuple[Float32Array, BoolArray]:
+    """A column of lists of numbers as (N, width) float32, and the rows that were such lists.
+
+    Rows that are null or of another length are NaN.
+
+    Raises
+    ------
+    InputError
+        If the column does not hold lists of numbers.
+    """
+    array = _one_chunk(column)
+    if not _is_list(array.type) or not _is_number(array.type.value_type):
+        raise InputError(f"A column holds {array.type}; expected lists of numbers.", _FORMAT_HELP)
+    lengths = pc.fill_null(pc.list_value_length(array), -1).to_numpy(zero_copy_only=False)
+    good = lengths == width
+    if good.all():
+        values = array.flatten().to_numpy(zero_copy_only=False)
+        return np.ascontiguousarray(values.reshape(-1, width), dtype=np.float32), good
+    result = np.full((len(array), width), np.nan, dtype=np.float32)
+    if good.any():
+        kept = array.filter(pa.array(good)).flatten().to_numpy(zero_copy_only=False)
+        result[good] = kept.reshape(-1, width)
+    return result, good
+
+
+def tensor(
+    column: pa.ChunkedArray, shape: Sequence[int | None], dtype: np.dtype[Any]
+) -> tuple[NDArray[Any], BoolArray]:
+    """A column of inputs, flat or nested lists, as (N, *shape) of `dtype`, and the rows that fit.
+
+    Rows that do not fit are zero. A free axis takes its length from the first row, which must then be
+    nested.
+
+    Raises
+    ------
+    InputError
+        If the column holds no lists of numbers, or no row shows the length of a free axis.
+    """
+    array = _one_chunk(column)
+    leaf = array.type
+    while _is_list(leaf):
+        leaf = leaf.value_type
+    if not _is_list(array.type) or not _is_number(leaf):
+        raise InputError(f"The column {INPUT_COLUMN!r} holds {array.type}; expected lists of numbers.", _FORMAT_HELP)
+    sizes = tuple(s or 0 for s in (_shape_of_first(array, shape) if None in shape else shape))
+    width = int(np.prod(sizes, dtype=np.int64))
+    if not _is_list(array.type.value_type):
+        lengths = pc.fill_null(pc.list_value_length(array), -1).to_numpy(zero_copy_only=False)
+        good = lengths == width
+        if good.all():
+            flat = array.flatten().to_numpy(zero_copy_only=False)
+            return np.ascontiguousarray(flat.reshape(-1, *sizes), dtype=dtype), good
+    rows, good = [], np.zeros(len(array), dtype=np.bool_)
+    for i, value in enumerate(array.to_pylist()):
+        row = _row(value, sizes, width, dtype)
+        good[i] = row is not None
+        rows.append(np.zeros(sizes, dtype=dtype) if row is None else row)
+    return np.ascontiguousarray(rows, dtype=dtype).reshape(-1, *sizes), good
+
+
+def _row(value: Any, shape: Sequence[int], width: int, dtype: np.dtype[Any]) -> NDArray[Any] | None:
+    try:
+        row = np.asarray(value, dtype=dtype)
+    except (ValueError, TypeError):
+        return None
+    return row.reshape(shape) if row.size == width and row.ndim else None
+
+
+def _shape_of_first(array: pa.Array, shape: Sequence[int | None]) -> tuple[int | None, ...]:
+    for value in array:
+        try:
+            found = np.asarray(value.as_py()).shape
+        except ValueError:
+            continue
+        if len(found) == len(shape) and all(want in (None, have) for want, have in zip(shape, found, strict=True)):
+            return found
+    raise InputError(
+        "The bundle's input has a free axis, and no row of `input` shows its length.",
+        "Record the inputs as nested lists.",
+    )
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    # A JSON block whose lists are all empty has values of type null; its rows are judged bad, not the file.
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind))
+
+
+def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+
+
+def _pick(names: Iterable[str], file: str) -> tuple[str, str, bool]:
+    known = set(names)
+    service = [c for c in SERVICE_COLUMNS if c in known]
+    reference = [c for c in VERIFICATION_COLUMNS if c in known]
+    if len(service) != 1 or len(reference) > 1 or not (reference or INPUT_COLUMN in known):
+        raise InputError(f"{file} has the columns {sorted(known)}.", _FORMAT_HELP)
+    # A recorded reference is what the service was judged by at the time; the input would be judged anew.
+    return service[0], (reference or [INPUT_COLUMN])[0], ID_COLUMN in known
+
+
+def _batch_rows(total_bytes: int, n_rows: int, part_rows: int) -> int:
+    row_bytes = max(1, total_bytes // max(1, n_rows))
+    return max(1, min(MAX_BATCH_ROWS, part_rows, BATCH_BYTES // row_bytes))
+
+
+def _fingerprint(path: Path) -> str:
+    digest = hashlib.sha256()
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        digest.update(stream.read(65536))
+        stream.seek(max(0, size - 65536))
+        digest.update(stream.read(65536))
+    return f"{size}:{digest.hexdigest()}"
+
+
+def _open_parquet(path: Path, part_rows: int) -> Recording:
+    try:
+        with pq.ParquetFile(path) as file:
+            metadata, names = file.metadata, file.schema_arrow.names
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path.name} is not a readable Parquet file: {str(error).splitlines()[0]}") from None
+    service, reference, ids = _pick(names, path.name)
+    n_rows = metadata.num_rows
+    # Counted in decoded values: dictionary encoding can make the bytes in the file many times smaller.
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    columns = [g.column(j) for g in groups for j in range(metadata.num_columns)]
+    total = 8 * sum(c.num_values for c in columns if c.path_in_schema.partition(".")[0] in (service, reference))
+    parts = tuple(Part(i, s, min(part_rows, n_rows - s)) for i, s in enumerate(range(0, n_rows, part_rows)))
+    rows = _batch_rows(total, n_rows, part_rows)
+    return Recording(str(path), "parquet", service, reference, ids, n_rows, rows, parts, _fingerprint(path))
+
+
+def _read_parquet(recording: Recording, first: Part, n_rows: int) -> Iterator[pa.Table]:
+    columns = [recording.service, recording.reference, *([ID_COLUMN] if recording.request_ids else [])]
+    # A buffered stream: a row group may be far larger than memory allows to hold at once.
+    with pq.ParquetFile(recording.path, buffer_size=_READ_BUFFER, pre_buffer=False) as file:
+        groups: list[int] = []
+        skip, before = 0, 0
+        for index in range(file.metadata.num_row_groups):
+            rows = file.metadata.row_group(index).num_rows
+            if before + rows > first.start and before < first.start + n_rows:
+                if not groups:
+                    skip = first.start - before
+                groups.append(index)
+            before += rows
+        for batch in file.iter_batches(recording.batch_rows, row_groups=groups, columns=columns, use_threads=False):
+            if skip >= batch.num_rows:
+                skip -= batch.num_rows
+                continue
+            yield pa.Table.from_batches([batch.slice(skip)])
+            skip = 0
+
+
+def _open_jsonl(path: Path, part_rows: int) -> Recording:
+    offsets, n_rows, position, first = [], 0, 0, b""
+    with path.open("rb") as stream:
+        for line in stream:
+            if line.strip():
+                if n_rows % part_rows == 0:
+                    offsets.append(position)
+                first = first or line
+                n_rows += 1
+            position += len(line)
+    record = _object(first)
+    if not record:
+        raise InputError(
+            f"{path.name} is neither Parquet nor JSON Lines: its first line is no JSON object.", _FORMAT_HELP
+        )
+    service, reference, ids = _pick(record, path.name)
+    parts = tuple(
+        Part(i, i * part_rows, min(part_rows, n_rows - i * part_rows), offset) for i, offset in enumerate(offsets)
+    )
+    rows = _batch_rows(position, n_rows, part_rows)
+    return Recording(str(path), "jsonl", service, reference, ids, n_rows, rows, parts, _fingerprint(path))
+
+
+def _read_jsonl(recording: Recording, first: Part, n_rows: int) -> Iterator[pa.Table]:
+    with Path(recording.path).open("rb", buffering=_JSON_BLOCK) as stream:
+        stream.seek(first.offset)
+        lines = (line for line in stream if line.strip())
+        while n_rows > 0:
+            records = [_object(line) for line, _ in zip(lines, range(min(n_rows, recording.batch_rows)), strict=False)]
+            if not records:
+                return
+            n_rows -= len(records)
+            yield _table(recording, records)
+
+
+def _table(recording: Recording, records: Sequence[Mapping[str, Any]]) -> pa.Table:
+    columns: dict[str, pa.Array] = {
+        recording.service: pa.array([_numbers(r.get(recording.service)) for r in records], pa.list_(pa.float32()))
+    }
+    values = [r.get(recording.reference) for r in records]
+    if recording.reference == INPUT_COLUMN:
+        columns[INPUT_COLUMN] = _inputs(values)
+    else:
+        columns[recording.reference] = pa.array([_numbers(v) for v in values], pa.list_(pa.float32()))
+    if recording.request_ids:
+        ids = [r.get(ID_COLUMN) for r in records]
+        columns[ID_COLUMN] = pa.array([None if i is None else str(i) for i in ids], pa.string())
+    return pa.table(columns)
+
+
+def _inputs(values: Sequence[Any]) -> pa.Array:
+    """Inputs as nested lists of float64, which holds every pixel and feature exactly; null where they are none."""
+    arrays = []
+    for value in values:
+        try:
+            arrays.append(np.asarray(value, dtype=np.float64))
+        except (ValueError, TypeError):
+            arrays.append(np.zeros(()))
+    depth = next((a.ndim for a in arrays if a.ndim), 1)
+    kind = pa.float64()
+    for _ in range(depth):
+        kind = pa.list_(kind)
+    return pa.array([a.tolist() if a.ndim == depth else None for a in arrays], kind)
+
+
+def _numbers(value: Any) -> list[float] | None:
+    if not isinstance(value, list):
+        return None
+    try:
+        return [float(v) for v in value]
+    except (TypeError, ValueError):
+        return None
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    """A line's object; empty where it is none, so that one broken line is one bad row."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,347 @@
+"""`fides audit run`: judge recorded predictions with the same pipeline that serves, part by part.
+
+Every finished part is a file in `OUT.partial/`, made in one step; when all are there they become `OUT`.
+A run that was killed therefore goes on where it stopped and gives the same output. Memory holds a few
+batches, however long the recording is.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fides_plugins import __version__
+from fides_plugins.audit.output import Summary, verdict_table
+from fides_plugins.audit.records import (
+    ID_COLUMN,
+    INPUT_COLUMN,
+    PART_ROWS,
+    Part,
+    Recording,
+    matrix,
+    open_recording,
+    read_part,
+    tensor,
+)
+from fides_plugins.bundle import Bundle
+from fides_plugins.errors import InputError, SettingsError
+from fides_plugins.pipeline import Pipeline, VerifyOutcome
+from fides_plugins.settings import Settings
+from fides_plugins.types import Float32Array, Prediction, Query, Verification, softmax
+
+PLAN_NAME = "plan.json"
+#: A batch after the fact may take its time; this only ends a plug-in that hangs.
+BATCH_TIMEOUT_MS = 600_000.0
+
+#: Told the number of rows judged since the last call.
+OnRows = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a worker needs, on whatever machine it runs."""
+
+    recording: Recording
+    settings: Settings
+    bundle: str
+    folder: str
+    probabilities: bool
+
+    def part_path(self, part: Part) -> Path:
+        """File of one part's verdicts."""
+        return Path(self.folder) / f"part-{part.index:06d}.parquet"
+
+    def missing(self) -> list[Part]:
+        """Parts that no run has finished."""
+        return [p for p in self.recording.parts if not self.part_path(p).is_file()]
+
+
+class Auditor:
+    """Judges batches of a recording: the pipeline, and how columns become its arguments.
+
+    Raises
+    ------
+    FidesError
+        If the bundle or a plug-in cannot be loaded, or there is nothing that could verify.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._pipeline = Pipeline.from_settings(job.settings.model_copy(update={"bundle": job.bundle}))
+        manifest = self._pipeline.bundle.manifest if self._pipeline.bundle is not None else None
+        if manifest is None:
+            raise SettingsError("No bundle is set.")
+        self._manifest = manifest
+        if job.recording.reference == INPUT_COLUMN:
+            if not self._pipeline.manager.hook.fides_verify.get_hookimpls():
+                raise InputError(
+                    "The recording has inputs but no reference, and the bundle has no verification model.",
+                    "Record verification_probabilities, or use a bundle with a verification model.",
+                )
+            if manifest.input is None:
+                raise InputError(
+                    "The bundle does not say what its input looks like.", "Make it again with `fides fit`."
+                )
+
+    def judge(self, table: pa.Table, start: int) -> pa.Table:
+        """Verdicts of one batch whose first row is row `start` of the recording."""
+        recording = self._job.recording
+        claimed, _ = matrix(table.column(recording.service), self._pipeline.n_classes)
+        spec = self._manifest.service
+        kind = "logits" if recording.service.endswith("logits") else "probabilities"
+        service = Prediction.from_output(claimed, kind, spec.temperature)  # type: ignore[arg-type]
+        query, outcome = self._reference(table)
+        verdict = self._pipeline.validate(query, service, outcome)
+        ids = table.column(ID_COLUMN) if recording.request_ids else None
+        return verdict_table(verdict, start, ids, self._job.probabilities)
+
+    def close(self) -> None:
+        """Close the plug-ins."""
+        self._pipeline.close()
+
+    def _reference(self, table: pa.Table) -> tuple[Query, VerifyOutcome]:
+        name, k = self._job.recording.reference, self._pipeline.n_classes
+        service_name = self._job.settings.service_name
+        if name != INPUT_COLUMN:
+            values, good = matrix(table.column(name), k)
+            verification = Verification.single(self._distribution(values, name), "recording", good)
+            rows_only = np.empty((table.num_rows, 0), dtype=np.float32)
+            return Query({"recorded": rows_only}, model_name=service_name), VerifyOutcome(verification)
+        spec = self._manifest.input
+        assert spec is not None
+        inputs, good = tensor(table.column(name), spec.shape[1:], np.dtype(spec.dtype))
+        query = Query({spec.name: inputs}, model_name=service_name)
+        outcome = self._pipeline.verify(query)
+        found = outcome.verification
+        if found is not None and not good.all():
+            # Rows without a usable input were verified on zeros; that is no reference.
+            found = Verification(found.references, found.available & good[:, None], found.sources, found.evidence)
+        return query, VerifyOutcome(found, outcome.failures)
+
+    def _distribution(self, values: Float32Array, name: str) -> Float32Array:
+        if not name.endswith("logits"):
+            return values
+        spec = self._manifest.verification
+        return softmax(values / np.float32(spec.temperature if spec is not None else 1.0))
+
+
+def prepare(
+    bundle: str | Path,
+    source: str | Path,
+    target: str | Path,
+    settings: Settings | None = None,
+    probabilities: bool = True,
+    part_rows: int = PART_ROWS,
+) -> Job:
+    """Plan a run, or take up the one that was stopped.
+
+    Raises
+    ------
+    InputError
+        If the output exists, or what was left behind belongs to another input, bundle or settings.
+    FidesError
+        If the recording or the bundle cannot be used.
+    """
+    out = Path(target).resolve()
+    if out.exists():
+        raise InputError(f"{out.name} exists.", "Remove it or choose another output.")
+    recording = open_recording(Path(source).resolve(), part_rows)
+    digest = Bundle.load(bundle).digest
+    used = _after_the_fact(settings or Settings())
+    folder = out.with_name(out.name + ".partial")
+    job = Job(recording, used, str(Path(bundle).resolve()), str(folder), probabilities)
+    plan = {
+        "version": __version__,
+        "bundle": digest,
+        "fingerprint": recording.fingerprint,
+        "settings": used.model_dump(mode="json", exclude={"bundle"}),
+        "recording": {k: v for k, v in asdict(recording).items() if k not in ("path", "parts", "fingerprint")},
+        "part_rows": part_rows,
+        "probabilities": probabilities,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / PLAN_NAME
+    text = json.dumps(plan, indent=1, sort_keys=True)
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        raise InputError(
+            f"{folder.name} was left by a run with another input, bundle, settings or release.",
+            "Remove that folder to begin anew.",
+        )
+    _write(path, text.encode())
+    return job
+
+
+def _after_the_fact(settings: Settings) -> Settings:
+    """The settings without what belongs to serving: the audit log must not take up old rows as new ones."""
+    plugins = settings.plugins
+    names = [t for t in plugins.load if t.rpartition(":")[2] != "audit"]
+    kept = plugins.model_copy(
+        update={"load": tuple(names), "required": tuple(r for r in plugins.required if r != "audit")}
+    )
+    return settings.model_copy(update={"plugins": kept, "timeout_ms": max(settings.timeout_ms, BATCH_TIMEOUT_MS)})
+
+
+def judge_parts(job: Job, parts: Sequence[Part], on_rows: OnRows = lambda n: None) -> None:
+    """Judge neighbouring parts in this process; each becomes a file when it is complete."""
+    auditor = Auditor(job)
+    writer: pq.ParquetWriter | None = None
+    done = 0
+    current: Part | None = None
+    try:
+        for part, batch in read_part(job.recording, parts):
+            if current is not part:
+                current, done = part, 0
+            table = auditor.judge(batch, part.start + done)
+            if writer is None:
+                writer = pq.ParquetWriter(_staging(job, part), table.schema)
+            writer.write_table(table)
+            done += batch.num_rows
+            on_rows(batch.num_rows)
+            if done == part.rows:
+                writer.close()
+                writer = None
+                os.replace(_staging(job, part), job.part_path(part))
+    finally:
+        if writer is not None:
+            writer.close()
+        auditor.close()
+
+
+def _staging(job: Job, part: Part) -> Path:
+    # The process's id: two workers that were both handed a part must not write into one file.
+    return job.part_path(part).with_suffix(f".{os.getpid()}.tmp")
+
+
+def judge_here(job: Job, on_rows: OnRows = lambda n: None) -> None:
+    """Judge all missing parts on this machine; runs of neighbours are read in one pass."""
+    for parts in neighbours(job.missing()):
+        judge_parts(job, parts, on_rows)
+
+
+def neighbours(parts: Sequence[Part], at_most: int = 0) -> Iterator[list[Part]]:
+    """Parts in runs of neighbours, of at most `at_most` parts (0: any number)."""
+    group: list[Part] = []
+    for part in parts:
+        if group and (part.index != group[-1].index + 1 or len(group) == at_most):
+            yield group
+            group = []
+        group.append(part)
+    if group:
+        yield group
+
+
+def assemble(job: Job, target: str | Path) -> dict[str, Any]:
+    """Join the parts into the output in one step, remove what was partial, and summarise.
+
+    Returns
+    -------
+    dict
+        The summary: `rows`, `statuses`, `attacked_share` with its 95 % Wilson interval, `disagreements`
+        (rows whose service label is not the verified one), `corrected`, `refused`, and `reasons`.
+    """
+    out = Path(target).resolve()
+    staging = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    summary = Summary()
+    writer: pq.ParquetWriter | None = None
+    try:
+        for part in job.recording.parts:
+            with pq.ParquetFile(job.part_path(part)) as file:
+                for batch in file.iter_batches(job.recording.batch_rows, use_threads=False):
+                    writer = writer or pq.ParquetWriter(staging, batch.schema)
+                    table = pa.Table.from_batches([batch])
+                    writer.write_table(table)
+                    summary.add(table)
+        assert writer is not None  # a recording without rows was refused
+        writer.close()
+        os.replace(staging, out)
+    finally:
+        staging.unlink(missing_ok=True)
+    shutil.rmtree(job.folder)
+    return summary.result(job.settings.false_alarm_rate)
+
+
+def audit_run(
+    bundle: str | Path,
+    source: str | Path,
+    target: str | Path,
+    settings: Settings | None = None,
+    *,
+    engine: str = "local",
+    workers: int = 2,
+    address: str = "",
+    probabilities: bool = True,
+    part_rows: int = PART_ROWS,
+    on_start: Callable[[int, int], None] = lambda total, done: None,
+    on_rows: OnRows = lambda n: None,
+) -> dict[str, Any]:
+    """Judge a recording and write the verdicts.
+
+    Parameters
+    ----------
+    engine:
+        "local" or "ray".
+    workers, address:
+        For Ray: number of workers, and the cluster's address (empty: a local one is started).
+    on_start, on_rows:
+        Told the rows in total and those done by an earlier run; then the rows of each batch.
+
+    Returns
+    -------
+    dict
+        What `assemble` gives, with `seconds`, `resumed_rows` and `rows_per_second` of this run.
+
+    Raises
+    ------
+    FidesError
+        If anything about the recording, the bundle, the settings or the engine cannot be used.
+    """
+    if engine not in ("local", "ray"):
+        raise SettingsError(f"There is no engine {engine!r}.", "Use local or ray.")
+    start = time.perf_counter()
+    job = prepare(bundle, source, target, settings, probabilities, part_rows)
+    with _alone(Path(job.folder)):
+        todo = sum(p.rows for p in job.missing())
+        total = job.recording.n_rows
+        on_start(total, total - todo)
+        if engine == "ray":
+            from fides_plugins.audit.ray_engine import judge_on_ray
+
+            judge_on_ray(job, workers, address, on_rows)
+        else:
+            judge_here(job, on_rows)
+        judged = time.perf_counter() - start
+        summary = assemble(job, target)
+    seconds = time.perf_counter() - start
+    rate = todo / judged if judged > 0 else 0.0
+    return {**summary, "seconds": seconds, "resumed_rows": total - todo, "rows_per_second": rate}
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Only one run at a time may work on an output."""
+    with (folder / "lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError("Another run works on this output.", "Wait for it, or choose another output.") from None
+        for left in folder.glob("*.tmp"):
+            left.unlink()
+        yield
+
+
+def _write(path: Path, data: bytes) -> None:
+    staging = path.with_suffix(".tmp")
+    staging.write_bytes(data)
+    os.replace(staging, path)
