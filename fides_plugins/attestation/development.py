@@ -26,6 +26,11 @@ def make_report(report_data: bytes) -> bytes:
     return body + _ROOT.sign(body)
 
 
+def signed_part(report: bytes) -> bytes:
+    """What the root signed."""
+    return report[:-_SIGNATURE_BYTES]
+
+
 def verify_report(report: bytes) -> ReportFacts:
     """Check the form of a development report.
 
@@ -36,7 +41,7 @@ def verify_report(report: bytes) -> ReportFacts:
     """
     if len(report) != len(_HEAD) + REPORT_DATA_BYTES + _SIGNATURE_BYTES or not report.startswith(_HEAD):
         raise Refusal("evidence-malformed", "This is not a development report.")
-    body = report[:-_SIGNATURE_BYTES]
+    body = signed_part(report)
     try:
         _ROOT.public_key().verify(report[-_SIGNATURE_BYTES:], body)
     except InvalidSignature:

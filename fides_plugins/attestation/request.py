@@ -3,8 +3,8 @@
 It goes through the untrusted host as the parameter `fides_request` (Triton, Open Inference Protocol) or
 the header `X-Fides-Request` (TorchServe), base64url without padding. The client signs it, because a host
 that could ask the verifier in its own name would learn every reference and shape its lie to it: a
-verifier with a list of clients answers nobody else. It names the enclave's key, so that it cannot be
-replayed to an enclave that was started again.
+verifier with a list of clients answers nobody else. It names the evidence that the client checked, so that
+it cannot be replayed to an enclave that was started again.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _DIGEST_BYTES = 32
 #: A request is about 300 bytes; anything much longer is none.
 _MAX_TEXT = 1024
 
-_PROFILE, _NONCE, _SESSION, _KEY_ID, _INPUT, _SCHEME, _CLIENT_KEY = range(1, 8)
-_REQUIRED = frozenset((_PROFILE, _NONCE, _SESSION, _KEY_ID, _INPUT, _SCHEME))
+_PROFILE, _NONCE, _SESSION, _EVIDENCE, _INPUT, _SCHEME, _CLIENT_KEY = range(1, 8)
+_REQUIRED = frozenset((_PROFILE, _NONCE, _SESSION, _EVIDENCE, _INPUT, _SCHEME))
 _OPTIONAL = frozenset((_CLIENT_KEY,))
 
 
@@ -77,8 +77,8 @@ class SignedRequest:
     ----------
     nonce, session:
         32 and 16 random bytes; the nonce is used once, the session is the client object's.
-    key_id:
-        The enclave's key (32 bytes) whose evidence the client checked.
+    evidence_id:
+        The evidence (32 bytes) that the client checked.
     input_digest:
         `tensor_digest` of the input (32 bytes).
     scheme:
@@ -89,7 +89,7 @@ class SignedRequest:
         Ed25519 public key (32 bytes) that signed; filled in by `decode`.
     """
 
-    key_id: bytes
+    evidence_id: bytes
     input_digest: bytes
     scheme: Scheme
     client_key: bytes = b""
@@ -103,7 +103,7 @@ class SignedRequest:
             _PROFILE: PROFILE,
             _NONCE: self.nonce,
             _SESSION: self.session,
-            _KEY_ID: self.key_id,
+            _EVIDENCE: self.evidence_id,
             _INPUT: self.input_digest,
             _SCHEME: self.scheme,
         }
@@ -140,7 +140,7 @@ class SignedRequest:
         values = cose.decode_map(frame.payload, _REQUIRED, _OPTIONAL, "request")
         if values[_PROFILE] != PROFILE:
             raise Refusal("request-profile", f"The request's profile is not {PROFILE}.")
-        lengths = {_NONCE: NONCE_BYTES, _SESSION: SESSION_BYTES, _KEY_ID: _KEY_BYTES, _INPUT: _DIGEST_BYTES}
+        lengths = {_NONCE: NONCE_BYTES, _SESSION: SESSION_BYTES, _EVIDENCE: _DIGEST_BYTES, _INPUT: _DIGEST_BYTES}
         scheme = values[_SCHEME]
         if scheme == "hpke":
             lengths[_CLIENT_KEY] = _KEY_BYTES
@@ -150,7 +150,7 @@ class SignedRequest:
             if type(values.get(name)) is not bytes or len(values[name]) != length:
                 raise Refusal("request-fields", f"Field {name} of the request is not {length} bytes.")
         return cls(
-            key_id=values[_KEY_ID],
+            evidence_id=values[_EVIDENCE],
             input_digest=values[_INPUT],
             scheme=scheme,
             client_key=values.get(_CLIENT_KEY, b""),

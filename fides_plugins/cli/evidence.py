@@ -48,14 +48,14 @@ def verify(
 
     moment = _moment(now)
     rules = EvidencePolicy() if policy is None else EvidencePolicy.from_toml(policy)
-    data = _read(file)
+    data = read_file(file)
     given: dict[str, Any] = {}
     if collateral is not None:
-        given["collateral"] = _read(collateral).decode("utf-8", "replace")
+        given["collateral"] = read_file(collateral).decode("utf-8", "replace")
     if vcek is not None:
-        given["vcek"] = _read(vcek)
+        given["vcek"] = read_file(vcek)
     if chain is not None:
-        given["chain"] = _read(chain).decode("utf-8", "replace")
+        given["chain"] = read_file(chain).decode("utf-8", "replace")
     answer: dict[str, Any] = {"trusted": False, "relaxations": list(rules.relaxations())}
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -100,7 +100,8 @@ def _moment(text: str) -> float:
     return moment.timestamp()
 
 
-def _read(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
+    """A file's bytes, or an `InputError` that names it."""
     from fides_plugins.errors import InputError
 
     try:

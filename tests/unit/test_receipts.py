@@ -210,7 +210,7 @@ def test_any_value_in_any_field_is_checked(number: int, value: object) -> None:
 
 def request(**changes: object) -> SignedRequest:
     values: dict[str, object] = {
-        "key_id": KEY_ID,
+        "evidence_id": bytes(32),
         "input_digest": bytes(32),
         "scheme": "hpke",
         "client_key": bytes(range(32)),

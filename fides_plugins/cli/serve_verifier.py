@@ -1,0 +1,120 @@
+"""`fides serve-verifier`: the verification model in an enclave, with signed receipts."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from fides_plugins.cli._output import console
+
+if TYPE_CHECKING:
+    from fides_plugins.enclave.serve import Endpoints
+    from fides_plugins.enclave.verifier import Verifier
+
+
+class Kind(str, Enum):
+    """Values of --evidence."""
+
+    tdx = "tdx"
+    sev_snp = "sev-snp"
+    gramine_sgx = "gramine-sgx"
+    development = "development"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("serve-verifier")(serve_verifier)
+
+
+def serve_verifier(
+    bundle: Annotated[Path, typer.Option("--bundle", help="Folder of the bundle.", metavar="BUNDLE")],
+    evidence: Annotated[Kind, typer.Option(help="Hardware that vouches for the keys.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="HTTP port; 0 takes a free one.")] = 8443,
+    grpc_port: Annotated[int | None, typer.Option(help="gRPC port; not served where left out.")] = None,
+    client: Annotated[
+        list[str] | None, typer.Option(help="Public key (hex) of a client that is answered; repeat it. None: anybody.")
+    ] = None,
+    scheme: Annotated[list[str] | None, typer.Option(help="hpke or commitment; repeat it. Default: both.")] = None,
+    decimals: Annotated[int | None, typer.Option(help="Round references, against extraction.", min=1, max=9)] = None,
+    rate: Annotated[float, typer.Option(help="Rows per second and client.", min=0.1)] = 1000.0,
+    collateral: Annotated[Path | None, typer.Option(help="Intel's collateral (JSON) to hand out.")] = None,
+    vcek: Annotated[Path | None, typer.Option(help="The chip's certificate (DER) to hand out.")] = None,
+    chain: Annotated[Path | None, typer.Option(help="AMD's ASK and ARK (PEM) to hand out.")] = None,
+    workers: Annotated[int, typer.Option(help="Requests that run at once.", min=1, max=64)] = 2,
+    queue: Annotated[int, typer.Option(help="Requests that wait; more are refused.", min=0)] = 64,
+    timeout: Annotated[float, typer.Option(help="Seconds for one answer.", min=0.1)] = 10.0,
+    max_body_mb: Annotated[int, typer.Option(help="Largest body, in MiB.", min=1, max=256)] = 8,
+    threads: Annotated[int, typer.Option(help="Threads of the model.", min=1)] = 1,
+) -> None:
+    """Serve the verification model over the Open Inference Protocol, one signed receipt per request."""
+    import asyncio
+
+    from fides_plugins.bundle import Bundle
+    from fides_plugins.cli.evidence import read_file
+    from fides_plugins.enclave.http import ServerLimits
+    from fides_plugins.enclave.providers import make_provider
+    from fides_plugins.enclave.serve import Endpoints, serve
+    from fides_plugins.enclave.verifier import Verifier, VerifierOptions
+
+    options = VerifierOptions(
+        clients=frozenset(_key(text) for text in client or ()),
+        schemes=_schemes(scheme),
+        decimals=decimals,
+        collateral="" if collateral is None else read_file(collateral).decode("utf-8", "replace"),
+        vcek=b"" if vcek is None else read_file(vcek),
+        chain="" if chain is None else read_file(chain).decode("utf-8", "replace"),
+        rate=rate,
+        burst=2 * rate,
+    )
+    verifier = Verifier(Bundle.load(bundle), make_provider(evidence.value), options, threads)
+    limits = ServerLimits(
+        workers=workers,
+        queue=queue,
+        timeout_s=timeout,
+        body_bytes=max_body_mb << 20,
+        buffered_bytes=max(64, 4 * max_body_mb) << 20,
+    )
+    asyncio.run(
+        serve(verifier, Endpoints(host, port, grpc_port), limits, ready=lambda where: _announce(verifier, where))
+    )
+
+
+def _announce(verifier: Verifier, where: Endpoints) -> None:
+    """One line that programs can wait for, then what an operator should know."""
+    out = console(stderr=True)
+    grpc = "" if where.grpc_port is None else f", gRPC on {where.host}:{where.grpc_port}"
+    out.print(f"verifier ready: HTTP on {where.host}:{where.http_port}{grpc}", soft_wrap=True)
+    out.print(f"bundle {verifier.bundle.digest}, key {verifier.key_id.hex()}, {verifier.tee}", soft_wrap=True)
+    if verifier.tee == "development":
+        out.print("[bold red]warning:[/] development evidence: no hardware protects this verifier", soft_wrap=True)
+    if not verifier.options.clients:
+        out.print(
+            "[bold yellow]warning:[/] no --client is given: the host can ask for references in its own name",
+            soft_wrap=True,
+        )
+
+
+def _key(text: str) -> bytes:
+    from fides_plugins.errors import InputError
+
+    try:
+        key = bytes.fromhex(text)
+    except ValueError:
+        key = b""
+    if len(key) != 32:
+        raise InputError(f"--client {text[:80]!r} is not a public key of 32 bytes in hexadecimal.")
+    return key
+
+
+def _schemes(names: list[str] | None) -> tuple[Literal["hpke", "commitment"], ...]:
+    from fides_plugins.errors import InputError
+
+    known: tuple[Literal["hpke", "commitment"], ...] = ("hpke", "commitment")
+    unknown = [n for n in names or () if n not in known]
+    if unknown:
+        raise InputError(f"--scheme {unknown[0]!r} is unknown.", "Use hpke or commitment.")
+    return tuple(s for s in known if not names or s in names)

@@ -1,0 +1,298 @@
+"""The verifier over HTTP: Starlette on uvicorn, with bounds on everything that a peer can make it hold."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import anyio
+import h11
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from fides_plugins import __version__
+from fides_plugins.attestation.refusal import Refusal
+from fides_plugins.attestation.request import from_text
+from fides_plugins.enclave import oip
+from fides_plugins.enclave.verifier import Verifier
+from fides_plugins.errors import FidesError, InputError
+
+_HEADER_LENGTH = "Inference-Header-Content-Length"
+_STATUS = {
+    "request-client": 403,
+    "request-replay": 409,
+    "request-evidence": 409,
+    "request-rate": 429,
+    "request-busy": 503,
+}
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ServerLimits:
+    """What one server holds at most.
+
+    Attributes
+    ----------
+    workers:
+        Requests that run at once.
+    queue:
+        Requests that wait for a worker; more are refused at once.
+    timeout_s:
+        From a complete request to its answer.
+    body_bytes, body_timeout_s:
+        Size of one body, and the time it may take to arrive.
+    buffered_bytes:
+        All bodies together.
+    header_timeout_s:
+        Time for a request's headers to arrive.
+    connections:
+        Connections at once.
+    grace_s:
+        Time for running requests when the server stops.
+    """
+
+    workers: int = 2
+    queue: int = 64
+    timeout_s: float = 10.0
+    body_bytes: int = 8 << 20
+    body_timeout_s: float = 10.0
+    buffered_bytes: int = 64 << 20
+    header_timeout_s: float = 10.0
+    connections: int = 512
+    grace_s: float = 10.0
+
+
+class _Fault(Exception):
+    """An answer that is no inference: status and message."""
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+
+
+class WorkQueue:
+    """Runs the model in a few threads and refuses what would wait too long; both transports share it."""
+
+    def __init__(self, limits: ServerLimits) -> None:
+        self._limits = limits
+        self._pool = ThreadPoolExecutor(limits.workers, thread_name_prefix="fides-verifier")
+        self._held = 0
+
+    async def run(self, call: Callable[[], T]) -> T:
+        """The call's result.
+
+        Raises
+        ------
+        Refusal
+            `request-busy` where the queue is full or the time is up. A call that is too late still runs to
+            its end and keeps its place, and its answer is dropped.
+        """
+        if self._held >= self._limits.workers + self._limits.queue:
+            raise Refusal("request-busy", "The verifier's queue is full.", "Try again later.")
+        self._held += 1
+        future = asyncio.get_running_loop().run_in_executor(self._pool, call)
+        future.add_done_callback(self._released)
+        try:
+            return await asyncio.wait_for(asyncio.shield(future), self._limits.timeout_s)
+        except asyncio.TimeoutError:
+            raise Refusal("request-busy", "The verifier gave no answer in time.", "Try again later.") from None
+
+    def _released(self, future: asyncio.Future[Any]) -> None:
+        self._held -= 1
+        if not future.cancelled():
+            future.exception()  # seen, so that an abandoned call logs nothing
+
+    def close(self) -> None:
+        """Wait for running calls."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class HttpFront:
+    """Routes of the protocol over one verifier."""
+
+    def __init__(self, verifier: Verifier, queue: WorkQueue, limits: ServerLimits) -> None:
+        self._verifier = verifier
+        self._queue = queue
+        self._limits = limits
+        self._buffered = 0
+        routes = [
+            Route("/v2", self._server),
+            Route("/v2/health/live", self._live),
+            Route("/v2/health/ready", self._live),
+            Route("/v2/fides/evidence", self._evidence),
+            Route("/v2/models/{model}", self._model),
+            Route("/v2/models/{model}/ready", self._ready),
+            Route("/v2/models/{model}/infer", self._infer, methods=["POST"]),
+            Route("/v2/models/{model}/versions/{version}", self._model),
+            Route("/v2/models/{model}/versions/{version}/ready", self._ready),
+            Route("/v2/models/{model}/versions/{version}/infer", self._infer, methods=["POST"]),
+        ]
+        faults: Any = {_Fault: self._fault, FidesError: self._refused, ClientDisconnect: self._gone}
+        self.app = Starlette(routes=routes, exception_handlers=faults)
+
+    async def _live(self, request: Request) -> Response:
+        return Response()
+
+    async def _server(self, request: Request) -> Response:
+        return JSONResponse(
+            {"name": "fides-verifier", "version": __version__, "extensions": ["binary_tensor_data", "fides_receipts"]}
+        )
+
+    async def _model(self, request: Request) -> Response:
+        oip.check_version(request.path_params.get("version", ""))
+        return JSONResponse(oip.model_metadata(self._verifier, request.path_params["model"]))
+
+    async def _ready(self, request: Request) -> Response:
+        await self._model(request)
+        return Response()
+
+    async def _evidence(self, request: Request) -> Response:
+        text = request.query_params.get("challenge", "")
+        challenge = from_text(text, "request", 64) if text else b""
+        document = await self._queue.run(lambda: self._verifier.evidence(challenge).to_json())
+        return Response(document, media_type="application/json")
+
+    async def _infer(self, request: Request) -> Response:
+        oip.check_version(request.path_params.get("version", ""))
+        if request.headers.get("content-encoding", "identity") != "identity":
+            raise _Fault(415, "request-encoding", "Compressed bodies are not read.")
+        header = request.headers.get(_HEADER_LENGTH)
+        if header is not None and not (header.isascii() and header.isdigit() and len(header) < 12):
+            raise InputError(f"{_HEADER_LENGTH} is not a number.")
+        model = request.path_params["model"]
+        body = await self._body(request)
+        try:
+            data, length = await self._queue.run(lambda: self._answer(model, body, header))
+        finally:
+            self._buffered -= len(body)
+        headers = {} if length is None else {_HEADER_LENGTH: str(length)}
+        kind = "application/json" if length is None else "application/octet-stream"
+        return Response(data, media_type=kind, headers=headers)
+
+    def _answer(self, model: str, body: bytes, header: str | None) -> tuple[bytes, int | None]:
+        parsed = oip.parse_http(body, None if header is None else int(header))
+        return oip.render_http(oip.infer(self._verifier, model, parsed), parsed)
+
+    async def _body(self, request: Request) -> bytes:
+        """The body, within size and time; its bytes are counted in `_buffered` until the answer is made."""
+        limit = self._limits.body_bytes
+        declared = request.headers.get("content-length", "0")
+        if declared.isascii() and declared.isdigit() and int(declared) > limit:
+            raise _Fault(413, "request-size", f"The body is longer than {limit} bytes.")
+        chunks: list[bytes] = []
+        size = 0
+        try:
+            # One deadline for the whole body: a peer that sends a byte now and then gains nothing.
+            with anyio.fail_after(self._limits.body_timeout_s):
+                async for chunk in request.stream():
+                    size += len(chunk)
+                    self._buffered += len(chunk)
+                    if size > limit:
+                        raise _Fault(413, "request-size", f"The body is longer than {limit} bytes.")
+                    if self._buffered > self._limits.buffered_bytes:
+                        raise Refusal("request-busy", "The verifier holds too many bodies.", "Try again later.")
+                    chunks.append(chunk)
+        except BaseException as error:
+            self._buffered -= size
+            if isinstance(error, TimeoutError):
+                raise _Fault(408, "request-slow", "The body did not arrive in time.") from None
+            raise
+        return b"".join(chunks)
+
+    async def _fault(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, _Fault)
+        # The rest of a refused body is not read, so the connection cannot be used again.
+        return _problem(error.status, error.code, str(error), {"connection": "close"})
+
+    async def _refused(self, request: Request, error: Exception) -> Response:
+        if isinstance(error, Refusal):
+            return _problem(_STATUS.get(error.code, 400), error.code, str(error))
+        if isinstance(error, InputError):
+            return _problem(400, "request-input", str(error))
+        # Broken hardware or bundle: the operator's log has the details, the peer gets none.
+        return _problem(500, "verifier", "The verifier cannot answer.")
+
+    async def _gone(self, request: Request, error: Exception) -> Response:
+        return Response(status_code=499)
+
+
+def _problem(status: int, code: str, message: str, headers: dict[str, str] | None = None) -> Response:
+    return JSONResponse({"error": message, "code": code}, status_code=status, headers=headers)
+
+
+class _HeaderDeadline(H11Protocol):
+    """uvicorn's HTTP/1.1 with a deadline for headers, which it lacks: a slow sender would hold a connection."""
+
+    header_timeout_s = 10.0
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._waiting: asyncio.TimerHandle | None = None
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        # IDLE after data: headers have begun and are not complete.
+        if self.conn.their_state is h11.IDLE:
+            self._wait()
+        else:
+            self._stop()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop()
+        super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        if self._waiting is None:
+            self._waiting = self.loop.call_later(self.header_timeout_s, self._give_up)
+
+    def _stop(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+
+    def _give_up(self) -> None:
+        self._waiting = None
+        if not self.transport.is_closing():
+            self.transport.close()
+
+
+def make_server(front: HttpFront, host: str, port: int, limits: ServerLimits) -> uvicorn.Server:
+    """A uvicorn server that is not started yet."""
+    protocol = type("HeaderDeadline", (_HeaderDeadline,), {"header_timeout_s": limits.header_timeout_s})
+    config = uvicorn.Config(
+        front.app,
+        host=host,
+        port=port,
+        http=protocol,
+        ws="none",
+        lifespan="off",
+        loop="asyncio",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=limits.connections,
+        backlog=256,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=max(1, int(limits.grace_s)),
+        h11_max_incomplete_event_size=16 << 10,
+    )
+    return _Server(config)
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to `serve`, which stops both transports."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Any:
+        yield
