@@ -44,7 +44,8 @@ def rows(data):
     return torch.tensor([r.get("data", r.get("body"))["x"] for r in data], dtype=torch.float32)
 
 def answers(logits):
-    return [{"label": int(p.argmax()), "probabilities": p.tolist()} for p in torch.softmax(logits, dim=1)]
+    rows = torch.softmax(logits, dim=1)
+    return [{"label": int(p.argmax()), "probabilities": p.tolist(), "batch": len(rows)} for p in rows]
 """
 
 #: Over gRPC a body is bytes, which TorchServe does not decode.
@@ -81,6 +82,9 @@ class DigitHandler(BaseHandler):
 
     def postprocess(self, logits):
         return answers(logits)
+
+    def get_insights(self, data, raw, target=0):
+        return [{"importance": row[:10].tolist()} for row in data]
 """
 
 MICRO_BATCHING = CLASS.replace(
@@ -140,6 +144,80 @@ def handle(data, context):
     return answers(service(rows(decoded(data))))
 """
 
+#: Refuses a malformed request itself, with a status of its own and a placeholder row.
+ROBUST = CLASS.replace(
+    "        return rows(decoded(data)) * self.scale\n",
+    """        self.bad = set()
+        good = []
+        for index, item in enumerate(data):
+            try:
+                (row,) = rows(decoded([item]))
+                assert row.shape == (11,)
+            except Exception:
+                self.bad.add(index)
+                row = rows([{"body": {"x": [0.0] * 11}}])[0]
+            good.append(row)
+        import torch
+        return torch.stack(good)
+""",
+).replace(
+    "        return answers(logits)\n",
+    """        result = answers(logits)
+        for index in self.bad:
+            self.context.set_response_status(400, "Bad input", index)
+            result[index] = {"error": "bad input"}
+        return result
+""",
+)
+
+#: Two rows per request, whose logits are averaged.
+CROPS = CLASS.replace(
+    "        return rows(decoded(data)) * self.scale\n",
+    "        return rows(decoded(data)).repeat_interleave(2, dim=0)\n",
+).replace("answers(logits)", "answers(logits.reshape(-1, 2, 10).mean(dim=1))")
+
+STREAM = """
+from ts.handler_utils.utils import send_intermediate_predict_response
+
+def inference(x):
+    return x
+
+def handle(data, context):
+    if data is None:
+        return None
+    for text in ("one ", "two "):
+        send_intermediate_predict_response([text], context.request_ids, "Intermediate", 200, context)
+    return ["three"]
+"""
+
+#: A plug-in that misbehaves when the last column says so.
+FAULTY = """
+import time
+import numpy as np
+from fides_plugins import Detection, Verification, hookimpl
+
+class Faulty:
+    @hookimpl
+    def fides_verify(self, query):
+        trigger = float(query.tensor("pixels")[0, 10])
+        if trigger == 2:
+            raise ValueError("secret /etc/path\\nin a text")
+        if trigger == 3:
+            time.sleep(3)
+        if trigger == 4:
+            return Verification.single(np.full((query.n_rows + 1, 10), 0.1), source="faulty")
+        return None
+
+    @hookimpl
+    def fides_detect(self, query, service):
+        if float(query.tensor("pixels")[0, 10]) == 5:
+            yes = np.ones(service.n_rows, dtype=bool)
+            return Detection(yes, yes, "evil\\r\\nx-injected: 1\\x00 \\u00e9\\u4e2d " + "long " * 200)
+        return None
+
+plugin = Faulty()
+"""
+
 #: Kind of handler to (name in the manifest, source).
 HANDLERS: dict[str, tuple[str, str]] = {
     "class": ("digits.py", CLASS),
@@ -148,6 +226,14 @@ HANDLERS: dict[str, tuple[str, str]] = {
     "entry": ("digits.py:serve", ENTRY_POINT),
     "functions": ("digits.py", FUNCTIONS),
     "pure": ("digits.py", PURE),
+}
+
+#: Further sources for single tests.
+SPECIAL: dict[str, tuple[str, str]] = {
+    **HANDLERS,
+    "robust": ("digits.py", ROBUST),
+    "crops": ("digits.py", CROPS),
+    "stream": ("digits.py", STREAM),
 }
 
 #: What the section `fides:` of a pure function needs besides.
@@ -199,7 +285,7 @@ def torchscript() -> bytes:
 
 def plain_archive(store: Path, kind: str = "class", name: str = "", config: str = "") -> Path:
     """An archive that knows nothing of Fides."""
-    handler, source = HANDLERS[kind]
+    handler, source = SPECIAL[kind]
     files = {"digits.py": source, "common.py": SERVICE + READ_BYTES}
     return build_archive(store / f"{name or kind}.mar", handler, files, config=config)
 
@@ -214,7 +300,7 @@ def protected_archive(
     **section: Any,
 ) -> Path:
     """The same archive as the README's way would make it: our handler, a config file, a bundle."""
-    handler, source = HANDLERS[kind]
+    handler, source = SPECIAL[kind]
     entries: dict[str, bytes | str] = {
         "digits.py": source,
         "common.py": SERVICE + READ_BYTES,

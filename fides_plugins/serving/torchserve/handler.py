@@ -36,6 +36,7 @@ NOT_CALLED = "the handler did not call inference()"
 NO_ROWS = "the input or the output of inference() cannot be read"
 NOT_ONE_TO_ONE = "rows and requests are not one to one, and the rule `rows` is not set for it"
 EXPLAINED = "explanations and descriptions are not verified"
+REFUSED = "the handler refused this request itself"
 STREAMED = "streamed answers are not verified"
 
 
@@ -175,7 +176,10 @@ class FidesHandler:
         items = list(answer)
         streamed = [bool(context.get_response_headers(i).get("ts_stream_next")) for i in range(len(verdicts))]
         for index, verdict in enumerate(verdicts):
-            if streamed[index] or _refused_by_handler(context, index):
+            if streamed[index]:
+                continue
+            if _refused_by_handler(context, index):
+                _mark_one(context, index, RowVerdict(Status.INDETERMINATE, reason=REFUSED))
                 continue
             _mark_one(context, index, verdict)
             where = _positions(index, len(items), len(verdicts), self.options)

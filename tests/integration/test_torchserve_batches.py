@@ -1,0 +1,136 @@
+"""Batches, rows that are not requests, misbehaving plug-ins, streams and explanations on a real server."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import pytest
+
+from fides_plugins.serving.torchserve.client import GrpcClient
+from fides_plugins.serving.torchserve.server import TorchServeServer
+from tests.torchserve_models import FAULTY, backdoor_bundle, body, plain_archive, protected_archive, rows
+
+pytestmark = pytest.mark.integration
+
+BATCH = 8
+CONFIG = f"batchSize: {BATCH}\nmaxBatchDelay: 1500\n"
+FAULTS = {
+    "files": {"faulty.py": FAULTY},
+    "plugins": {"load": ["faulty:plugin"]},
+    "timeout_ms": 300,
+    "breaker_failures": 100,
+}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServeServer]:
+    folder = tmp_path_factory.mktemp("batches")
+    bundle, store = folder / "bundle", folder / "store"
+    backdoor_bundle(bundle)
+    store.mkdir()
+    plain_archive(store, name="bare", config=CONFIG)
+    protected_archive(store, "reject", bundle, mode="reject", config=CONFIG)
+    protected_archive(store, "open", bundle, mode="flag", on_error="open", **FAULTS)
+    protected_archive(store, "closed", bundle, mode="flag", on_error="closed", **FAULTS)
+    protected_archive(store, "unruled", bundle, "crops", mode="flag")
+    two = {"rows": "any", "rows_per_request": 2}
+    protected_archive(store, "ruled", bundle, "crops", mode="reject", config=CONFIG, **two)
+    plain_archive(store, "stream", name="barestream")
+    protected_archive(store, "stream", bundle, "stream", mode="reject", on_error="closed")
+    models = {p.stem: p.name for p in store.glob("*.mar")}
+    with TorchServeServer(store, models) as running:
+        yield running
+
+
+def post(server: TorchServeServer, model: str, row: np.ndarray, kind: str = "predictions") -> httpx.Response:
+    return httpx.post(f"{server.inference_url}/{kind}/{model}", json=body(row), timeout=30)
+
+
+def together(server: TorchServeServer, model: str, x: np.ndarray) -> list[httpx.Response]:
+    with ThreadPoolExecutor(len(x)) as pool:
+        return list(pool.map(lambda row: post(server, model, row), x))
+
+
+def test_reject_refuses_three_of_a_batch_of_eight(server: TorchServeServer) -> None:
+    x = rows(BATCH, seed=11, attacked=(1, 4, 6))
+    bare, judged = together(server, "bare", x), together(server, "reject", x)
+    assert {a.json()["batch"] for a in bare} == {BATCH}
+    for index, (before, after) in enumerate(zip(bare, judged, strict=True)):
+        if index in (1, 4, 6):
+            assert after.status_code == 409
+            assert after.json()["fides"]["reason"].startswith("suspicious")
+            assert after.headers["x-fides-status"] == "attacked"
+        else:
+            # The bare answer tells its batch, so equal bodies mean that both went in batches of eight.
+            assert (after.status_code, after.content) == (200, before.content)
+            assert after.headers["x-fides-status"] == "trusted"
+
+
+def test_grpc_refusal_is_a_json_body_with_the_code(server: TorchServeServer) -> None:
+    (attacked,) = rows(1, seed=12, attacked=(0,))
+    with GrpcClient(server.grpc_target) as client:
+        refused = json.loads(client.predict("reject", {"data": json.dumps(body(attacked)).encode()}))
+    assert refused["code"] == 409
+    assert refused["type"] == "FidesAttackDetected"
+    assert "probabilities" not in refused
+
+
+@pytest.mark.parametrize(("trigger", "reason"), [(2.0, "raised ValueError"), (3.0, "in time"), (4.0, "contract")])
+def test_plugin_faults_are_marked_or_refused_by_policy(server: TorchServeServer, trigger: float, reason: str) -> None:
+    good = rows(1, seed=13)[0]
+    bad = rows(1, seed=13, attacked=(0,), trigger=trigger)[0]
+    for model in ("open", "closed"):
+        assert post(server, model, good).headers["x-fides-status"] == "trusted"
+        start = time.monotonic()
+        answer = post(server, model, bad)
+        assert time.monotonic() - start < 2.0
+        assert answer.status_code == (200 if model == "open" else 503)
+        assert answer.headers["x-fides-status"] == "error"
+        assert reason in answer.headers["x-fides-reason"]
+        assert "secret" not in answer.text + answer.headers["x-fides-reason"]
+        after = post(server, model, good)
+        assert (after.status_code, after.headers["x-fides-status"]) == (200, "trusted")
+
+
+def test_a_newline_in_a_reason_kills_nobody(server: TorchServeServer) -> None:
+    before = server.workers("open")
+    answer = post(server, "open", rows(1, attacked=(0,), trigger=5.0)[0])
+    assert answer.status_code == 200
+    assert answer.headers["x-fides-status"] == "attacked"
+    assert "x-injected" not in answer.headers
+    assert answer.headers["x-fides-reason"].isprintable()
+    assert answer.headers["x-fides-reason"].isascii()
+    assert server.workers("open") == before
+
+
+def test_rows_that_are_not_requests_follow_the_rule(server: TorchServeServer) -> None:
+    (honest,) = rows(1, seed=14)
+    unruled = post(server, "unruled", honest)
+    assert unruled.status_code == 200
+    assert unruled.headers["x-fides-status"] == "error"
+    assert "one to one" in unruled.headers["x-fides-reason"]
+    answers = together(server, "ruled", rows(BATCH, seed=15, attacked=(2, 3)))
+    assert [a.status_code for a in answers] == [409 if i in (2, 3) else 200 for i in range(BATCH)]
+
+
+def test_explanations_pass_marked(server: TorchServeServer) -> None:
+    (attacked,) = rows(1, seed=16, attacked=(0,))
+    bare, answer = post(server, "bare", attacked, "explanations"), post(server, "reject", attacked, "explanations")
+    assert bare.status_code == answer.status_code == 200
+    assert bare.content == answer.content
+    assert answer.headers["x-fides-status"] == "indeterminate"
+    assert "explanations" in answer.headers["x-fides-reason"]
+
+
+def test_streams_pass_marked(server: TorchServeServer) -> None:
+    (row,) = rows(1, seed=17)
+    bare, answer = post(server, "barestream", row), post(server, "stream", row)
+    assert bare.content == answer.content == b"one two three"
+    assert answer.status_code == 200
+    assert answer.headers["x-fides-status"] == "indeterminate"
+    assert "streamed" in answer.headers["x-fides-reason"]
