@@ -7,6 +7,7 @@ plug-in against the contract of its hooks. The fixtures of `fides_plugins.pytest
 from __future__ import annotations
 
 from fides_plugins.testing.contract import BATCH_SIZES, CLASS_COUNTS, CallTime, CheckReport, check_plugin, plugin_name
+from fides_plugins.testing.endpoint import OipServer
 from fides_plugins.testing.fakes import (
     fake_logits,
     fake_query,
@@ -24,6 +25,7 @@ __all__ = [
     "OPSET",
     "CallTime",
     "CheckReport",
+    "OipServer",
     "check_plugin",
     "fake_logits",
     "fake_query",

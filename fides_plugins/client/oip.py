@@ -1,0 +1,100 @@
+"""A model behind the Open Inference Protocol (KServe v2) over HTTP, with JSON tensors only.
+
+Every server of the protocol understands JSON tensors; the binary extension is not used, so that the
+same call reaches Triton, MLServer, KServe, OpenVINO Model Server and the verifier of `fides
+serve-verifier`. Standard library and numpy only.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fides_plugins.attestation.tensors import OIP_TYPES, oip_type
+from fides_plugins.errors import InputError, ServerError
+
+#: An answer larger than this is no class output.
+MAX_ANSWER_BYTES = 256 * 1024 * 1024
+
+
+class OipModel:
+    """One model at one endpoint. Safe to call from several threads.
+
+    Parameters
+    ----------
+    url:
+        Address of the model: `http://host:port/v2/models/NAME`, optionally with `/versions/V`.
+    timeout_s:
+        Of each network operation, seconds.
+
+    Raises
+    ------
+    InputError
+        If the address is not of that form.
+    """
+
+    def __init__(self, url: str, timeout_s: float = 5.0) -> None:
+        parts = urlsplit(url.rstrip("/"))
+        if parts.scheme not in ("http", "https") or not parts.hostname or "/v2/models/" not in parts.path:
+            raise InputError(f"{url!r} is no model address.", "Give it as http://host:port/v2/models/NAME.")
+        self.url = url
+        self.timeout_s = timeout_s
+        self._path = f"{parts.path.removesuffix('/infer')}/infer"
+        self._kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self._host, self._port = parts.hostname, parts.port
+
+    def infer(self, inputs: Mapping[str, NDArray[Any]], output: str = "") -> NDArray[Any]:
+        """One output of one inference.
+
+        Parameters
+        ----------
+        inputs:
+            Name to tensor; numbers only.
+        output:
+            Name of the wanted output; by default the answer's only one.
+
+        Raises
+        ------
+        ServerError
+            If the endpoint cannot be reached, answers with an error, or with something else.
+        """
+        request: dict[str, Any] = {"inputs": [_described(name, array) for name, array in inputs.items()]}
+        if output:
+            request["outputs"] = [{"name": output}]
+        answer = self._post(json.dumps(request).encode())
+        try:
+            tensors = {t["name"]: t for t in json.loads(answer)["outputs"]}
+            chosen = tensors[output] if output else next(iter(tensors.values()))
+            if not output and len(tensors) != 1:
+                raise ServerError(f"{self.url} answers with {sorted(tensors)}.", "Name the class output.")
+            array = np.array(chosen["data"], dtype=OIP_TYPES[chosen["datatype"]])
+            return array.reshape([int(n) for n in chosen["shape"]])
+        except (ValueError, KeyError, TypeError, StopIteration) as error:
+            raise ServerError(f"{self.url} gave an answer that is not of the protocol: {error!r}.") from None
+
+    def _post(self, body: bytes) -> bytes:
+        connection = self._kind(self._host, self._port, timeout=self.timeout_s)
+        try:
+            connection.request("POST", self._path, body=body, headers={"Content-Type": "application/json"})
+            response = connection.getresponse()
+            answer = response.read(MAX_ANSWER_BYTES)
+        except (OSError, http.client.HTTPException) as error:
+            raise ServerError(f"{self.url} cannot be reached: {type(error).__name__}.") from None
+        finally:
+            connection.close()
+        if response.status != 200:
+            raise ServerError(f"{self.url} answered with status {response.status}: {answer[:200]!r}.")
+        return answer
+
+
+def _described(name: str, array: NDArray[Any]) -> dict[str, Any]:
+    # JSON has no NaN and no infinity; Python would write words that other parsers refuse.
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise InputError(f"Input {name!r} holds numbers that are not finite.")
+    return {"name": name, "shape": list(array.shape), "datatype": oip_type(array.dtype), "data": array.ravel().tolist()}
