@@ -1,0 +1,110 @@
+"""How fast the sequence test alarms under attack, and how often on benign traffic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fides_plugins.monitor import EProcess
+from fides_plugins.training.statistics import Estimate
+from fides_plugins.types import Float64Array, IntArray
+
+
+@dataclass(frozen=True)
+class MonitorStudy:
+    """Size of the study.
+
+    Attributes
+    ----------
+    error:
+        Of the test.
+    fractions:
+        Shares of attacked requests.
+    sequences, length:
+        Attacked sequences for each share, and their rows; a sequence without alarm counts as never.
+    clean_sequences, clean_length:
+        Benign sequences and their rows.
+    seed:
+        Of the sequences.
+    """
+
+    error: float = 1e-6
+    fractions: tuple[float, ...] = (1.0, 0.5, 0.2, 0.1)
+    sequences: int = 200
+    length: int = 1000
+    clean_sequences: int = 200
+    clean_length: int = 2000
+    seed: int = 0
+
+
+def study_monitor(
+    clean: Float64Array, attacked: Float64Array, n_calibration: int, study: MonitorStudy
+) -> dict[str, Any]:
+    """Run the sequence test on rows drawn with replacement.
+
+    Parameters
+    ----------
+    clean, attacked:
+        (n,), (m,) conformal p-values of benign and attacked rows.
+    n_calibration:
+        Calibration rows behind them.
+
+    Returns
+    -------
+    {"1.0": {"median", "p95", "alarmed"}, ..., "false_alarms"}: requests until the alarm, the alarming one
+    included. None where more than half (or 5%) of the sequences never alarmed.
+    """
+    rng = np.random.default_rng(study.seed)
+    result: dict[str, Any] = {}
+    for fraction in study.fractions:
+        delays = _delays(clean, attacked, fraction, n_calibration, study.error, study.sequences, study.length, rng)
+        result[str(fraction)] = {
+            **_quantile(delays, 50.0, rng).to_json("median"),
+            **_quantile(delays, 95.0, rng).to_json("p95"),
+            "alarmed": float(np.isfinite(delays).mean()),
+        }
+    quiet = _delays(clean, attacked, 0.0, n_calibration, study.error, study.clean_sequences, study.clean_length, rng)
+    alarms = np.isfinite(quiet)
+    draws = np.array([alarms.sum(), *(rng.choice(alarms, len(alarms)).sum() for _ in range(400))], np.float64)
+    result["false_alarms"] = int(alarms.sum())
+    result["false_alarms_interval"] = Estimate.of(draws).to_json("n")["n_interval"]
+    result.update(error=study.error, clean_sequences=study.clean_sequences, clean_rows=study.clean_length)
+    return result
+
+
+def _delays(
+    clean: Float64Array,
+    attacked: Float64Array,
+    fraction: float,
+    n_calibration: int,
+    error: float,
+    sequences: int,
+    length: int,
+    rng: np.random.Generator,
+) -> Float64Array:
+    """(sequences,) requests until the alarm, infinite where there was none."""
+    process = EProcess(n_calibration, sequences)
+    delays = np.full(sequences, np.inf)
+    for t in range(length):
+        p = clean[rng.integers(len(clean), size=sequences)]
+        if fraction > 0:
+            lies: IntArray = rng.integers(len(attacked), size=sequences)
+            p = np.where(rng.random(sequences) < fraction, attacked[lies], p)
+        alarmed = process.step(p) >= 1.0 / error
+        delays[alarmed & np.isinf(delays)] = t + 1
+        if np.isfinite(delays).all():
+            break
+    return delays
+
+
+def _quantile(delays: Float64Array, q: float, rng: np.random.Generator) -> Estimate:
+    """A quantile of delays with its bootstrap interval; NaN where it is infinite."""
+    picks = rng.integers(len(delays), size=(400, len(delays)))
+    values = np.concatenate([[np.percentile(delays, q, method="higher")], _percentiles(delays[picks], q)])
+    return Estimate.of(np.where(np.isinf(values), np.nan, values))
+
+
+def _percentiles(samples: Float64Array, q: float) -> Float64Array:
+    return np.asarray(np.percentile(samples, q, axis=1, method="higher"))
