@@ -297,8 +297,7 @@ def write_bundle(folder: str | Path, manifest: Manifest, files: Mapping[str, byt
         If the folder holds something that is no bundle, or the parts do not fit together.
     """
     target = Path(folder)
-    if target.exists() and not (target / MANIFEST_NAME).is_file() and (not target.is_dir() or any(target.iterdir())):
-        raise BundleError(f"{target.name} exists and is not a bundle.", "Choose another folder or empty it.")
+    check_target(target)
     bundle = Bundle.in_memory(manifest, files, target.name)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -314,6 +313,19 @@ def write_bundle(folder: str | Path, manifest: Manifest, files: Mapping[str, byt
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return bundle
+
+
+def check_target(folder: str | Path) -> None:
+    """Refuse a place where `write_bundle` would not write; ask before long work.
+
+    Raises
+    ------
+    BundleError
+        If something that is no bundle is in the way.
+    """
+    target = Path(folder)
+    if target.exists() and not (target / MANIFEST_NAME).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise BundleError(f"{target.name} exists and is not a bundle.", "Choose another folder or empty it.")
 
 
 def calibration_file(scores: Mapping[str, Any]) -> bytes:

@@ -20,7 +20,6 @@ from torch.nn import functional
 from fides_plugins.training.data import image_layout
 from fides_plugins.types import Float32Array, IntArray
 
-
 #: Called as work goes on, with the share done in [0, 1].
 Share = Callable[[float], None]
 
