@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -304,7 +305,7 @@ def _read_jsonl(recording: Recording, first: Part, n_rows: int) -> Iterator[pa.T
         stream.seek(first.offset)
         lines = (line for line in stream if line.strip())
         while n_rows > 0:
-            records = [_object(line) for line, _ in zip(lines, range(min(n_rows, recording.batch_rows)), strict=False)]
+            records = [_object(line) for line in islice(lines, min(n_rows, recording.batch_rows))]
             if not records:
                 return
             n_rows -= len(records)

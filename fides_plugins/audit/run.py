@@ -174,7 +174,8 @@ def prepare(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / PLAN_NAME
     text = json.dumps(plan, indent=1, sort_keys=True)
-    if path.is_file() and path.read_text(encoding="utf-8") != text:
+    begun = any(folder.glob("part-*.parquet"))
+    if begun and path.is_file() and path.read_text(encoding="utf-8") != text:
         raise InputError(
             f"{folder.name} was left by a run with another input, bundle, settings or release.",
             "Remove that folder to begin anew.",

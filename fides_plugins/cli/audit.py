@@ -79,13 +79,13 @@ def run(
     from fides_plugins.settings import Settings, read_toml
 
     try:
-        from fides_plugins.audit.run import audit_run
-    except ModuleNotFoundError as error:
-        if error.name != "pyarrow":
-            raise
+        import pyarrow  # noqa: F401
+    except ImportError as error:  # missing, or a release that does not go with the installed numpy
         raise SettingsError(
-            "pyarrow is not installed.", "Install it with: pip install 'fides-plugins[audit]'"
+            f"pyarrow cannot be used: {error}", "Install it with: pip install 'fides-plugins[audit]'"
         ) from None
+    from fides_plugins.audit.run import audit_run
+
     used = Settings.for_host(read_toml(settings) if settings else None)
     with progress(quiet=as_json) as bar:
         task = bar.add_task("rows", total=None)
