@@ -14,7 +14,18 @@ from fides_plugins import __version__
 from fides_plugins.errors import FidesError
 
 #: Modules of this package, in the order of `fides --help`. Their module-level imports stay light.
-COMMANDS: tuple[str, ...] = ("demo", "inspect", "plugins", "evidence", "serve_verifier", "attach", "detach", "check", "audit")
+COMMANDS: tuple[str, ...] = (
+    "demo",
+    "fit",
+    "inspect",
+    "plugins",
+    "evidence",
+    "serve_verifier",
+    "attach",
+    "detach",
+    "check",
+    "audit",
+)
 
 app = typer.Typer(
     name="fides",

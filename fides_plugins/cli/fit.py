@@ -1,0 +1,290 @@
+"""`fides fit`: from a service model and data, or from stored predictions, to a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fides_plugins.cli._output import console, print_json, print_table, progress
+from fides_plugins.errors import SettingsError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from fides_plugins.training.fit import FitReport
+    from fides_plugins.training.students import Student
+
+_MODEL = "The verification model"
+_SERVICE = "The service and the data"
+_OWN = "A student of your own"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("fit")(fit)
+
+
+def fit(
+    out: Annotated[Path, typer.Option(help="Folder of the bundle.")],
+    service: Annotated[
+        str,
+        typer.Option(
+            help="ONNX file, TorchScript file, package.module:factory, grpc://host:port/model (Triton) "
+            "or http://host:port/predictions/model (TorchServe).",
+            rich_help_panel=_SERVICE,
+        ),
+    ] = "",
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="An .npz file with `images` and optionally `labels`, or a folder of images by class.",
+            rich_help_panel=_SERVICE,
+        ),
+    ] = None,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(help="Instead of service and data: an .npz file with both models' answers."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same graphs on the same machine.")] = 0,
+    false_alarm_rate: Annotated[
+        float, typer.Option(min=1e-6, max=0.5, help="Smallest budget that the calibration must support.")
+    ] = 0.01,
+    name: Annotated[str, typer.Option(help="Name of the bundle.")] = "fides",
+    bundle_version: Annotated[int, typer.Option(min=1, help="Version of the bundle; grows with each release.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    agreement: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Wanted agreement with the service.", rich_help_panel=_MODEL)
+    ] = 0.99,
+    max_cost: Annotated[
+        float, typer.Option(min=0.0, help="Largest share of the service's multiply-adds.", rich_help_panel=_MODEL)
+    ] = 0.125,
+    max_size: Annotated[
+        float, typer.Option(min=0.0, help="Largest share of the service's parameters.", rich_help_panel=_MODEL)
+    ] = 0.1,
+    max_macs: Annotated[
+        int | None, typer.Option(min=1, help="Largest number of multiply-adds.", rich_help_panel=_MODEL)
+    ] = None,
+    max_parameters: Annotated[
+        int | None, typer.Option(min=1, help="Largest number of parameters.", rich_help_panel=_MODEL)
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0.0, help="What an unfreezing step must add to be kept.", rich_help_panel=_MODEL)
+    ] = 0.002,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs per step.", rich_help_panel=_MODEL)] = 20,
+    transfer_rows: Annotated[
+        int, typer.Option(min=1, help="About how many rows the service is asked.", rich_help_panel=_MODEL)
+    ] = 16_000,
+    temperature: Annotated[float, typer.Option(min=0.1, help="Of distillation.", rich_help_panel=_MODEL)] = 5.0,
+    alpha: Annotated[
+        float, typer.Option(min=0.0, help="Weight of the service's answer.", rich_help_panel=_MODEL)
+    ] = 0.8,
+    beta: Annotated[float, typer.Option(min=0.0, help="Weight of the labels.", rich_help_panel=_MODEL)] = 0.2,
+    flip: Annotated[
+        bool, typer.Option("--flip", help="Mirrored images mean the same.", rich_help_panel=_MODEL)
+    ] = False,
+    scale: Annotated[
+        float | None,
+        typer.Option(
+            help="Factor for the pixel values. Default: 1/255 where uint8 images meet a service that takes floats.",
+            rich_help_panel=_SERVICE,
+        ),
+    ] = None,
+    output_kind: Annotated[
+        str, typer.Option(help="logits or probabilities. Default: told by the answers.", rich_help_panel=_SERVICE)
+    ] = "",
+    input_name: Annotated[str, typer.Option(help="Of the service's input tensor.", rich_help_panel=_SERVICE)] = "",
+    output_name: Annotated[str, typer.Option(help="Of the service's class output.", rich_help_panel=_SERVICE)] = "",
+    encoding: Annotated[
+        str, typer.Option(help="How TorchServe gets a row: json, npy or png.", rich_help_panel=_SERVICE)
+    ] = "json",
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep the service's answers here. Default: beside the bundle until the fit succeeds.",
+            rich_help_panel=_SERVICE,
+        ),
+    ] = None,
+    student: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Pre-trained network: package.module:factory or a TorchScript file. Can be repeated.",
+            rich_help_panel=_OWN,
+        ),
+    ] = None,
+    student_weights: Annotated[
+        list[Path] | None,
+        typer.Option(help="State dict (.safetensors), one for each --student or none.", rich_help_panel=_OWN),
+    ] = None,
+    student_size: Annotated[
+        str, typer.Option(help="Height x width that it takes, such as 32x32.", rich_help_panel=_OWN)
+    ] = "",
+    student_channels: Annotated[int | None, typer.Option(help="Channels that it takes.", rich_help_panel=_OWN)] = None,
+    student_mean: Annotated[
+        str, typer.Option(help="Its normalisation, one number per channel: 0.5,0.5,0.5.", rich_help_panel=_OWN)
+    ] = "",
+    student_std: Annotated[str, typer.Option(help="Likewise.", rich_help_panel=_OWN)] = "",
+) -> None:
+    """Make a bundle: verification model, detector, re-classifier and calibration."""
+    if predictions is not None:
+        if service or data is not None:
+            raise SettingsError("--predictions stands in for --service and --data.", "Give one or the other.")
+        _from_predictions(predictions, out, name, false_alarm_rate, seed, as_json)
+        return
+    if not service or data is None:
+        raise SettingsError("Nothing to fit.", "Give --service and --data, or --predictions.")
+    if output_kind not in ("", "logits", "probabilities"):
+        raise SettingsError(f"Unknown output kind {output_kind!r}.", "Choose logits or probabilities.")
+    from fides_plugins.training.fit import FitOptions, fit_service
+
+    options = FitOptions(
+        agreement=agreement,
+        tolerance=tolerance,
+        max_cost=max_cost,
+        max_size=max_size,
+        max_macs=max_macs,
+        max_parameters=max_parameters,
+        false_alarm_rate=false_alarm_rate,
+        transfer_rows=transfer_rows,
+        epochs=epochs,
+        temperature=temperature,
+        alpha=alpha,
+        beta=beta,
+        scale=scale,
+        flip=flip,
+        output_kind=output_kind or None,  # type: ignore[arg-type]
+    )
+    students = _students(
+        student or [],
+        student_weights or [],
+        size=_size(student_size),
+        channels=student_channels,
+        mean=_numbers(student_mean, "--student-mean"),
+        std=_numbers(student_std, "--student-std"),
+    )
+    with progress(as_json) as bar:
+        tasks: dict[str, Any] = {}
+
+        def tick(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        report = fit_service(
+            service,
+            data,
+            out,
+            seed=seed,
+            options=options,
+            students=students,
+            cache=cache,
+            name=name,
+            bundle_version=bundle_version,
+            input_name=input_name,
+            output_name=output_name,
+            encoding=encoding,
+            progress=tick,
+        )
+    if as_json:
+        print_json(report.as_dict())
+    else:
+        show(report)
+
+
+def show(report: FitReport) -> None:
+    """Print a report for people."""
+
+    def cost(value: Any) -> tuple[str, str]:
+        return ("unknown", "unknown") if value is None else (f"{value.parameters:,}", f"{value.macs:,}")
+
+    rows = [(f"service {report.service}", "", *cost(report.service_cost), "", "")]
+    rows += [
+        (s.student, s.action, f"{s.parameters:,}", f"{s.macs:,}", f"{s.agreement:.4f}", "yes" if s.kept else "no")
+        for s in report.steps
+    ]
+    print_table(
+        "Trade-off (agreement on the rows that choose)",
+        ("student", "step", "parameters", "multiply-adds", "agreement", "kept"),
+        rows,
+    )
+    screen = console()
+    met = "" if report.reached else " (less than wanted; see --agreement, --max-cost, --max-size)"
+    screen.print(f"Chosen: {report.student}, agreement {report.agreement:.4f} on rows that no training saw{met}.")
+    if report.service_accuracy is not None and report.verification_accuracy is not None:
+        screen.print(
+            f"Accuracy there: service {report.service_accuracy:.4f}, "
+            f"verification model {report.verification_accuracy:.4f}."
+        )
+    counts = ", ".join(f"{part} {n:,}" for part, n in report.rows.items())
+    screen.print(f"Rows: {counts}. The service answered {report.asked:,}, {report.remembered:,} came from the cache.")
+    if report.scale != 1.0:
+        screen.print(f"Pixel values were multiplied by {report.scale:.6g}.")
+    screen.print(f"Bundle {report.bundle}, digest {report.digest[:16]}..., {sum(report.seconds.values()):.0f} s.")
+
+
+def _from_predictions(
+    predictions: Path, out: Path, name: str, false_alarm_rate: float, seed: int, as_json: bool
+) -> None:
+    from fides_plugins.training.detection import fit_predictions
+
+    with progress(as_json) as bar:
+        task = bar.add_task("train detection", total=100)
+        bundle = fit_predictions(
+            predictions,
+            out,
+            name=name,
+            false_alarm_rate=false_alarm_rate,
+            seed=seed,
+            progress=lambda share: bar.update(task, completed=round(100 * share)),
+        )
+    found = bundle.manifest.provenance["detection"]
+    if as_json:
+        print_json({"bundle": str(out), "digest": bundle.digest, "detection": found})
+        return
+    console().print(
+        f"Bundle {out}, digest {bundle.digest[:16]}...: {found['training_rows']} rows to train on, "
+        f"{found['calibration_rows']} to calibrate, agreement {found['agreement']:.4f}."
+    )
+
+
+def _students(
+    specs: Sequence[str], weights: Sequence[Path], **form: Any
+) -> Callable[[NDArray[Any], int], Sequence[Student]] | None:
+    if not specs:
+        if weights or any(v is not None for v in form.values()):
+            raise SettingsError("The options --student-... describe a student.", "Name it with --student.")
+        return None
+    if weights and len(weights) != len(specs):
+        raise SettingsError(f"{len(specs)} students and {len(weights)} files of weights.", "Give one for each.")
+
+    def make(images: NDArray[Any], n_classes: int) -> Sequence[Student]:
+        from fides_plugins.training.students import pretrained_student
+
+        files: list[Path | None] = [*weights] or [None] * len(specs)
+        return [
+            pretrained_student(spec, images, n_classes, weights=file, **form)
+            for spec, file in zip(specs, files, strict=True)
+        ]
+
+    return make
+
+
+def _size(text: str) -> tuple[int, int] | None:
+    if not text:
+        return None
+    try:
+        height, width = (int(part) for part in text.split("x"))
+    except ValueError:
+        raise SettingsError(f"{text!r} is no size.", "Write it as --student-size 32x32.") from None
+    return height, width
+
+
+def _numbers(text: str, option: str) -> tuple[float, ...] | None:
+    if not text:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise SettingsError(f"{text!r} is no list of numbers.", f"Write it as {option} 0.5,0.5,0.5.") from None
