@@ -93,7 +93,7 @@ class ModelArchive:
     @property
     def names(self) -> set[str]:
         """Names of all entries, folders without their slash."""
-        return {e.name.rstrip("/") for e in self.entries}
+        return {e.name.rstrip("/") for e in self.entries if e.name}
 
 
 @contextmanager
@@ -175,10 +175,11 @@ def _checked(source: Path, form: Form, entries: Sequence[Entry], comment: bytes 
     prefix = manifests[0][: -len(MANIFEST)] if len(manifests) == 1 else ""
     if not manifests or any(not _inside(e.name, prefix) for e in entries):
         raise InputError(f"{source.name} is no model archive: it has no {MANIFEST} at its top.", _LIMIT)
-    plain = [Entry(e.name[len(prefix) :], e.open, e.info) for e in entries if e.name.rstrip("/") + "/" != prefix]
+    # The folder around everything becomes the entry with the empty name.
+    plain = [Entry(e.name[len(prefix) :], e.open, e.info) for e in entries]
     for entry in plain:
         parts = PurePosixPath(entry.name)
-        if parts.is_absolute() or ".." in parts.parts or "\\" in entry.name or not entry.name:
+        if parts.is_absolute() or ".." in parts.parts or "\\" in entry.name:
             raise InputError(f"{source.name} holds the unsafe entry {entry.name!r}.", "Build the archive again.")
     names = [e.name for e in plain]
     if len(set(names)) < len(names):

@@ -22,7 +22,7 @@ from fides_plugins.serving.torchserve.body_capture import judge_bodies, read_req
 from fides_plugins.serving.torchserve.judge import INTERNAL, Judge
 from fides_plugins.serving.torchserve.metrics import TorchServeMetrics
 from fides_plugins.serving.torchserve.options import HostOptions, read_section
-from fides_plugins.serving.torchserve.original import Found, Original, find_handler, protect
+from fides_plugins.serving.torchserve.original import Found, Original, find_handler, protect, require_wrappable
 from fides_plugins.serving.torchserve.verdicts import RowVerdict, envelope, headers, per_request, refusal
 from fides_plugins.settings import Settings
 from fides_plugins.types import Status
@@ -220,20 +220,12 @@ def prepare(
     options, settings = read_section(config, model_dir)
     found = find_handler(options.handler)
     parser = None if options.parser is None else make_parser(options.parser)
-    if found.kind == "body" and parser is None:
-        raise unprotectable(found.description)
+    if parser is None:
+        require_wrappable(found)
     if parser is not None and settings.mode == "correct" and parser.replace is None:
         raise SettingsError("`mode: correct` needs a function `replace` in the parser.")
     judge = Judge(settings, model_name, options.concurrent, metrics if options.metrics else None)
     return Prepared(options, judge, found, parser)
-
-
-def unprotectable(description: str) -> SettingsError:
-    """The refusal of a handler that has nothing to wrap."""
-    return SettingsError(
-        f"{description}: there is no inference() to intercept.",
-        "Declare `parser` in the section `fides:` to read request and response bodies instead.",
-    )
 
 
 def _positions(index: int, n_items: int, n_requests: int, options: HostOptions) -> Sequence[int]:

@@ -109,15 +109,33 @@ def find_handler(spec: str) -> Found:
     return Found("body", module, function)
 
 
-def protect(found: Found, capture: Capture | None) -> Original:
-    """Make the original handler callable, with `capture` around each of its `inference()` calls.
-
-    `capture` None leaves everything as it is, for body-level capture.
+def require_wrappable(found: Found) -> None:
+    """Check that there is an `inference()` to get in between.
 
     Raises
     ------
     SettingsError
-        If `inference` is a static or class method, which cannot be told apart from a helper.
+        If there is none, or it is a static or class method, which has no handler to belong to.
+    """
+    if found.kind == "body":
+        raise SettingsError(
+            f"{found.description}: there is nothing to intercept.",
+            "Declare `parser` in the section `fides:` to read request and response bodies instead.",
+        )
+    owners = {found.target} if found.kind == "class" else {*found.classes, *(type(o) for o in found.objects)}
+    for cls in owners:
+        if isinstance(inspect.getattr_static(cls, "inference", None), (staticmethod, classmethod)):
+            raise SettingsError(
+                f"{cls.__name__}.inference is a static or class method, which Fides does not wrap.",
+                "Make it an ordinary method, or declare a `parser`.",
+            )
+
+
+def protect(found: Found, capture: Capture | None) -> Original:
+    """Make the original handler callable, with `capture` around each of its `inference()` calls.
+
+    `capture` None leaves everything as it is, for body-level capture; otherwise the handler has passed
+    `require_wrappable`.
     """
     if found.kind == "class":
         handler_class = found.target
@@ -182,12 +200,6 @@ def _subclass(cls: type, capture: Capture) -> type:
 
 
 def _method(cls: type, capture: Capture) -> Callable[..., Any]:
-    static = inspect.getattr_static(cls, "inference")
-    if isinstance(static, (staticmethod, classmethod)):
-        raise SettingsError(
-            f"{cls.__name__}.inference is a static or class method, which Fides does not wrap.",
-            "Make it an ordinary method, or declare a `parser`.",
-        )
     original: Callable[..., Any] = cls.inference  # type: ignore[attr-defined]  # callers checked that it is there
     once = _Outermost()
 

@@ -151,6 +151,8 @@ class ClassOutput:
             item = _with_rows(self.whole[self.key], rows, values)
         else:
             item = _with_rows(getattr(self.whole, self.key), rows, values)
+        if isinstance(self.key, str) and hasattr(self.whole, "_replace"):
+            return self.whole._replace(**{self.key: item})
         if isinstance(self.whole, tuple):
             items = [item if i == self.key else v for i, v in enumerate(self.whole)]
             return type(self.whole)(*items) if hasattr(self.whole, "_fields") else tuple(items)

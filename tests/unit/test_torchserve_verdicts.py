@@ -1,0 +1,132 @@
+"""Headers, bodies and the rule for rows that are not requests."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fides_plugins.serving.torchserve.verdicts import (
+    HEADER_REASON,
+    HEADER_STATUS,
+    MAX_HEADER_LENGTH,
+    RowVerdict,
+    as_json,
+    envelope,
+    headers,
+    per_request,
+    printable,
+    refusal,
+)
+from fides_plugins.types import Status
+
+anything = st.one_of(st.text(), st.binary(), st.floats(), st.none(), st.lists(st.text()), st.characters())
+
+T = RowVerdict(Status.TRUSTED, 0.1)
+A = RowVerdict(Status.ATTACKED, 0.9, refused=True, reason="suspicious")
+E = RowVerdict(Status.ERROR, reason="broken")
+I = RowVerdict(Status.INDETERMINATE)  # noqa: E741
+NOT = RowVerdict(Status.ERROR, reason="not judged")
+
+
+@given(anything)
+def test_header_values_are_printable_ascii(value: object) -> None:
+    text = printable(value)
+    assert len(text) <= MAX_HEADER_LENGTH
+    assert all(" " <= c <= "~" for c in text)
+
+
+@given(
+    st.sampled_from(list(Status)),
+    st.floats(),
+    st.floats(),
+    st.integers(),
+    st.text(st.characters()) | st.just("a\r\nset-cookie: x\x00\x85\u2028é"),
+)
+def test_all_headers_of_any_verdict_can_be_sent(
+    status: Status, score: float, p_value: float, label: int, reason: str
+) -> None:
+    made = headers(RowVerdict(status, score, p_value, label, reason=reason))
+    assert made[HEADER_STATUS] == status.text
+    for name, value in made.items():
+        assert isinstance(value, str)
+        assert len(value.encode("ascii")) == len(value) <= MAX_HEADER_LENGTH
+        assert value.isprintable() or value == ""
+        assert name.startswith("x-fides-")
+
+
+def test_newlines_become_spaces() -> None:
+    assert printable("a\r\nb\tc\x0bd") == "a b c d"
+    assert headers(RowVerdict(Status.ERROR, reason="one\ntwo"))[HEADER_REASON] == "one two"
+
+
+def test_unknown_numbers_have_no_header_and_are_null_in_json() -> None:
+    assert headers(RowVerdict(Status.INDETERMINATE)) == {HEADER_STATUS: "indeterminate"}
+    shown = as_json(RowVerdict(Status.INDETERMINATE), ("a", "b"))
+    assert (shown["score"], shown["p_value"], shown["label"], shown["class_name"]) == (None, None, None, None)
+    json.dumps(shown, allow_nan=False)
+
+
+def test_refusal_says_why_and_gives_no_answer_away() -> None:
+    attacked = refusal(RowVerdict(Status.ATTACKED, 0.9, 0.001, 7, 3, 7, refused=True, reason="suspicious"))
+    assert (attacked["code"], attacked["fides"]["reason"]) == (409, "suspicious")
+    assert not {"label", "class_name"} & attacked["fides"].keys()
+    assert refusal(E)["code"] == 503
+
+
+@pytest.mark.parametrize(
+    ("response", "encoding", "value"),
+    [({"a": 1}, "json", {"a": 1}), ("text", "text", "text"), (b"\xff\x00", "base64", "/wA="), ([1], "json", [1])],
+)
+def test_envelope_keeps_the_response(response: object, encoding: str, value: object) -> None:
+    wrapped = envelope(response, RowVerdict(Status.TRUSTED, 0.1, 0.5, 1), ("a", "b"))
+    assert (wrapped["response_encoding"], wrapped["response"]) == (encoding, value)
+    assert wrapped["fides"]["class_name"] == "b"
+    json.dumps(wrapped, allow_nan=False)
+
+
+def test_one_row_per_request_needs_no_rule() -> None:
+    for rule in ("refuse", "any", "worst"):
+        assert per_request([T, A, E], 3, rule, None, NOT) == [T, A, E]  # type: ignore[arg-type]
+
+
+def test_refuse_judges_nobody_when_rows_are_not_requests() -> None:
+    assert per_request([T, T, T], 2, "refuse", None, NOT) == [NOT, NOT]
+    assert per_request([], 2, "worst", None, NOT) == [NOT, NOT]
+
+
+def test_declared_rows_belong_to_their_request() -> None:
+    assert per_request([T, T, T, A], 2, "any", 2, NOT) == [T, A]
+    # Declared, but not true for this batch: nothing is guessed.
+    assert per_request([T, T, T], 2, "any", 2, NOT) == [NOT, NOT]
+
+
+def test_undeclared_rows_count_for_every_request_of_the_batch() -> None:
+    assert per_request([T, A, T], 2, "any", None, NOT) == [A, A]
+    assert per_request([T], 3, "worst", None, NOT) == [T, T, T]
+
+
+def test_any_and_worst_differ_in_rows_that_could_not_be_judged() -> None:
+    assert per_request([T, E], 1, "any", 2, NOT) == [T]
+    assert per_request([T, E], 1, "worst", 2, NOT) == [E]
+    assert per_request([T, I], 1, "worst", 2, NOT) == [I]
+    assert per_request([E, A], 1, "any", 2, NOT) == per_request([E, A], 1, "worst", 2, NOT) == [A]
+
+
+@given(st.lists(st.sampled_from([T, A, E, I]), max_size=12), st.integers(1, 5), st.sampled_from([None, 1, 2, 3]))
+def test_an_attacked_row_is_never_lost(rows: list[RowVerdict], n: int, declared: int | None) -> None:
+    for rule in ("any", "worst"):
+        verdicts = per_request(rows, n, rule, declared, NOT)  # type: ignore[arg-type]
+        assert len(verdicts) == n
+        if A in rows:
+            assert all(v in (A, NOT) for v in verdicts) or A in verdicts
+        if not rows:
+            assert Status.TRUSTED not in {v.status for v in verdicts}
+
+
+def test_the_most_suspicious_attack_speaks() -> None:
+    mild, strong, unknown = (RowVerdict(Status.ATTACKED, s) for s in (0.6, 0.95, math.nan))
+    assert per_request([mild, unknown, strong], 1, "any", 3, NOT) == [strong]
