@@ -6,8 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import sysconfig
-import venv
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from fides_plugins.cli import app
 from fides_plugins.cli._new_plugin import HOOKS, write_package
 from fides_plugins.errors import InputError, SettingsError
 from fides_plugins.testing import make_bundle
+from tests.plugin_environments import make_environment
 
 GOOD = """
 from fides_plugins import hookimpl
@@ -143,16 +142,7 @@ def test_a_new_package_installs_and_works_in_an_environment_of_its_own(tmp_path:
     made = CliRunner().invoke(app, ["plugins", "new", "fides-quiet-hours", "--into", str(tmp_path)])
     assert made.exit_code == 0, made.output
     package = tmp_path / "fides-quiet-hours"
-    home = tmp_path / "venv"
-    venv.create(home, with_pip=False)
-    python = home / "bin" / "python"
-    (site,) = home.glob("lib/python*/site-packages")
-    outside = sysconfig.get_path("purelib")
-    # A line with `import` is run: the other folder's own .pth files count as well.
-    (site / "outside.pth").write_text(f"import site; site.addsitedir({outside!r})\n")
-    pip = [str(python), "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", str(package)]
-    done = subprocess.run(pip, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    python = make_environment(tmp_path / "venv", package)
 
     shown = subprocess.run(
         [str(python), "-m", "fides_plugins.cli", "plugins", "--json"], capture_output=True, text=True, timeout=120
