@@ -48,18 +48,28 @@ class Answer:
         return str(self.json.get("error", "")) or self.body.decode(errors="replace")[:300]
 
 
+@dataclass(frozen=True)
+class Statistics:
+    """Totals of one model: inferences that succeeded and failed, and their mean compute time in seconds."""
+
+    succeeded: int
+    failed: int
+    mean_seconds: float
+
+
 class InferenceRefused(ServerError):
     """The server answered an inference with an error status.
 
     Attributes
     ----------
-    status:
-        HTTP status code.
+    status, message:
+        HTTP status code, and the server's words.
     """
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(f"The server answered {status}: {message}")
         self.status = status
+        self.message = message
 
 
 class TritonApi:
@@ -138,6 +148,17 @@ class TritonApi:
         """Models of the repository, with their states."""
         answer = self._ask("POST", "/v2/repository/index", "Reading the repository index")
         return list(json.loads(answer.body or b"[]"))
+
+    def statistics(self, model: str) -> Statistics:
+        """Counts of inferences of `model` since it was first loaded, over its versions."""
+        stats = self._ask("GET", f"/v2/models/{quote(model)}/stats", f"Reading the statistics of {model!r}").json
+        entries = [s["inference_stats"] for s in stats.get("model_stats", [])]
+        succeeded = sum(int(e["success"]["count"]) for e in entries)
+        return Statistics(
+            succeeded,
+            sum(int(e["fail"]["count"]) for e in entries),
+            sum(int(e["compute_infer"]["ns"]) for e in entries) / max(succeeded, 1) / 1e9,
+        )
 
     def load(self, model: str, config: Mapping[str, Any] | None = None, timeout_s: float = 60.0) -> None:
         """Load or reload a model (explicit mode only), optionally with another configuration.

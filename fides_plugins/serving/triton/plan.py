@@ -33,7 +33,7 @@ CONFIG_NAME = "fides"
 STEP_PREFIX = "fides_step."
 _SHIM = (
     "# Settings are the parameters `fides.*` of config.pbtxt.\n"
-    "from fides_plugins.serving.triton.{module} import TritonPythonModel as TritonPythonModel\n"
+    "from fides_plugins.serving.triton.entry import {entry} as TritonPythonModel\n"
 )
 
 
@@ -211,13 +211,13 @@ def _add_steps(
     given = [_plain(output), *(inputs if options.pass_inputs else ())]
     answers = [output, *shapes.verdict()]
     steps = {
-        verify: ("verify", inputs, shapes.internal(), for_verify),
-        validate: ("validate", [*given, *shapes.internal()], answers, parameters),
-        fallback: ("validate", given, answers, parameters),
+        verify: ("Verify", inputs, shapes.internal(), for_verify),
+        validate: ("Validate", [*given, *shapes.internal()], answers, parameters),
+        fallback: ("Validate", given, answers, parameters),
     }
-    for name, (module, taken, made, settings) in steps.items():
+    for name, (entry, taken, made, settings) in steps.items():
         plan.files[f"{name}/{CONFIG_FILE}"] = _step_config(info.max_batch_size, taken, made, settings).encode()
-        plan.files[f"{name}/1/model.py"] = _SHIM.format(module=module).encode()
+        plan.files[f"{name}/1/model.py"] = _SHIM.format(entry=entry).encode()
 
 
 def _plain(tensor: Tensor) -> Tensor:

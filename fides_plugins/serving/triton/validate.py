@@ -1,7 +1,7 @@
 """The step `fides_validate`: judges the service's class output and answers in its place.
 
 The model's `model.py` is two lines: a comment and
-`from fides_plugins.serving.triton.validate import TritonPythonModel`.
+`from fides_plugins.serving.triton.entry import Validate as TritonPythonModel`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The step `fides_verify`: asks the verifiers for a reference, next to the service model.
 
 The model's `model.py` is two lines: a comment and
-`from fides_plugins.serving.triton.verify import TritonPythonModel`.
+`from fides_plugins.serving.triton.entry import Verify as TritonPythonModel`.
 """
 
 from __future__ import annotations

@@ -1,2 +1,2 @@
 # Gives the verdict; settings are the parameters `fides.*` of config.pbtxt.
-from fides_plugins.serving.triton.validate import TritonPythonModel as TritonPythonModel
+from fides_plugins.serving.triton.entry import Validate as TritonPythonModel

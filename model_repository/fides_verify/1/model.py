@@ -1,2 +1,2 @@
 # Answers with references; settings are the parameters `fides.*` of config.pbtxt.
-from fides_plugins.serving.triton.verify import TritonPythonModel as TritonPythonModel
+from fides_plugins.serving.triton.entry import Verify as TritonPythonModel
