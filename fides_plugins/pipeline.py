@@ -142,6 +142,10 @@ class Pipeline:
         """An `error` verdict for rows that cannot be judged at all, recorded like any other."""
         return self._finish(query, failed_verdict(self.settings, n_rows, n_classes or self.n_classes, reason))
 
+    def record(self, query: Query, verdict: Verdict) -> Verdict:
+        """Show the observers a verdict that a host had to make itself, and give it back."""
+        return self._finish(query, verdict)
+
     def close(self) -> None:
         """Tell the plug-ins that the host stops."""
         for implementation in self.manager.hook.fides_unconfigure.get_hookimpls():

@@ -20,18 +20,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from fides_plugins.attestation import cose
 from fides_plugins.attestation.keys import raw_public
 from fides_plugins.attestation.refusal import Refusal
+from fides_plugins.attestation.wire import COMMITMENT_PARAMETER
 
 #: "hpke": the reference is sealed to `client_key`. "commitment": it is readable, and the receipt carries
 #: the digest of the service's output, which the host must give before the enclave answers.
 Scheme = Literal["hpke", "commitment"]
 
 PROFILE = "fides-request/1"
-PARAMETER = "fides_request"
-COMMITMENT_PARAMETER = "fides_commitment"
-RECEIPT_OUTPUT = "FIDES_RECEIPT"
-REQUEST_HEADER = "X-Fides-Request"
-COMMITMENT_HEADER = "X-Fides-Commitment"
-RECEIPT_HEADER = "X-Fides-Receipt"
 
 NONCE_BYTES = 32
 SESSION_BYTES = 16

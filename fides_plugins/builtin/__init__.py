@@ -6,6 +6,8 @@ from typing import Any
 
 from fides_plugins.builtin.detect import DivergenceDetector, LearnedDetector
 from fides_plugins.builtin.reclassify import LearnedReclassifier
+from fides_plugins.builtin.remote import NAME as REMOTE
+from fides_plugins.builtin.remote import RemoteVerifier
 from fides_plugins.builtin.verify import OnnxVerifier
 from fides_plugins.bundle import Bundle
 from fides_plugins.settings import Settings
@@ -23,6 +25,8 @@ def builtin_plugins(settings: Settings, bundle: Bundle | None) -> dict[str, Any]
         plugins["divergence-detector"] = DivergenceDetector()
     if settings.detector in ("learned", "both"):
         plugins["detector"] = LearnedDetector()
+    if REMOTE in settings.plugins.options:
+        plugins[REMOTE] = RemoteVerifier()
     if bundle.manifest.verification is not None:
         plugins["verifier"] = OnnxVerifier()
     return plugins

@@ -13,14 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fides_plugins.attestation.request import (
-    COMMITMENT_PARAMETER,
-    PARAMETER,
-    RECEIPT_OUTPUT,
-    from_text,
-    to_text,
-)
+from fides_plugins.attestation.request import from_text, to_text
 from fides_plugins.attestation.tensors import OIP_TYPES, oip_type, tensor_bytes, tensor_from_bytes
+from fides_plugins.attestation.wire import COMMITMENT_PARAMETER, PARAMETER, RECEIPT_OUTPUT
 from fides_plugins.enclave.verifier import Verifier
 from fides_plugins.errors import InputError
 

@@ -1,0 +1,255 @@
+"""Clients for TorchServe: the answer of an untrusted server, judged here.
+
+TorchServe knows no tensors, only bodies: `encode` and `decode` say how the served handler wants its input
+and gives its answer. The signed request travels in the header X-Fides-Request; the receipt comes back in
+X-Fides-Receipt, or the client asks the verifier itself (`receipt_from="verifier"`). What the verifier sees
+must be the handler's tensor, bit by bit, so the client sends that tensor and no picture.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote
+
+import httpx
+import numpy as np
+from numpy.typing import NDArray
+
+from fides_plugins.attestation.policy import EvidencePolicy
+from fides_plugins.attestation.tensors import oip_type, tensor_bytes
+from fides_plugins.attestation.wire import (
+    COMMITMENT_PARAMETER,
+    PARAMETER,
+    RECEIPT_HEADER,
+    RECEIPT_OUTPUT,
+    REQUEST_HEADER,
+)
+from fides_plugins.bundle import Bundle
+from fides_plugins.client.core import ClientCore, Reply
+from fides_plugins.client.judge import Answer
+from fides_plugins.client.receipts import Pending
+from fides_plugins.errors import InputError, ServerError
+from fides_plugins.types import Query, Verdict
+
+Encode = Callable[[Mapping[str, NDArray[Any]]], tuple[bytes, str]]
+Decode = Callable[[bytes], NDArray[Any]]
+
+
+def encode_json(inputs: Mapping[str, NDArray[Any]]) -> tuple[bytes, str]:
+    """One row as a JSON object, name to nested lists without the row axis, and its content type."""
+    for name, array in inputs.items():
+        if len(array) != 1:
+            raise InputError(f"Input {name!r} has {len(array)} rows; a TorchServe request carries one.")
+    return json.dumps({name: array[0].tolist() for name, array in inputs.items()}).encode(), "application/json"
+
+
+def decode_json(body: bytes) -> NDArray[Any]:
+    """Class numbers of one row from a JSON list, or from a list of one list; (1, K) float32."""
+    array = np.asarray(json.loads(body), dtype=np.float32)
+    return array[None] if array.ndim == 1 else array
+
+
+class _TorchServeBase:
+    """Configuration and message building of both TorchServe clients."""
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        bundle: Bundle | str | Path,
+        policy: EvidencePolicy,
+        *,
+        receipt_from: Literal["host", "verifier"] = "host",
+        encode: Encode = encode_json,
+        decode: Decode = decode_json,
+        headers: Mapping[str, str] | None = None,
+        verifier_url: str = "",
+        timeout_s: float = 10.0,
+        **core: Any,
+    ) -> None:
+        self.core = ClientCore(bundle, policy, verifier_url=verifier_url, timeout_s=timeout_s, **core)
+        self._url = f"{url.rstrip('/')}/predictions/{quote(model, safe='')}"
+        self._encode, self._decode = encode, decode
+        self._headers = dict(headers or {})
+        self._timeout_s = timeout_s
+        self.receipt_from = receipt_from
+        if receipt_from == "verifier" and not verifier_url:
+            raise InputError("The verifier's address is needed to ask it.", "Give verifier_url.")
+        if receipt_from == "host" and self.core.checker.scheme == "commitment":
+            raise InputError(
+                "TorchServe's host verifies while the model runs, so it cannot commit to its output beforehand.",
+                'Use receipt_from="verifier" with this scheme, or the scheme "hpke".',
+            )
+        name = quote(self.core.judge.bundle.manifest.name, safe="")
+        self._verifier_url = f"{verifier_url.rstrip('/')}/v2/models/{name}/infer"
+
+    @property
+    def alarm(self) -> Any:
+        """The service alarm of the monitor, or None."""
+        return self.core.judge.alarm
+
+    @property
+    def refusals(self) -> Mapping[str, int]:
+        """Refused receipts by code."""
+        return self.core.judge.refusals
+
+    def _service_call(self, query: Query, pending: Pending) -> dict[str, Any]:
+        body, kind = self._encode(query.inputs)
+        headers = {**self._headers, "content-type": kind}
+        if self.receipt_from == "host":
+            headers[REQUEST_HEADER] = pending.text
+        return {"url": self._url, "content": body, "headers": headers}
+
+    def _verifier_call(self, tensor: NDArray[Any], pending: Pending, output: NDArray[Any]) -> dict[str, Any]:
+        spec = self.core.judge.bundle.manifest.input
+        raw = tensor_bytes(tensor)
+        parameters = {PARAMETER: pending.text}
+        if self.core.checker.scheme == "commitment":
+            parameters[COMMITMENT_PARAMETER] = self.core.checker.commitment(output)
+        entry = {
+            "name": spec.name if spec is not None else "input",
+            "shape": list(tensor.shape),
+            "datatype": oip_type(tensor.dtype),
+            "parameters": {"binary_data_size": len(raw)},
+        }
+        head = json.dumps({"parameters": parameters, "inputs": [entry]}).encode()
+        headers = {"Inference-Header-Content-Length": str(len(head)), "content-type": "application/octet-stream"}
+        return {"url": self._verifier_url, "content": head + raw, "headers": headers}
+
+    def _reply(self, response: httpx.Response) -> Reply:
+        if response.status_code != 200:
+            raise ServerError(f"{self._url} answered with status {response.status_code}.")
+        try:
+            output = np.asarray(self._decode(response.content))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ServerError(
+                f"{self._url} gave an answer that cannot be decoded ({type(error).__name__}).", "Give `decode`."
+            ) from None
+        return Reply(output, response.headers.get(RECEIPT_HEADER), response)
+
+    @staticmethod
+    def _receipt(response: httpx.Response) -> str | None:
+        try:
+            outputs = {o["name"]: o for o in response.json()["outputs"]}
+            return str(outputs[RECEIPT_OUTPUT]["data"][0])
+        except (ValueError, KeyError, TypeError, IndexError):
+            return None
+
+
+class TorchServeClient(_TorchServeBase):
+    """A client of one served model; each call carries one row.
+
+    Parameters
+    ----------
+    url:
+        `http://host:port` of TorchServe's inference API.
+    model:
+        The served model.
+    bundle, policy, verifier_url, evidence, identity, scheme, settings, roots, insecure_development:
+        See `ClientCore`.
+    receipt_from:
+        "host" or "verifier": see the module.
+    encode, decode:
+        Inputs to body and content type; body to class output (1, K).
+    headers:
+        More request headers, such as an authorization token.
+    timeout_s:
+        For each network operation.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._client = httpx.Client(timeout=self._timeout_s)
+
+    def infer(self, inputs: Mapping[str, NDArray[Any]]) -> Verdict:
+        """Ask the service and give the verdict on its answer.
+
+        Raises
+        ------
+        ServerError
+            If the service gave no answer. An answer that may not be used is no error but a verdict.
+        Refusal
+            If no verifier is trusted.
+        """
+        return self.ask(inputs).verdict
+
+    def ask(self, inputs: Mapping[str, NDArray[Any]]) -> Answer:
+        """Like `infer`, with the raw response and the reference beside the verdict."""
+        answer = self._once(inputs)
+        return self._once(inputs) if self.core.worth_repeating(answer) else answer
+
+    def _once(self, inputs: Mapping[str, NDArray[Any]]) -> Answer:
+        query, tensor = self.core.prepare(inputs)
+        pending = self.core.checker.begin(tensor)
+        try:
+            reply = self._reply(self._client.post(**self._service_call(query, pending)))
+        except httpx.HTTPError as error:
+            raise ServerError(f"{self._url} gave no answer ({type(error).__name__}).") from None
+        if self.receipt_from == "verifier":
+            try:
+                receipt = self._receipt(self._client.post(**self._verifier_call(tensor, pending, reply.output)))
+            except httpx.HTTPError:
+                receipt = None  # whoever keeps the verifier from answering gets no better verdict for it
+            reply = Reply(reply.output, receipt, reply.raw)
+        return self.core.finish(query, pending, reply)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+        self.core.judge.close()
+
+    def __enter__(self) -> TorchServeClient:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class AsyncTorchServeClient(_TorchServeBase):
+    """`TorchServeClient` for asyncio: many requests may be under way at once."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._client = httpx.AsyncClient(timeout=self._timeout_s)
+
+    async def infer(self, inputs: Mapping[str, NDArray[Any]]) -> Verdict:
+        """See `TorchServeClient.infer`."""
+        return (await self.ask(inputs)).verdict
+
+    async def ask(self, inputs: Mapping[str, NDArray[Any]]) -> Answer:
+        """See `TorchServeClient.ask`."""
+        answer = await self._once(inputs)
+        if answer.refusal is not None and await asyncio.to_thread(self.core.worth_repeating, answer):
+            return await self._once(inputs)
+        return answer
+
+    async def _once(self, inputs: Mapping[str, NDArray[Any]]) -> Answer:
+        query, tensor = self.core.prepare(inputs)
+        # Fetching and checking evidence blocks, so it happens in a thread; it is rare.
+        pending = await asyncio.to_thread(self.core.checker.begin, tensor)
+        try:
+            reply = self._reply(await self._client.post(**self._service_call(query, pending)))
+        except httpx.HTTPError as error:
+            raise ServerError(f"{self._url} gave no answer ({type(error).__name__}).") from None
+        if self.receipt_from == "verifier":
+            try:
+                receipt = self._receipt(await self._client.post(**self._verifier_call(tensor, pending, reply.output)))
+            except httpx.HTTPError:
+                receipt = None  # whoever keeps the verifier from answering gets no better verdict for it
+            reply = Reply(reply.output, receipt, reply.raw)
+        return self.core.finish(query, pending, reply)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.aclose()
+        self.core.judge.close()
+
+    async def __aenter__(self) -> AsyncTorchServeClient:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.close()

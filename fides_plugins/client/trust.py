@@ -1,0 +1,185 @@
+"""Which verifiers a client trusts at the moment: evidence fetched, checked, kept and renewed."""
+
+from __future__ import annotations
+
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from fides_plugins.attestation.evidence import Evidence
+from fides_plugins.attestation.policy import EvidencePolicy
+from fides_plugins.attestation.refusal import Refusal
+from fides_plugins.attestation.request import to_text
+from fides_plugins.attestation.verify import TrustedEvidence, TrustRoots, new_challenge, verify_evidence
+from fides_plugins.errors import InputError, ServerError
+
+_MAX_DOCUMENT = 1 << 20
+#: Keys of earlier starts stay known for a while, so that receipts under way when a verifier is replaced hold.
+_KEPT = 4
+#: A host must not make a client fetch evidence as often as it likes by answering with nonsense.
+_RENEWAL_PAUSE_S = 5.0
+
+
+class EvidenceSource(Protocol):
+    """Where evidence documents come from."""
+
+    #: Whether a challenge can be bound into the evidence.
+    challenges: bool
+
+    def fetch(self, challenge: bytes) -> Evidence:
+        """The document, with `challenge` bound where that is possible."""
+
+
+class EvidenceUrl:
+    """The evidence endpoint of a verifier."""
+
+    challenges = True
+
+    def __init__(self, url: str, timeout_s: float = 10.0) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise InputError(f"{url!r} is no address of a verifier.", "Give it as http://host:port.")
+        self._url = f"{url.rstrip('/')}/v2/fides/evidence"
+        self._timeout_s = timeout_s
+
+    def fetch(self, challenge: bytes) -> Evidence:
+        """Fetch fresh evidence.
+
+        Raises
+        ------
+        ServerError, Refusal
+            If the endpoint cannot be reached, or gives no document.
+        """
+        try:
+            with urllib.request.urlopen(
+                f"{self._url}?challenge={to_text(challenge)}", timeout=self._timeout_s
+            ) as reply:
+                return Evidence.from_json(reply.read(_MAX_DOCUMENT + 1))
+        except (OSError, urllib.error.URLError) as error:
+            raise ServerError(f"The evidence at {self._url} cannot be fetched ({type(error).__name__}).") from None
+
+
+class EvidenceFile:
+    """A document that was brought here by other means; its age is what its host's clock says."""
+
+    challenges = False
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+
+    def fetch(self, challenge: bytes) -> Evidence:
+        """Read the file.
+
+        Raises
+        ------
+        InputError, Refusal
+            If it cannot be read, or is no document.
+        """
+        try:
+            return Evidence.from_json(self._path.read_bytes())
+        except OSError as error:
+            raise InputError(f"Cannot read the evidence {self._path.name}: {error.strerror}.") from None
+
+
+class Trust:
+    """The verifiers that a policy trusts. Safe to use from several threads.
+
+    Parameters
+    ----------
+    policy:
+        What is demanded of evidence.
+    source:
+        Where it comes from.
+    roots:
+        Other roots than the vendors'; for tests.
+    insecure_development:
+        Accept development evidence, with a warning at each check.
+    clock:
+        Seconds since 1970 by this client's clock.
+    """
+
+    def __init__(
+        self,
+        policy: EvidencePolicy,
+        source: EvidenceSource,
+        *,
+        roots: TrustRoots | None = None,
+        insecure_development: bool = False,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.policy = policy
+        self.insecure_development = insecure_development
+        self._source = source
+        self._roots = roots
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._known: OrderedDict[bytes, TrustedEvidence] = OrderedDict()
+        self._renewed = -_RENEWAL_PAUSE_S
+
+    def current(self) -> TrustedEvidence:
+        """The newest trusted evidence, fetched where there is none or it is too old.
+
+        Raises
+        ------
+        Refusal, ServerError
+            If there is no trusted evidence.
+        """
+        with self._lock:
+            newest = next(reversed(self._known.values()), None)
+            if newest is None or self._expired(newest):
+                newest = self._fetch()
+            return newest
+
+    def renew(self) -> bool:
+        """Fetch evidence again, at most once in a few seconds; whether it is of another start than before.
+
+        Raises
+        ------
+        Refusal, ServerError
+            If there is no trusted evidence any more.
+        """
+        with self._lock:
+            if time.monotonic() - self._renewed < _RENEWAL_PAUSE_S:
+                return False
+            self._renewed = time.monotonic()
+            before = next(reversed(self._known.values()), None)
+            after = self._fetch()
+            return before is None or _key(before) != _key(after)
+
+    def keys(self) -> dict[bytes, Ed25519PublicKey]:
+        """Keys by key id whose receipts may be believed now."""
+        with self._lock:
+            trusted = [e for e in self._known.values() if not self._expired(e)]
+        return {_key(e): e.signing_key for e in trusted}
+
+    def _fetch(self) -> TrustedEvidence:
+        challenge = new_challenge() if self._source.challenges else b""
+        document = self._source.fetch(challenge)
+        trusted = verify_evidence(
+            document,
+            self.policy,
+            self._clock(),
+            challenge=challenge,
+            roots=self._roots,
+            insecure_development=self.insecure_development,
+        )
+        if trusted.statement is None:
+            raise Refusal("evidence-statement", "This evidence vouches for no key.")
+        self._known[trusted.facts.evidence_id] = trusted
+        while len(self._known) > _KEPT:
+            self._known.popitem(last=False)
+        return trusted
+
+    def _expired(self, evidence: TrustedEvidence) -> bool:
+        return self._clock() - evidence.verified_at > self.policy.maximum_age_s
+
+
+def _key(evidence: TrustedEvidence) -> bytes:
+    assert evidence.statement is not None  # `_fetch` keeps no other
+    return evidence.statement.key_id
