@@ -7,6 +7,7 @@ is the one that a single machine writes, resumption included.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -62,8 +63,9 @@ def judge_on_ray(job: Job, workers: int, address: str = "", on_rows: OnRows = la
     if own:
         _connect(ray, workers, address)
     try:
-        context = DataContext.get_current()
-        context.enable_progress_bars = False
+        # Rows are reported through `on_rows`; Ray's own bars and banners would mix with a progress display.
+        DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         size = max(1, math.ceil(len(missing) / (workers * TASKS_PER_WORKER)))
         tasks = [{"first": g[0].index, "last": g[-1].index} for g in neighbours(missing, size)]
         dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
