@@ -22,7 +22,7 @@ from fides_plugins.serving.torchserve.verdicts import HEADER_REASON, HEADER_STAT
 StepState = Literal["good", "failed", "unknown"]
 
 _TIMEOUT_S = 60.0
-_METRIC_WAIT_S = 5.0
+_METRIC_WAIT_S = 3.0
 METRIC_LINES = "Add `metrics_mode=prometheus` and `model_metrics_auto_detect=true` to config.properties."
 
 

@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import sys
 import urllib.error
@@ -31,6 +32,9 @@ MetricsMode = Literal["prometheus", "log"]
 #: TorchServe appends `.model_server.pid` to its temporary folder; it holds the Java process id.
 PID_FILE = ".model_server.pid"
 _PORT_TRIES = 3
+_LOG_LINES = 2000
+_WORKER_DIED = "Backend worker process died"
+_PYTHON_ERROR = re.compile(r"MODEL_LOG - (\w[\w.]*(?:Error|Exception)\w*: .*)")
 
 
 @dataclass(frozen=True)
@@ -257,6 +261,11 @@ class TorchServeServer:
         return "".join(f"{key}={value}\n" for key, value in lines.items())
 
     def _ready(self) -> bool:
+        # Workers that fail to load are started again for minutes; one death at start-up is enough to know.
+        log = self.process.log(_LOG_LINES)
+        if _WORKER_DIED in log:
+            errors = list(dict.fromkeys(_PYTHON_ERROR.findall(log))) or ["its log names no error"]
+            raise ServerError(f"A TorchServe worker cannot load its model: {'; '.join(errors[:3])}.")
         for name in self.models:
             try:
                 workers = self.workers(name)

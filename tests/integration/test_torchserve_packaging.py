@@ -1,0 +1,168 @@
+"""Archives built by `torch-model-archiver`, archives that bring the package along, and `fides check`."""
+
+from __future__ import annotations
+
+import json
+import os
+import site
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from fides_plugins.cli import app
+from fides_plugins.errors import FidesError, InputError, ServerError
+from fides_plugins.serving.torchserve.attach import attach
+from fides_plugins.serving.torchserve.build import build_archive
+from fides_plugins.serving.torchserve.server import TorchServeServer
+from tests.torchserve_models import CLASS, READ_BYTES, SERVICE, backdoor_bundle, body, plain_archive, rows
+
+pytestmark = pytest.mark.integration
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+ARCHIVER = Path(sys.executable).with_name("torch-model-archiver")
+#: What a server's Python without Fides would lack.
+HIDDEN = ("fides", "__editable__.fides", "_fides", "pluggy", "pydantic", "onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("packaging")
+    (made / "store").mkdir()
+    (made / "sources").mkdir()
+    backdoor_bundle(made / "bundle")
+    (made / "sources" / "digits.py").write_text(CLASS)
+    (made / "sources" / "common.py").write_text(SERVICE + READ_BYTES)
+    return made
+
+
+def archived(folder: Path, name: str, mode: str) -> None:
+    """The README's way: no command of ours, only the archiver."""
+    config = folder / "sources" / "model-config.yaml"
+    config.write_text(f"minWorkers: 1\nfides:\n  handler: digits.py\n  bundle: bundle\n  mode: {mode}\n")
+    extra = ",".join(str(p) for p in (folder / "sources/digits.py", folder / "sources/common.py", folder / "bundle"))
+    command = [str(ARCHIVER), "--model-name", name, "--version", "1.0", "--force"]
+    command += ["--handler", str(REPOSITORY / "handlers" / "fides_handler.py"), "--config-file", str(config)]
+    command += ["--extra-files", extra, "--export-path", str(folder / "store")]
+    subprocess.run(command, check=True, env={**os.environ, "TMPDIR": str(folder)}, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[TorchServeServer]:
+    store = folder / "store"
+    plain_archive(store, name="bare")
+    archived(folder, "archived", "flag")
+    archived(folder, "observed", "observe")
+    with TorchServeServer(store, {p.stem: p.name for p in store.glob("*.mar")}) as running:
+        yield running
+
+
+def post(server: TorchServeServer, model: str, row: np.ndarray) -> httpx.Response:
+    return httpx.post(f"{server.inference_url}/predictions/{model}", json=body(row), timeout=30)
+
+
+def check(server: TorchServeServer, folder: Path, model: str, *more: str) -> tuple[int, dict[str, dict[str, str]]]:
+    request = folder / "request.json"
+    request.write_text(json.dumps(body(rows(1)[0])))
+    addresses = ["--management", server.management_url, "--metrics", server.metrics_url]
+    command = ["check", "torchserve", server.inference_url, model, "--input", str(request), *addresses, "--json", *more]
+    result = CliRunner().invoke(app, command)
+    assert not isinstance(result.exception, FidesError), result.exception
+    return result.exit_code, {s["name"]: s for s in json.loads(result.output)["steps"]}
+
+
+def test_archiver_builds_a_protected_model(server: TorchServeServer) -> None:
+    for index, row in enumerate(rows(4, attacked=(2,))):
+        bare, answer = post(server, "bare", row), post(server, "archived", row)
+        assert answer.content == bare.content
+        assert answer.headers["x-fides-status"] == ("attacked" if index == 2 else "trusted")
+
+
+def test_check_sees_a_protected_model(server: TorchServeServer, folder: Path) -> None:
+    code, steps = check(server, folder, "archived")
+    assert code == 0
+    assert {s["state"] for s in steps.values()} == {"good"}
+    assert steps["workers"]["detail"] == "1 of 1 ready"
+    assert "trusted" in steps["verdict"]["detail"]
+
+
+def test_check_tells_observe_from_unprotected(server: TorchServeServer, folder: Path) -> None:
+    code, steps = check(server, folder, "observed")
+    assert code == 0
+    assert "observe" in steps["verdict"]["detail"]
+    code, steps = check(server, folder, "bare")
+    assert code == 1
+    assert "not protected" in steps["verdict"]["detail"]
+    assert "attach torchserve" in steps["verdict"]["remedy"]
+
+
+def test_check_names_what_is_wrong(server: TorchServeServer, folder: Path) -> None:
+    code, steps = check(server, folder, "absent")
+    assert code == 1
+    assert "no model 'absent'" in steps["workers"]["detail"]
+    assert steps["inference"]["state"] == "failed"
+    request = folder / "bad.json"
+    request.write_text("[]")
+    result = CliRunner().invoke(
+        app, ["check", "torchserve", server.inference_url, "archived", "-i", str(request), "--json"]
+    )
+    assert result.exit_code == 1
+    assert "Traceback" not in result.output
+
+
+def test_check_without_a_server_fails_in_one_line(folder: Path) -> None:
+    (folder / "request.json").write_text("{}")
+    command = ["check", "torchserve", "http://127.0.0.1:9", "m", "-i", str(folder / "request.json")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 1
+    assert "cannot be reached" in " ".join(result.output.split())
+
+
+def bare_python(folder: Path) -> Path:
+    """An interpreter that has TorchServe and torch, and neither Fides nor what it needs."""
+    root = folder / "server-python"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(root)], check=True)
+    packages = next((root / "lib").glob("python*")) / "site-packages"
+    for source in {Path(p) for p in (*site.getsitepackages(), sysconfig.get_path("purelib"))}:
+        for entry in source.iterdir():
+            hidden = entry.name.lower().startswith(HIDDEN) or entry.suffix == ".pth"
+            if not hidden and not (packages / entry.name).exists():
+                (packages / entry.name).symlink_to(entry)
+    return root / "bin" / "python"
+
+
+def test_vendored_archive_runs_where_nothing_is_installed(folder: Path) -> None:
+    python = bare_python(folder)
+    for package in ("fides_plugins", "onnxruntime", "pydantic", "pluggy"):
+        assert subprocess.run([str(python), "-c", f"import {package}"], capture_output=True).returncode != 0
+    store = folder / "vendored"
+    store.mkdir()
+    plain = plain_archive(folder, name="plain")
+    with pytest.raises(InputError, match="--vendor"):
+        attach(plain, folder / "bundle", store / "out.mar", {"mode": "flag"}, python=str(python))
+    done = attach(plain, folder / "bundle", store / "out.mar", {"mode": "flag"}, vendor=True, python=str(python))
+    assert done.handler == "digits: class DigitHandler"
+    with TorchServeServer(store, {"digits": "out.mar"}, python=str(python)) as server:
+        for index, row in enumerate(rows(2, attacked=(1,))):
+            answer = post(server, "digits", row)
+            assert answer.headers["x-fides-status"] == ("attacked" if index else "trusted")
+
+
+def test_missing_java_and_broken_models_are_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_archive(tmp_path / "broken.mar", "mine.py", {"mine.py": "import a_package_that_is_not_there\n"})
+    with pytest.raises(ServerError, match="a_package_that_is_not_there"):
+        TorchServeServer(tmp_path, {"broken": "broken.mar"}).start()
+    with pytest.raises(ServerError, match="absent"):
+        TorchServeServer(tmp_path, {"absent": "absent.mar"}).start()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    with pytest.raises(ServerError, match="Java 11"):
+        TorchServeServer(tmp_path, {"broken": "broken.mar"}).start()
