@@ -88,13 +88,19 @@ class Step:
             array = array[0]
         return pb_utils.Tensor(name, np.ascontiguousarray(array))
 
-    def query(self, arrays: Mapping[str, NDArray[Any]], n_rows: int, ids: tuple[str, ...] = ()) -> Query:
+    def query(
+        self,
+        arrays: Mapping[str, NDArray[Any]],
+        n_rows: int,
+        ids: tuple[str, ...] = (),
+        metadata: Mapping[str, str] | None = None,
+    ) -> Query:
         """A query of those tensors that have one entry per row; of an empty one where there is none."""
         rows = {name: a for name, a in arrays.items() if a.ndim and len(a) == n_rows}
         if not rows:
             rows = {ROWS_ONLY: np.empty((n_rows, 0), dtype=np.float32)}
         model = self.settings.service_name or self.name
-        return Query(rows, ids if len(ids) == n_rows else (), model, {"server": "triton"})
+        return Query(rows, ids if len(ids) == n_rows else (), model, {"server": "triton", **(metadata or {})})
 
     def close(self) -> None:
         """Tell the plug-ins that the model is unloaded."""

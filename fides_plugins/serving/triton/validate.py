@@ -14,6 +14,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
+from fides_plugins.builtin.remote import receipts_of
 from fides_plugins.guard import Failure
 from fides_plugins.pipeline import VerifyOutcome
 from fides_plugins.serving.triton import wire
@@ -64,16 +65,16 @@ class TritonPythonModel:
             output = self._step.array(request, self._output)
             if output is None:
                 return refusal("the service gave no class output", attacked=False)
-            return self._respond(request, output, self._judge(request, output))
+            return self._respond(request, output, *self._judge(request, output))
         except Exception as error:  # host boundary: nothing may end the step or show a traceback to a client
             logger.error("fides_validate failed", exc_info=error)
             return self._without_verdict(request, output, safe_text(error))
 
-    def _judge(self, request: Any, output: NDArray[Any]) -> Verdict:
+    def _judge(self, request: Any, output: NDArray[Any]) -> tuple[Verdict, str]:
         n_rows = len(output) if output.ndim else 0
         arrays = {n: a for n in self._query_inputs if (a := self._step.array(request, n)) is not None}
         query = self._step.query(arrays, n_rows, row_ids(request.request_id(), n_rows))
-        probe = False
+        probe, receipt = False, ""
         try:
             # A trailing (K, 1, 1) or a leading (1, K) inside the row is the same distribution.
             service = Prediction.from_output(output.reshape(n_rows, -1), self._kind, self._temperature)
@@ -87,9 +88,10 @@ class TritonPythonModel:
             verdict = self._step.pipeline.fail(query, n_rows, safe_text(error))
         else:
             verdict = self._step.pipeline.validate(query, service, outcome, record=not probe)
+            (receipt,) = receipts_of(outcome.verification, 1)
         if not probe:
             self._step.metrics.observe_verdict(verdict)
-        return verdict
+        return verdict, receipt
 
     def _without_verdict(self, request: Any, output: NDArray[Any] | None, reason: str) -> Any:
         """Our own failure: on_error decides, as for any other."""
@@ -100,7 +102,7 @@ class TritonPythonModel:
         query = self._step.query({}, n_rows)
         return self._respond(request, output, self._step.pipeline.fail(query, n_rows, reason))
 
-    def _respond(self, request: Any, output: NDArray[Any], verdict: Verdict) -> Any:
+    def _respond(self, request: Any, output: NDArray[Any], verdict: Verdict, receipt: str = "") -> Any:
         if verdict.refused.any():
             return _refuse(verdict)
         if self._step.settings.mode == "correct" and verdict.corrected.any():
@@ -109,7 +111,7 @@ class TritonPythonModel:
         tensors = []
         if self._output in wanted:
             tensors.append(self._step.tensor(self._output, output))
-        tensors += [self._verdict_tensor(name, verdict) for name in wire.VERDICT_TYPES if name in wanted]
+        tensors += [self._verdict_tensor(name, verdict, receipt) for name in wire.VERDICT_TYPES if name in wanted]
         return pb_utils.InferenceResponse(tensors)
 
     def _corrected(self, output: NDArray[Any], verdict: Verdict) -> NDArray[Any]:
@@ -123,7 +125,7 @@ class TritonPythonModel:
         result[rows] = values.reshape(result[rows].shape).astype(result.dtype)
         return result
 
-    def _verdict_tensor(self, name: str, verdict: Verdict) -> Any:
+    def _verdict_tensor(self, name: str, verdict: Verdict, receipt: str) -> Any:
         if name == wire.PROBABILITIES:
             return self._step.tensor(name, verdict.probabilities)
         # Only what was asked for is computed: text columns cost more than numbers.
@@ -132,6 +134,8 @@ class TritonPythonModel:
             column = verdict.status_text.astype(np.object_)
         elif name == wire.REASON:
             column = verdict.reason.astype(np.object_)
+        elif name == wire.RECEIPT:
+            column = np.array([receipt, *[""] * (verdict.n_rows - 1)][: verdict.n_rows], dtype=np.object_)
         elif name == wire.LABEL:
             column = verdict.label
         else:

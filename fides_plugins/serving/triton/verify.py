@@ -6,6 +6,7 @@ The model's `model.py` is two lines: a comment and
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
+from fides_plugins.attestation.wire import COMMITMENT_PARAMETER, PARAMETER
+from fides_plugins.builtin.remote import SignedRows, pack_requests
 from fides_plugins.guard import Failure
 from fides_plugins.pipeline import VerifyOutcome
 from fides_plugins.serving.triton.decoders import make_decoder
@@ -28,6 +31,9 @@ logger = logging.getLogger("fides_plugins")
 _ROW_CAUSED = ("raised", "contract", "input")
 
 
+_UNSIGNED = SignedRows(0)
+
+
 @dataclass
 class _Work:
     """One request on its way: its query, or why it has none, then its outcome."""
@@ -36,11 +42,16 @@ class _Work:
     arrays: dict[str, NDArray[Any]]
     n_rows: int
     outcome: VerifyOutcome | None = None
+    signed: SignedRows = _UNSIGNED
 
     @property
     def signature(self) -> tuple[Any, ...]:
         """Requests with the same signature can be verified in one call."""
-        return tuple((n, a.dtype.str, a.shape[1:], len(a) == self.n_rows) for n, a in sorted(self.arrays.items()))
+        # A signed request is for its own rows and can be spent once, so it is never merged and asked again.
+        return (
+            self.signed.request,
+            *((n, a.dtype.str, a.shape[1:], len(a) == self.n_rows) for n, a in sorted(self.arrays.items())),
+        )
 
 
 class TritonPythonModel:
@@ -76,6 +87,7 @@ class TritonPythonModel:
                 if array is not None:
                     work.arrays[name] = array
             work.n_rows = self._rows(work.arrays)
+            work.signed = _signed(request, work.n_rows)
             main = self._main_name(work.arrays)
             if self._decode is not None:
                 work.arrays[main] = self._decode(work.arrays[main])
@@ -100,7 +112,7 @@ class TritonPythonModel:
             n: np.concatenate([w.arrays[n] for w in works]) if len(works) > 1 else works[0].arrays[n] for n in names
         }
         ids = tuple(i for w in works for i in row_ids(w.request_id, w.n_rows))
-        return self._step.query(arrays, n_rows, ids)
+        return self._step.query(arrays, n_rows, ids, pack_requests(w.signed for w in works))
 
     def _verify(self, works: Sequence[_Work]) -> None:
         outcome = self._ask(works)
@@ -129,6 +141,12 @@ class TritonPythonModel:
         packed = pack_outcome(outcome, work.n_rows, self._step.pipeline.n_classes)
         # The row axis of a batch-less model exists between the steps only, so it is kept here.
         return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in packed.items()])
+
+
+def _signed(request: Any, n_rows: int) -> SignedRows:
+    """What a client asks of a verifier in an enclave, from the request's parameters."""
+    parameters = json.loads(request.parameters() or "{}")
+    return SignedRows(n_rows, str(parameters.get(PARAMETER, "")), str(parameters.get(COMMITMENT_PARAMETER, "")))
 
 
 def _failed(error: Exception) -> VerifyOutcome:

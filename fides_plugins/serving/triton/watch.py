@@ -150,7 +150,7 @@ class Watcher:
         return all(reloaded) and self._look_at(self._again(group), FIRST_PROBE_S)
 
     def _settle(self, group: list[Protected]) -> None:
-        """Load each ensemble once as it is, before anything is wrong.
+        """Load the fallback and each ensemble once as they are, before anything is wrong.
 
         Loading an ensemble makes Triton look at the files of its steps, and load those anew that changed
         since the start, which Python's own caches beside a model.py are enough for. That may take seconds;
@@ -159,7 +159,10 @@ class Watcher:
         for item in group:
             if item.name not in self._settled and not item.degraded:
                 self._settled.add(item.name)
-                self._switch(item, "settled", item.config)
+                if item.fallback and item.fallback not in self._settled:
+                    self._settled.add(item.fallback)
+                    self._load("settled", item.fallback)
+                self._load("settled", item.name, item.config)
 
     def _base_sound(self, base: str) -> bool:
         """Whether the service model works; asked only when its requests fail, because it may be expensive."""
@@ -223,7 +226,7 @@ class Watcher:
     def _degrade(self, group: list[Protected]) -> None:
         for item in group:
             if item.fallback and not item.degraded:
-                self._switch(item, "degraded", degraded_config(item))
+                self._load("degraded", item.name, degraded_config(item))
 
     def _restore(self, group: list[Protected]) -> bool:
         for item in group:
@@ -231,18 +234,18 @@ class Watcher:
                 self._retries.pop(step, None)
             if item.degraded:
                 config = full_config(item, self._config(item.verify), self._config(item.validate))
-                if not self._switch(item, "restored", config):
+                if not self._load("restored", item.name, config):
                     return False
         return True
 
-    def _switch(self, item: Protected, kind: str, config: Mapping[str, Any]) -> bool:
+    def _load(self, kind: str, model: str, config: Mapping[str, Any] | None = None) -> bool:
         start = self._clock()
         try:
-            self._api.load(item.name, config)
+            self._api.load(model, config)
         except ServerError as error:
-            self._report(Event("failed", item.name, self._clock() - start, str(error)))
+            self._report(Event("failed", model, self._clock() - start, str(error)))
             return False
-        self._report(Event(kind, item.name, self._clock() - start))
+        self._report(Event(kind, model, self._clock() - start))
         return True
 
 

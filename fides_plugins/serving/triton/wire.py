@@ -14,6 +14,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from fides_plugins.attestation.wire import RECEIPT_OUTPUT
 from fides_plugins.errors import InputError
 from fides_plugins.guard import Failure, FailureKind
 from fides_plugins.pipeline import VerifyOutcome
@@ -31,6 +32,8 @@ P_VALUE = "FIDES_P_VALUE"
 LABEL = "FIDES_LABEL"
 PROBABILITIES = "FIDES_PROBABILITIES"
 REASON = "FIDES_REASON"
+#: A verifier's receipt for the request, in its first row; empty where there is none.
+RECEIPT = RECEIPT_OUTPUT
 #: The verdict, as clients may ask for it; name to Triton data type.
 VERDICT_TYPES = {
     STATUS: "BYTES",
@@ -39,6 +42,7 @@ VERDICT_TYPES = {
     LABEL: "INT64",
     PROBABILITIES: "FP32",
     REASON: "BYTES",
+    RECEIPT: "BYTES",
 }
 
 _KINDS = get_args(FailureKind)
