@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fides_plugins.alarm import ServiceAlarm, make_alarm
 from fides_plugins.hookspecs import hookimpl
-from fides_plugins.types import STATUS_TEXTS, Verdict
+from fides_plugins.types import STATUS_TEXTS, Query, Verdict
 
 if TYPE_CHECKING:
     from fides_plugins.pipeline import Pipeline
@@ -127,10 +128,6 @@ class CountsLines(Protocol):
         """Totals since start, by outcome."""
 
 
-#: Gives (log of the e-value, whether the alarm is raised).
-MonitorState = Callable[[], "tuple[float, bool]"]
-
-
 class MetricsRecorder:
     """Turns verdicts, stage times and plug-in failures into metrics.
 
@@ -143,8 +140,9 @@ class MetricsRecorder:
         The host's metric system.
     model:
         Value of the label `model`: the name clients use.
-    monitor:
-        Asked for the service monitor's state after each verdict; None where a host has no monitor.
+    alarm:
+        Whether to follow the sequence of verdicts with the service monitor, which then feeds
+        `fides_monitor_log_e_value` and `fides_under_attack`.
 
     Attributes
     ----------
@@ -155,11 +153,13 @@ class MetricsRecorder:
     #: Its time is that of a few dictionary updates, so it needs no thread of its own per call.
     runs_inline = True
 
-    def __init__(self, backend: MetricsBackend, model: str, monitor: MonitorState | None = None) -> None:
+    def __init__(self, backend: MetricsBackend, model: str, alarm: bool = True) -> None:
         self.backend = backend
         self.model = model
-        self.monitor = monitor
         self.failures = 0
+        self.alarm: ServiceAlarm | None = None
+        self._wants_alarm = alarm
+        self._quiet_shown = False
         self._lock = threading.Lock()
         self._totals: dict[str, Counter[str]] = {PLUGIN_ERRORS.name: Counter(), AUDIT_LINES.name: Counter()}
         self._errors: Mapping[str, int] = {}
@@ -177,14 +177,22 @@ class MetricsRecorder:
             self._increment(PLUGIN_ERRORS, plugin, 0)
         self._set(FALSE_ALARM_RATE, settings.false_alarm_rate)
         self._set(TIMEOUT_SECONDS, settings.timeout_ms / 1000.0)
+        if self._wants_alarm:
+            self.alarm = make_alarm(settings, pipeline.bundle, self.model, self._publish_alarm)
         self.refresh()
 
     @hookimpl
-    def fides_record(self, verdict: Verdict) -> None:
-        """Count statuses and observe scores of N rows."""
-        self.observe_verdict(verdict)
+    def fides_record(self, query: Query, verdict: Verdict) -> None:
+        """Count statuses, observe scores and test the sequence of N rows."""
+        self.observe_verdict(verdict, query.request_ids)
 
-    def observe_verdict(self, verdict: Verdict) -> None:
+    @hookimpl
+    def fides_unconfigure(self) -> None:
+        """Stop the service alarm's thread."""
+        if self.alarm is not None:
+            self.alarm.close()
+
+    def observe_verdict(self, verdict: Verdict, request_ids: Sequence[str] = ()) -> None:
         """What `fides_record` does, for hosts that call it themselves."""
         for status, count in verdict.counts().items():
             if count:
@@ -192,6 +200,8 @@ class MetricsRecorder:
         scores = verdict.score[np.isfinite(verdict.score)].astype(np.float64)
         if scores.size:
             self._call(self.backend.observe, SCORE, {"model": self.model}, scores)
+        if self.alarm is not None:
+            self.alarm.put(verdict.p_value, request_ids)
         self.refresh()
 
     def observe_stage(self, stage: str, seconds: float) -> None:
@@ -200,16 +210,20 @@ class MetricsRecorder:
         self._call(self.backend.observe, STAGE_SECONDS, labels, np.array([seconds], dtype=np.float64))
 
     def refresh(self) -> None:
-        """Publish plug-in failures, log lines and the monitor's state; hosts may call it on a timer too."""
+        """Publish plug-in failures and log lines; hosts may call it on a timer too."""
         self._publish_totals(PLUGIN_ERRORS, self._errors)
         lines: Counter[str] = Counter()
         for log in self._logs:
             lines.update(log.line_counts)
         self._publish_totals(AUDIT_LINES, lines)
-        if self.monitor is not None:
-            log_e_value, under_attack = self.monitor()
-            self._set(LOG_E_VALUE, log_e_value)
+
+    def _publish_alarm(self, log_e_value: float, under_attack: bool) -> None:
+        self._set(LOG_E_VALUE, log_e_value)
+        # Several processes may write this gauge: one that sees nothing says so once and then stays silent,
+        # so that it does not withdraw another one's alarm.
+        if under_attack or not self._quiet_shown:
             self._set(UNDER_ATTACK, float(under_attack))
+            self._quiet_shown = not under_attack
 
     def _publish_totals(self, metric: Metric, totals: Mapping[str, int]) -> None:
         """Add what a running total gained since the last call."""

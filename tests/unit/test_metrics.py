@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,9 @@ import pytest
 from numpy.typing import NDArray
 
 from fides_plugins import hookimpl
+from fides_plugins.alarm import ServiceAlarm
 from fides_plugins.metrics import METRICS, Metric, MetricsRecorder
+from fides_plugins.monitor import SequenceMonitor
 from fides_plugins.pipeline import Pipeline
 from fides_plugins.settings import Settings
 from fides_plugins.testing import fake_logits, fake_query, fake_service, make_bundle, switch_top_two
@@ -97,8 +101,7 @@ def test_names_labels_and_buckets() -> None:
 
 def test_counts_add_up(tmp_path: Path) -> None:
     memory = Memory()
-    state = [0.5, False]
-    pipeline = protected(tmp_path, MetricsRecorder(memory, "digits", lambda: (state[0], bool(state[1]))))
+    pipeline = protected(tmp_path, MetricsRecorder(memory, "digits"))
     assert memory.counters[("fides_verdicts_total", "digits", "attacked")] == 0
     assert ("fides_verdicts_total", "digits", "attacked") in memory.counters
     assert memory.gauges[("fides_false_alarm_rate", "digits")] == 0.02
@@ -108,7 +111,6 @@ def test_counts_add_up(tmp_path: Path) -> None:
     honest = fake_service(logits)
     lie = Prediction(switch_top_two(honest.probabilities, [1, 5]), honest.valid)
     pipeline.run(fake_query(logits), lie)
-    state[:] = [20.0, True]
     pipeline.run(fake_query(logits), honest)
 
     by_status = {k[2]: v for k, v in memory.counters.items() if k[0] == "fides_verdicts_total"}
@@ -118,8 +120,63 @@ def test_counts_add_up(tmp_path: Path) -> None:
         seconds = memory.observed[("fides_stage_seconds", "digits", stage)]
         assert len(seconds) == calls
         assert all(0 < s < 5 for s in seconds)
-    assert memory.gauges[("fides_monitor_log_e_value", "digits")] == 20.0
+
+
+def wait_until(ready: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not ready():
+        assert time.monotonic() < deadline, "not ready in time"
+        time.sleep(0.01)
+
+
+def test_the_service_alarm_feeds_the_gauges(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    memory = Memory()
+    recorder = MetricsRecorder(memory, "digits")
+    pipeline = protected(tmp_path, recorder)
+    raised, evidence = ("fides_under_attack", "digits"), ("fides_monitor_log_e_value", "digits")
+    assert raised not in memory.gauges
+    # Benign traffic exchangeable with the fake bundle's calibration rows.
+    logits = fake_logits(300, seed=17)
+    pipeline.run(fake_query(logits), fake_service(logits, seed=18))
+    wait_until(lambda: raised in memory.gauges)
+    assert memory.gauges[raised] == 0.0
+    assert memory.gauges[evidence] < 5.0
+
+    logits = fake_logits(60, seed=19)
+    honest = fake_service(logits, seed=20)
+    lie = Prediction(switch_top_two(honest.probabilities), honest.valid)
+    pipeline.run(fake_query(logits, request_ids=tuple(f"r{i}" for i in range(60))), lie)
+    wait_until(lambda: memory.gauges[raised] == 1.0)
+    assert memory.gauges[evidence] >= -math.log(pipeline.settings.monitor_error)
+    assert "'digits' is under attack" in caplog.text
+    assert ", request r" in caplog.text
+
+    assert recorder.alarm is not None
+    recorder.alarm.reset()
+    wait_until(lambda: memory.gauges[raised] == 0.0)
+    pipeline.close()
+
+
+def test_two_processes_share_a_gauge_and_the_alarm_stays(tmp_path: Path) -> None:
+    """The one that sees nothing does not withdraw the other one's alarm."""
+    memory = Memory()
+    attacked = MetricsRecorder(memory, "digits", alarm=False)
+    quiet = MetricsRecorder(memory, "digits", alarm=False)
+    quiet._publish_alarm(0.0, False)
+    attacked._publish_alarm(20.0, True)
+    quiet._publish_alarm(0.0, False)
     assert memory.gauges[("fides_under_attack", "digits")] == 1.0
+
+
+def test_the_alarm_never_blocks_and_counts_what_it_leaves_out() -> None:
+    alarm = ServiceAlarm(SequenceMonitor(999), "digits", lambda log_e, raised: None)
+    start = time.monotonic()
+    for _ in range(100):
+        alarm.put(np.full(1000, 0.5, np.float32))
+    assert time.monotonic() - start < 1.0
+    alarm.put(np.zeros(1, np.float32))
+    assert alarm.left_out >= 50_000
+    alarm.close()
 
 
 def test_rows_without_a_score_are_counted_but_not_observed(tmp_path: Path) -> None:
@@ -146,7 +203,7 @@ def test_plugin_errors_and_log_lines_are_counted_once(tmp_path: Path) -> None:
 
 
 def test_a_broken_backend_never_reaches_the_serving_path(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    recorder = MetricsRecorder(Broken(), "digits", lambda: (0.0, False))
+    recorder = MetricsRecorder(Broken(), "digits", alarm=False)
     pipeline = protected(tmp_path, recorder)
     logits = fake_logits(4)
     verdict = pipeline.run(fake_query(logits), fake_service(logits))
