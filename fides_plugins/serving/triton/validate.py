@@ -90,7 +90,7 @@ class TritonPythonModel:
             verdict = self._step.pipeline.validate(query, service, outcome, record=not probe)
             (receipt,) = receipts_of(outcome.verification, 1)
         if not probe:
-            self._step.metrics.observe_verdict(verdict)
+            self._step.metrics.observe_verdict(verdict, query.request_ids)
         return verdict, receipt
 
     def _without_verdict(self, request: Any, output: NDArray[Any] | None, reason: str) -> Any:
