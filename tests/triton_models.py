@@ -206,3 +206,53 @@ def tree_digest(folder: Path) -> str:
         elif path.is_file():
             digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+#: One model for every kind of input and output: it makes float images of whatever it gets and runs net.onnx.
+KINDS_MODEL = """
+import io, json, os
+import numpy as np
+import onnxruntime
+import triton_python_backend_utils as pb_utils
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        here = os.path.join(args["model_repository"], args["model_version"])
+        self.session = onnxruntime.InferenceSession(os.path.join(here, "net.onnx"), providers=["CPUExecutionProvider"])
+        self.config = json.loads(args["model_config"])
+
+    def pixels(self, array):
+        if array.dtype == np.object_:
+            from PIL import Image
+            decoded = [np.asarray(Image.open(io.BytesIO(e)).convert("L"), np.float32) / 255 for e in array.ravel()]
+            return np.stack(decoded)[:, None]
+        return array.astype(np.float32).reshape(-1, 1, 8, 8)
+
+    def execute(self, requests):
+        responses = []
+        for request in requests:
+            array = pb_utils.get_input_tensor_by_name(request, "pixels_in").as_numpy()
+            logits = self.session.run(None, {"pixels_in": self.pixels(array)})[0]
+            exponent = np.exp(logits - logits.max(axis=1, keepdims=True))
+            found = {
+                "scores": logits,
+                "shares": exponent / exponent.sum(axis=1, keepdims=True),
+                "embedding": logits[:, :3],
+                "half_scores": logits.astype(np.float16),
+            }
+            names = [o["name"] for o in self.config["output"]]
+            flat = int(self.config["max_batch_size"]) == 0 and len(self.config["output"][0]["dims"]) == 1
+            tensors = [pb_utils.Tensor(n, found[n][0] if flat else found[n]) for n in names]
+            responses.append(pb_utils.InferenceResponse(tensors))
+        return responses
+"""
+
+
+def kinds_model(repository: Path, name: str, max_batch_size: int, inputs: str, outputs: str) -> None:
+    """Add a model with the given declarations to a repository."""
+    (repository / name / "1").mkdir(parents=True)
+    (repository / name / "1" / "model.py").write_text(KINDS_MODEL)
+    (repository / name / "1" / "net.onnx").write_bytes(linear_image_onnx("pixels_in", "scores", noise=0.002))
+    config = f'backend: "python"\nmax_batch_size: {max_batch_size}\ninput [ {inputs} ]\noutput [ {outputs} ]\n'
+    (repository / name / "config.pbtxt").write_text(config + "instance_group [ { kind: KIND_CPU count: 1 } ]\n")

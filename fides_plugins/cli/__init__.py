@@ -24,6 +24,7 @@ COMMANDS: tuple[str, ...] = (
     "attach",
     "detach",
     "check",
+    "watch",
     "audit",
 )
 

@@ -11,7 +11,7 @@ import importlib
 
 import typer
 
-HOSTS: tuple[str, ...] = ("torchserve",)
+HOSTS: tuple[str, ...] = ("triton", "torchserve")
 
 
 def add_group(app: typer.Typer, name: str, help_text: str) -> None:

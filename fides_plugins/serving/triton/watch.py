@@ -11,6 +11,7 @@ explicit mode it then
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -49,7 +50,7 @@ class Event:
     Attributes
     ----------
     kind:
-        settled, dead, degraded, reloaded, restored or failed.
+        settled, dead, degraded, reloaded, restored, failed or unreachable.
     model:
         The step or ensemble it happened to.
     seconds:
@@ -128,6 +129,13 @@ class Watcher:
         for group in groups.values():
             sound = self._look_at(group) and sound
         return sound
+
+    def forget(self) -> None:
+        """Drop what was learned about the server: it may come back as another one."""
+        self._configs.clear()
+        self._base_seen.clear()
+        self._settled.clear()
+        self._retries.clear()
 
     def _look_at(self, group: list[Protected], patience_s: float = 0.0) -> bool:
         if self._heal:
@@ -279,3 +287,21 @@ def full_config(item: Protected, verify: Mapping[str, Any], validate: Mapping[st
             steps.append({**step, "model_name": item.validate, "input_map": {**step["input_map"], **between}})
     config["ensemble_scheduling"]["step"] = steps
     return config
+
+
+def watch_forever(
+    watcher: Watcher, interval_s: float, report: Callable[[Event], None], stop: threading.Event | None = None
+) -> None:
+    """Look again and again until `stop` is set. A server that cannot be reached is reported once per outage."""
+    stopped = stop or threading.Event()
+    reachable = True
+    while not stopped.is_set():
+        try:
+            watcher.look()
+            reachable = True
+        except (OSError, ServerError) as error:
+            if reachable:
+                report(Event("unreachable", "", 0.0, str(error)))
+            reachable = False
+            watcher.forget()
+        stopped.wait(interval_s)

@@ -1,0 +1,216 @@
+"""The Triton commands of `fides attach`, `detach`, `check` and `watch`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from fides_plugins.cli._output import console, print_json, print_table
+from fides_plugins.errors import InputError, SettingsError
+
+if TYPE_CHECKING:
+    from fides_plugins.serving.triton.watch import Event
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Repository = Annotated[Path, typer.Argument(help="The model repository.")]
+Model = Annotated[str, typer.Argument(help="Name of the model.")]
+Url = Annotated[str, typer.Argument(help="host:port of Triton's HTTP endpoint.")]
+Live = Annotated[str, typer.Option(help="Switch this running server (explicit mode) without a failed request.")]
+Data = Annotated[
+    Optional[Path],  # noqa: UP045 - typer reads this at run time on Python 3.10
+    typer.Option(help="An .npz file with real inputs by name; values are generated otherwise."),
+]
+
+
+def _read_data(path: Path | None) -> dict[str, Any] | None:
+    import numpy as np
+
+    if path is None:
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            return {name: content[name] for name in content.files}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path.name} is not an .npz file of plain arrays: {error}.") from None
+
+
+def register_attach(app: typer.Typer) -> None:
+    """Add `triton` to `fides attach`."""
+
+    @app.command("triton")
+    def attach_triton(
+        repository: Repository,
+        model: Model,
+        bundle: Annotated[Path, typer.Option("--bundle", "-b", help="Folder that `fides fit` wrote; it is copied.")],
+        mode: Annotated[str, typer.Option(help="observe, flag, correct or reject.")] = "observe",
+        on_error: Annotated[str, typer.Option(help="open or closed.")] = "open",
+        takeover: Annotated[
+            bool, typer.Option("--takeover", help="Answer under the model's own name (default).")
+        ] = False,
+        serve_as: Annotated[str, typer.Option("--as", help="Answer under this name; the model stays as it is.")] = "",
+        from_server: Annotated[str, typer.Option(help="Take the model's full configuration from this server.")] = "",
+        live: Live = "",
+        version: Annotated[int, typer.Option(help="The served version to protect, where there are several.")] = 0,
+        input_name: Annotated[str, typer.Option("--input", help="Input that the verification model takes.")] = "",
+        output_name: Annotated[str, typer.Option("--output", help="Output that holds the classes.")] = "",
+        output_kind: Annotated[str, typer.Option(help="logits or probabilities; by default as the bundle says.")] = "",
+        decode: Annotated[str, typer.Option(help="Decoder of encoded inputs: image:size=224x224,mode=RGB,...")] = "",
+        pass_inputs: Annotated[bool, typer.Option(help="Hand the inputs to plug-ins that judge, too.")] = False,
+        settings: Annotated[
+            Optional[list[str]],  # noqa: UP045 - typer reads this at run time on Python 3.10
+            typer.Option("--set", help="Any setting, as key=value; may be repeated."),
+        ] = None,
+        json_output: Json = False,
+    ) -> None:
+        """Protect MODEL of a Triton REPOSITORY by new files alone; print the start-up flag that puts it in place."""
+        from fides_plugins.serving.triton.attach import attach
+        from fides_plugins.serving.triton.plan import AttachOptions
+
+        if takeover and serve_as:
+            raise SettingsError("--takeover and --as exclude each other.", "Choose one.")
+        values = {"mode": mode, "on_error": on_error}
+        for pair in settings or []:
+            key, separator, value = pair.partition("=")
+            if not separator or not key:
+                raise SettingsError(f"--set {pair!r} is not of the form key=value.")
+            values[key] = value
+        options = AttachOptions(
+            bundle, serve_as, version or None, input_name, output_name, output_kind, decode, pass_inputs, values
+        )
+        done = attach(repository, model, options, from_server=from_server, live=live)
+        if json_output:
+            print_json(
+                {
+                    "model": done.model,
+                    "protected": done.public,
+                    "with_verdict": done.verdict_model,
+                    "base": done.base,
+                    "flag": "" if live else done.flag,
+                    "written": sorted([*done.files, *done.links]),
+                    "notes": list(done.notes),
+                }
+            )
+            return
+        out = console()
+        out.print(f"{done.public}: protected; {done.verdict_model} adds the verdict; {done.base} is the bare model.")
+        for note in done.notes:
+            out.print(f"Note: {note}")
+        if live:
+            out.print("The running server was switched.")
+        elif done.flag:
+            out.print(f"Start tritonserver with: {done.flag}", soft_wrap=True)
+        else:
+            out.print("Start tritonserver as before.")
+
+
+def register_detach(app: typer.Typer) -> None:
+    """Add `triton` to `fides detach`."""
+
+    @app.command("triton")
+    def detach_triton(repository: Repository, model: Model, live: Live = "", json_output: Json = False) -> None:
+        """Remove exactly what attach wrote for MODEL; with --live switch the running server back first."""
+        from fides_plugins.serving.triton.attach import detach
+
+        done, left = detach(repository, model, live=live)
+        removed = sorted([*done.files, *done.links])
+        if json_output:
+            print_json({"model": done.model, "removed": removed, "kept": left})
+            return
+        console().print(f"Removed {len(removed)} files and links of {done.public}.")
+        for name in left:
+            console().print(f"Kept {name}: it holds files that attach did not write.")
+
+
+def register_check(app: typer.Typer) -> None:
+    """Add `triton` to `fides check`."""
+
+    @app.command("triton")
+    def check_triton(
+        url: Url,
+        model: Model,
+        data: Data = None,
+        timeout: Annotated[float, typer.Option(help="Seconds for each inference.")] = 10.0,
+        json_output: Json = False,
+    ) -> None:
+        """Send one real inference through every step of MODEL and say what is wrong and how to mend it."""
+        from fides_plugins.serving.triton.api import TritonApi
+        from fides_plugins.serving.triton.check import check
+
+        findings = check(TritonApi(url), model, _read_data(data), timeout)
+        good = all(f.good for f in findings)
+        if json_output:
+            rows = [
+                {
+                    "what": f.what,
+                    "good": f.good,
+                    "milliseconds": None if math.isnan(f.seconds) else round(1000 * f.seconds, 3),
+                    "detail": f.detail,
+                }
+                for f in findings
+            ]
+            print_json({"model": model, "good": good, "findings": rows})
+        else:
+            table = [
+                (
+                    f.what,
+                    "good" if f.good else "BAD",
+                    "" if math.isnan(f.seconds) else f"{1000 * f.seconds:.1f}",
+                    f.detail,
+                )
+                for f in findings
+            ]
+            print_table(f"{model} at {url}", ("checked", "result", "ms", "detail"), table)
+        if not good:
+            raise typer.Exit(1)
+
+
+def register_watch(app: typer.Typer) -> None:
+    """Add `triton` to `fides watch`."""
+
+    @app.command("triton")
+    def watch_triton(
+        url: Url,
+        model: Annotated[str, typer.Option(help="Watch only this model.")] = "",
+        interval: Annotated[float, typer.Option(help="Seconds between two looks.")] = 0.2,
+        timeout: Annotated[float, typer.Option(help="Seconds after which a step that does nothing is dead.")] = 0.5,
+        once: Annotated[
+            bool, typer.Option("--once", help="Look once and change nothing; exit 1 if protection is not full.")
+        ] = False,
+        data: Data = None,
+        json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object per event.")] = False,
+    ) -> None:
+        """Probe protected models with real inferences; reload dead steps (the server must be in explicit mode).
+
+        With --once it only looks, and serves as an exec liveness check of Kubernetes.
+        """
+        from fides_plugins.serving.triton.api import TritonApi
+        from fides_plugins.serving.triton.watch import Watcher, watch_forever
+
+        def report(event: Event) -> None:
+            _print_event(event, json_output)
+
+        watcher = Watcher(
+            TritonApi(url), model=model, timeout_s=timeout, heal=not once, inputs=_read_data(data), report=report
+        )
+        if once:
+            if not watcher.look():
+                raise typer.Exit(1)
+            return
+        try:
+            watch_forever(watcher, interval, report)
+        except KeyboardInterrupt:
+            raise typer.Exit(0) from None
+
+
+def _print_event(event: Event, json_output: bool) -> None:
+    import json
+    from datetime import datetime, timezone
+
+    now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    if json_output:
+        typer.echo(json.dumps({"time": now, **event.__dict__}))
+    else:
+        typer.echo(f"{now} {event.kind} {event.model} ({event.seconds:.2f} s) {event.detail}".rstrip())
