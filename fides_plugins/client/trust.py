@@ -61,7 +61,9 @@ class EvidenceUrl:
                 f"{self._url}?challenge={to_text(challenge)}", timeout=self._timeout_s
             ) as reply:
                 return Evidence.from_json(reply.read(_MAX_DOCUMENT + 1))
-        except (OSError, urllib.error.URLError) as error:
+        except urllib.error.HTTPError as error:
+            raise ServerError(f"The evidence at {self._url} was answered with status {error.code}.") from None
+        except OSError as error:
             raise ServerError(f"The evidence at {self._url} cannot be fetched ({type(error).__name__}).") from None
 
 

@@ -147,7 +147,7 @@ class Verifier:
         self._nonces = SpentNonces(self.options.nonces, self.options.nonce_lifetime_s)
         self._rate = RateLimit(self.options.rate, self.options.burst)
         # The hardware makes some quotes per second at most, and each evidence id is remembered.
-        self._evidence_rate = RateLimit(2.0, 20.0, keys=1)
+        self._evidence_rate = RateLimit(10.0, 100.0, keys=1)
         self._sequence = itertools.count(1)
         self._lock = threading.Lock()
         self._issued: OrderedDict[bytes, None] = OrderedDict()
