@@ -200,7 +200,7 @@ def register_watch(app: typer.Typer) -> None:
                 raise typer.Exit(1)
             return
         try:
-            watch_forever(watcher, interval, report)
+            watch_forever(watcher, interval)
         except KeyboardInterrupt:
             raise typer.Exit(0) from None
 

@@ -104,7 +104,7 @@ class Watcher:
         self._timeout_s = timeout_s
         self._heal = heal
         self._inputs = inputs
-        self._report = report
+        self.report = report
         self._clock = clock
         self._retries: dict[str, _Retry] = {}
         self._configs: dict[str, dict[str, Any]] = {}
@@ -145,7 +145,7 @@ class Watcher:
             result = look(group[0], patience_s)
             if result.alive:
                 continue
-            self._report(Event("dead", result.model, result.seconds, result.detail))
+            self.report(Event("dead", result.model, result.seconds, result.detail))
             dead.append(result.model)
             if self._heal and self._retry(result.model).not_before <= self._clock():
                 # At once, before looking further: every second counts for the requests that come in.
@@ -183,7 +183,7 @@ class Watcher:
         if result.alive or "not healthy" not in result.detail:
             # It may refuse this input for reasons of its own; only a dead process is ours to restart.
             return True
-        self._report(Event("dead", base, result.seconds, result.detail))
+        self.report(Event("dead", base, result.seconds, result.detail))
         return False
 
     def _again(self, group: list[Protected]) -> list[Protected]:
@@ -226,9 +226,9 @@ class Watcher:
         try:
             self._api.reload(model)
         except ServerError as error:
-            self._report(Event("failed", model, self._clock() - start, str(error)))
+            self.report(Event("failed", model, self._clock() - start, str(error)))
             return False
-        self._report(Event("reloaded", model, self._clock() - start))
+        self.report(Event("reloaded", model, self._clock() - start))
         return True
 
     def _degrade(self, group: list[Protected]) -> None:
@@ -251,9 +251,9 @@ class Watcher:
         try:
             self._api.load(model, config)
         except ServerError as error:
-            self._report(Event("failed", model, self._clock() - start, str(error)))
+            self.report(Event("failed", model, self._clock() - start, str(error)))
             return False
-        self._report(Event(kind, model, self._clock() - start))
+        self.report(Event(kind, model, self._clock() - start))
         return True
 
 
@@ -289,9 +289,7 @@ def full_config(item: Protected, verify: Mapping[str, Any], validate: Mapping[st
     return config
 
 
-def watch_forever(
-    watcher: Watcher, interval_s: float, report: Callable[[Event], None], stop: threading.Event | None = None
-) -> None:
+def watch_forever(watcher: Watcher, interval_s: float, stop: threading.Event | None = None) -> None:
     """Look again and again until `stop` is set. A server that cannot be reached is reported once per outage."""
     stopped = stop or threading.Event()
     reachable = True
@@ -301,7 +299,7 @@ def watch_forever(
             reachable = True
         except (OSError, ServerError) as error:
             if reachable:
-                report(Event("unreachable", "", 0.0, str(error)))
+                watcher.report(Event("unreachable", "", 0.0, str(error)))
             reachable = False
             watcher.forget()
         stopped.wait(interval_s)
