@@ -131,7 +131,9 @@ def create_plugin_manager(
     manager = FidesPluginManager()
     blocked, required = set(settings.plugins.blocked), set(settings.plugins.required)
     builtins = builtin_plugins(settings, bundle)
-    manager.inline_plugins = frozenset(n for n, p in builtins.items() if getattr(p, "runs_inline", False))
+    # What the host itself brings (its metrics) may ask for the same as the built-ins; foreign plug-ins may not.
+    trusted = {**builtins, **(extra or {})}
+    manager.inline_plugins = frozenset(n for n, p in trusted.items() if getattr(p, "runs_inline", False))
     for name, plugin in builtins.items():
         _add(manager, name, "built-in", blocked, lambda plugin=plugin: plugin, must=strict)
     if settings.plugins.entry_points:
