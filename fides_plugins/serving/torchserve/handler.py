@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fides_plugins.builtin.remote import NAME as REMOTE
 from fides_plugins.errors import FidesError, SettingsError
 from fides_plugins.metrics import MetricsBackend
 from fides_plugins.serving.torchserve.body import BodyParser, make_parser
@@ -23,6 +24,7 @@ from fides_plugins.serving.torchserve.judge import INTERNAL, Judge
 from fides_plugins.serving.torchserve.metrics import TorchServeMetrics
 from fides_plugins.serving.torchserve.options import HostOptions, read_section
 from fides_plugins.serving.torchserve.original import Found, Original, find_handler, protect, require_wrappable
+from fides_plugins.serving.torchserve.receipts import Receipts
 from fides_plugins.serving.torchserve.verdicts import RowVerdict, envelope, headers, per_request, refusal
 from fides_plugins.settings import Settings
 from fides_plugins.types import Status
@@ -59,6 +61,7 @@ class FidesHandler:
         self._collecting = False
         self._request_ids: tuple[str, ...] = ()
         self._parser: BodyParser | None = None
+        self._receipts: Receipts | None = None
         self._warned = False
 
     @property
@@ -102,6 +105,7 @@ class FidesHandler:
         with self._lock:
             self._calls, self._unread = [], []
         self._request_ids = tuple(str(context.get_request_id(i)) for i in range(n_requests))
+        self._receipts = Receipts(context, n_requests) if REMOTE in self.settings.plugins.options else None
         try:
             if self._parser is not None and not unverifiable:
                 bodies = read_requests(self.judge, self._parser, data, self._request_ids)
@@ -117,7 +121,10 @@ class FidesHandler:
             else:
                 verdicts = self._verdicts(n_requests)
             self._flush(context)
-            return self._answer(answer, context, verdicts, wanted) if visible else answer
+            answered = self._answer(answer, context, verdicts, wanted) if visible else answer
+            if self._receipts is not None:
+                self._receipts.write(context)
+            return answered
         except Exception:  # host boundary: the answer exists, and only policy may hold it back
             logger.exception("the protection failed")
             failed = [self.judge.failed(INTERNAL)] * n_requests
@@ -128,9 +135,11 @@ class FidesHandler:
         """Around each `inference()` of the original handler."""
         if not self._collecting:
             return call()
-        pending = self.judge.begin(data, self._request_ids)
+        pending = self.judge.begin(data, self._request_ids, self._receipts)
         output = call()
         rows, output = self.judge.judge(pending, output)
+        if self._receipts is not None and pending.outcome is not None:
+            self._receipts.collect(pending.outcome())
         with self._lock:
             if not rows:
                 self._unread.append(pending.problem or NO_ROWS)

@@ -20,6 +20,7 @@ from fides_plugins.errors import BundleError, FidesError
 from fides_plugins.metrics import MetricsBackend, MetricsRecorder
 from fides_plugins.pipeline import Pipeline, VerifyOutcome
 from fides_plugins.policy import failed_verdict
+from fides_plugins.serving.torchserve.receipts import Receipts
 from fides_plugins.serving.torchserve.tensors import ClassOutput, query_inputs
 from fides_plugins.serving.torchserve.verdicts import RowVerdict, rows_of
 from fides_plugins.settings import Settings
@@ -99,26 +100,30 @@ class Judge:
         """Verdict of a request for which there is no row to judge."""
         return rows_of(failed_verdict(self.settings, 1, len(self.class_names), reason))[0]
 
-    def begin(self, data: Any, request_ids: Sequence[str] = ()) -> Pending:
+    def begin(self, data: Any, request_ids: Sequence[str] = (), receipts: Receipts | None = None) -> Pending:
         """Start the verification of what `inference()` gets."""
         if self.pipeline is None:
             return Pending(None, None, self.start_problem)
         try:
             inputs = query_inputs(data, self._input_name, self._input_rank)
-            return self.begin_inputs(inputs, request_ids)
+            return self.begin_inputs(inputs, request_ids, receipts)
         except FidesError as error:
             return Pending(None, None, error.cause_text)
         except Exception:  # host boundary: whatever a handler passes around, its own inference() must still run
             logger.exception("cannot read the input of inference()")
             return Pending(None, None, INTERNAL)
 
-    def begin_inputs(self, inputs: Mapping[str, NDArray[Any]], request_ids: Sequence[str] = ()) -> Pending:
+    def begin_inputs(
+        self, inputs: Mapping[str, NDArray[Any]], request_ids: Sequence[str] = (), receipts: Receipts | None = None
+    ) -> Pending:
         """Start the verification of named arrays, (N, ...) each. Raises `InputError` if they do not fit."""
         if self.pipeline is None:
             return Pending(None, None, self.start_problem)
         query = Query(inputs, (), self.model_name, {"server": "torchserve"})
         if len(request_ids) == query.n_rows:
             query = replace(query, request_ids=tuple(request_ids))
+        if receipts is not None:
+            query = replace(query, metadata={**query.metadata, **receipts.metadata(query.n_rows)})
         if self._threads is None:
             outcome = self.pipeline.verify(query)
             return Pending(query, lambda: outcome)
