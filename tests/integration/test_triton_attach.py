@@ -260,7 +260,8 @@ def test_killed_steps_come_back_by_themselves_and_nothing_is_trusted_meanwhile(
     attach(repository, "flowers", AttachOptions(bundle, settings={"mode": "flag", "on_error": on_error}))
     events: list[tuple[float, Event]] = []
     stop = threading.Event()
-    with TritonServer(repository, explicit=True, config_name="fides", auto_complete=False) as server:
+    # A server that lost a process of its own does not stop by itself; it need not have ten seconds for trying.
+    with TritonServer(repository, explicit=True, config_name="fides", auto_complete=False, grace_s=1.0) as server:
         api = server.api
         watcher = Watcher(TritonApi(server.http_address), report=lambda e: events.append((time.monotonic(), e)))
         thread = threading.Thread(target=watch_forever, args=(watcher, 0.2, stop), daemon=True)

@@ -118,6 +118,8 @@ class TritonServer:
         Further environment variables.
     timeout_s:
         How long to wait until the server and its models are ready, seconds.
+    grace_s:
+        How long the server may take to stop before it is killed, seconds.
 
     Raises
     ------
@@ -143,6 +145,7 @@ class TritonServer:
         extra_args: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
         timeout_s: float = 60.0,
+        grace_s: float = 10.0,
         host: str = HOST,
     ) -> None:
         many = isinstance(model_repository, Sequence) and not isinstance(model_repository, str)
@@ -155,6 +158,7 @@ class TritonServer:
         self.extra_args = tuple(extra_args)
         self.env = dict(env or {})
         self.timeout_s = timeout_s
+        self.grace_s = grace_s
         self.host = host
         self.http_port = self.grpc_port = self.metrics_port = 0
         self.start_seconds = float("nan")
@@ -215,7 +219,7 @@ class TritonServer:
                 raise ServerError(f"There is no model repository {str(repository)!r}.")
         for attempt in range(_TRIES):
             self.http_port, self.grpc_port, self.metrics_port = free_ports(3, self.host)
-            process = Process("Triton", [], env={**_environment(), **self.env})
+            process = Process("Triton", [], env={**_environment(), **self.env}, grace_s=self.grace_s)
             process.command = self.command(_make_backends(process.folder / "backends"))
             self._process = process
             try:
