@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from numpy.typing import NDArray
 from typing_extensions import Self
 
 from fides_plugins.attestation.evidence import Evidence, Tee
@@ -17,10 +21,11 @@ from fides_plugins.attestation.policy import EvidencePolicy, SnpTcb
 from fides_plugins.attestation.request import SignedRequest
 from fides_plugins.attestation.tensors import tensor_digest
 from fides_plugins.attestation.verify import TrustRoots, evidence_id
-from fides_plugins.bundle import Bundle
+from fides_plugins.bundle import Bundle, Manifest, write_bundle
 from fides_plugins.enclave.http import ServerLimits
 from fides_plugins.enclave.serve import Endpoints, serve
 from fides_plugins.enclave.verifier import Verifier, VerifierOptions
+from fides_plugins.testing import memory_bundle
 from tests.pki import NOW_S, AmdPki, IntelPki, measurement_of, roots_of
 
 IDENTITY = Ed25519PrivateKey.from_private_bytes(b"the client's identity in tests!!")
@@ -81,9 +86,16 @@ class Hardware:
 class Asked:
     """A client's request with the key that opens its answer."""
 
-    def __init__(self, verifier: Verifier, tensor, scheme="hpke", identity=IDENTITY, **changes) -> None:  # type: ignore[no-untyped-def]
+    def __init__(
+        self,
+        verifier: Verifier,
+        tensor: NDArray[Any],
+        scheme: str = "hpke",
+        identity: Ed25519PrivateKey = IDENTITY,
+        **changes: Any,
+    ) -> None:
         self.key = X25519PrivateKey.generate()
-        values = {
+        values: dict[str, Any] = {
             "evidence_id": evidence_id(verifier.evidence()),
             "input_digest": tensor_digest(tensor),
             "scheme": scheme,
@@ -146,3 +158,61 @@ class RunningVerifier:
         self.http = f"{where.host}:{where.http_port}"
         self.grpc = f"{where.host}:{where.grpc_port}"
         self._ready.set()
+
+
+IMAGE_28 = (1, 28, 28)
+
+
+def digits_cnn(hidden: int = 24) -> bytes:
+    """A CNN for 28 x 28 digits with random weights, of the size (0.75 MB) of a distilled MNIST verifier."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng = np.random.default_rng(0)
+
+    def weights(name: str, *shape: int) -> Any:
+        scale = np.sqrt(2 / np.prod(shape[1:]))
+        return numpy_helper.from_array(rng.normal(0, scale, shape).astype(np.float32), name)
+
+    flat = hidden * 2 * 14 * 14
+    nodes = [
+        helper.make_node("Conv", ["image", "w1"], ["c1"], pads=[1] * 4),
+        helper.make_node("Relu", ["c1"], ["r1"]),
+        helper.make_node("Conv", ["r1", "w2"], ["c2"], pads=[1] * 4, strides=[2, 2]),
+        helper.make_node("Relu", ["c2"], ["r2"]),
+        helper.make_node("Flatten", ["r2"], ["f"]),
+        helper.make_node("Gemm", ["f", "w3"], ["g"], transB=1),
+        helper.make_node("Relu", ["g"], ["r3"]),
+        helper.make_node("Gemm", ["r3", "w4"], ["logits"], transB=1),
+    ]
+    initializers = [
+        weights("w1", hidden, 1, 3, 3),
+        weights("w2", hidden * 2, hidden, 3, 3),
+        weights("w3", 18, flat),
+        weights("w4", 10, 18),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "digits",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", *IMAGE_28])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 10])],
+        initializers,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.checker.check_model(model)
+    return bytes(model.SerializeToString())
+
+
+def digits_bundle(folder: Path) -> Bundle:
+    """A bundle of the size of a real MNIST one, with detector, re-classifier and calibration."""
+    fake = memory_bundle()
+    files = {name: fake.file(name) for name in fake.file_names}
+    files["verification.onnx"] = digits_cnn()
+    fields = {
+        **fake.manifest.model_dump(),
+        "name": "digits",
+        "files": {},
+        "input": {"name": "image", "dtype": "float32", "shape": (None, *IMAGE_28)},
+        "verification": {**fake.manifest.model_dump()["verification"], "input_name": "image"},
+    }
+    return write_bundle(folder, Manifest.model_validate(fields), files)

@@ -242,8 +242,16 @@ def checked_shape(shape: Any) -> tuple[int, ...]:
 def _from_json(data: Any, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
     if dtype not in OIP_TYPES:
         raise InputError(f"Inputs of type {dtype[:16]!r} are not supported.")
+    wanted = OIP_TYPES[dtype]
     try:
-        array = np.asarray(data, dtype=OIP_TYPES[dtype])
-        return array.reshape(shape)
+        given = np.asarray(data)
+        kinds = {"f": "iuf", "b": "b"}.get(wanted.kind, "iu")
+        fits = given.dtype.kind in kinds or not given.size
+        if fits and wanted.kind in "iu" and given.size:
+            # numpy 1 would wrap numbers around that the type cannot hold.
+            fits = int(given.min()) >= np.iinfo(wanted).min and int(given.max()) <= np.iinfo(wanted).max
+        if fits:
+            return given.astype(wanted).reshape(shape)
     except (ValueError, TypeError, OverflowError, RecursionError):
-        raise InputError(f"The data of an input is not {dtype} of the shape {list(shape)}.") from None
+        pass
+    raise InputError(f"The data of an input is not {dtype} of the shape {list(shape)}.")
