@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +15,7 @@ from fides_plugins.errors import SettingsError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from rich.progress import Progress
 
     from fides_plugins.training.fit import FitReport
     from fides_plugins.training.students import Student
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 _MODEL = "The verification model"
 _SERVICE = "The service and the data"
 _OWN = "A student of your own"
+_WORKERS = "Several workers"
 
 
 def register(app: typer.Typer) -> None:
@@ -126,6 +130,20 @@ def fit(
         str, typer.Option(help="Its normalisation, one number per channel: 0.5,0.5,0.5.", rich_help_panel=_OWN)
     ] = "",
     student_std: Annotated[str, typer.Option(help="Likewise.", rich_help_panel=_OWN)] = "",
+    engine: Annotated[
+        str, typer.Option(help="Who distils: local, torchrun or ray.", rich_help_panel=_WORKERS)
+    ] = "local",
+    workers: Annotated[int, typer.Option(min=1, help="Workers, for torchrun and ray.", rich_help_panel=_WORKERS)] = 2,
+    address: Annotated[
+        str, typer.Option(help="Ray cluster; a local one is started where none is given.", rich_help_panel=_WORKERS)
+    ] = "",
+    checkpoints: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep every epoch here, and go on from it. Default for several workers: beside the bundle.",
+            rich_help_panel=_WORKERS,
+        ),
+    ] = None,
 ) -> None:
     """Make a bundle: verification model, detector, re-classifier and calibration."""
     if predictions is not None:
@@ -137,8 +155,15 @@ def fit(
         raise SettingsError("Nothing to fit.", "Give --service and --data, or --predictions.")
     if output_kind not in ("", "logits", "probabilities"):
         raise SettingsError(f"Unknown output kind {output_kind!r}.", "Choose logits or probabilities.")
-    from fides_plugins.training.fit import FitOptions, fit_service
+    if engine not in ("local", "torchrun", "ray"):
+        raise SettingsError(f"There is no engine {engine!r}.", "Choose local, torchrun or ray.")
+    from fides_plugins.training.distributed import is_member, member, run_ray, run_torchrun
+    from fides_plugins.training.fit import FitOptions, FitReport, fit_service
 
+    if engine == "torchrun" and not is_member():
+        raise typer.Exit(run_torchrun(sys.argv[1:], workers))
+    # Kept until the bundle is there, unless a folder is named: then it is the user's.
+    kept = checkpoints or (out.parent / f".{out.name}.checkpoints" if engine != "local" or is_member() else None)
     options = FitOptions(
         agreement=agreement,
         tolerance=tolerance,
@@ -164,33 +189,52 @@ def fit(
         mean=_numbers(student_mean, "--student-mean"),
         std=_numbers(student_std, "--student-std"),
     )
-    with progress(as_json) as bar:
-        tasks: dict[str, Any] = {}
-
-        def tick(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done, total=total)
-
-        report = fit_service(
-            service,
-            data,
-            out,
-            seed=seed,
-            options=options,
-            students=students,
-            cache=cache,
-            name=name,
-            bundle_version=bundle_version,
-            input_name=input_name,
-            output_name=output_name,
-            encoding=encoding,
-            progress=tick,
+    given: dict[str, Any] = {
+        "seed": seed,
+        "options": options,
+        "students": students,
+        "cache": cache,
+        "name": name,
+        "bundle_version": bundle_version,
+        "input_name": input_name,
+        "output_name": output_name,
+        "encoding": encoding,
+    }
+    if engine == "ray":
+        # Workers have folders of their own as working directories.
+        source, target = str(data.resolve()), str(out.resolve())
+        model = str(Path(service).resolve()) if Path(service).is_file() else service
+        found = run_ray(
+            lambda who: fit_service(model, source, target, who=who, **given).as_dict(),
+            workers,
+            kept.resolve() if kept is not None else out.resolve(),
+            address=address,
         )
+        report, first = FitReport.from_dict(found), True
+    else:
+        with member(kept) as who, progress(as_json or not who.first) as bar:
+            report, first = fit_service(service, data, out, progress=_Ticks(bar), who=who, **given), who.first
+    if first and kept is not None and checkpoints is None:
+        shutil.rmtree(kept, ignore_errors=True)
+    if not first:
+        return
     if as_json:
         print_json(report.as_dict())
     else:
         show(report)
+
+
+class _Ticks:
+    """Progress of a fit: one bar for each stage."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+        self._tasks: dict[str, Any] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bar.add_task(stage, total=total)
+        self._bar.update(self._tasks[stage], completed=done, total=total)
 
 
 def show(report: FitReport) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,57 @@ Share = Callable[[float], None]
 
 def silent(done: float) -> None:
     """The progress that tells nobody."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """One call of `distil`, for who trains: what a checkpoint holds, and what tells it from another call."""
+
+    module: nn.Module
+    optimizer: torch.optim.AdamW
+    schedule: torch.optim.lr_scheduler.OneCycleLR
+    identity: tuple[torch.Tensor | str, ...]
+
+
+class Alone:
+    """Who trains: this process, without checkpoints. `distributed.Member` trains with others, and keeps them.
+
+    Attributes
+    ----------
+    first:
+        Whether this process is the one that asks the service and writes the bundle.
+    """
+
+    first = True
+
+    def first_before_others(self) -> AbstractContextManager[None]:
+        """What is done inside is done by the first process before the others do it."""
+        return nullcontext()
+
+    def agree(self, value: Any) -> Any:
+        """The first process's value, in every process."""
+        return value
+
+    def begin(self, session: Session) -> tuple[Callable[[torch.Tensor], torch.Tensor], int]:
+        """How the module is called, and the epoch to begin with (after a checkpoint)."""
+        return session.module, 0
+
+    def seed(self, seed: int, epoch: int) -> int:
+        """Seed of one epoch's random numbers in this process."""
+        return seed + epoch
+
+    def share(self, rows: torch.Tensor) -> torch.Tensor:
+        """This process's rows of a batch."""
+        return rows
+
+    def after_epoch(self, session: Session, done: int, last: bool) -> None:
+        """Called with the number of finished epochs."""
+
+    def end(self, session: Session) -> None:
+        """Called before the module is used."""
+
+
+ALONE = Alone()
 
 
 @dataclass(frozen=True)
@@ -180,6 +232,7 @@ def distil(
     epochs: int,
     seed: int,
     on_epoch: Share = silent,
+    who: Alone = ALONE,
 ) -> None:
     """Train the parameters of `module` that require a gradient, in place; ends in evaluation mode.
 
@@ -191,6 +244,8 @@ def distil(
         The rows of `transfer` as `module` takes them.
     on_epoch:
         Called after each epoch with the share done.
+    who:
+        This process alone, or as one of several workers.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     logits, labels = torch.from_numpy(transfer.logits), torch.from_numpy(transfer.labels)
@@ -202,19 +257,27 @@ def distil(
         optimizer, learning_rate, total_steps=per_epoch * epochs + 1, pct_start=0.2
     )
     generator = torch.Generator().manual_seed(seed)
+    session = Session(
+        module, optimizer, schedule, (str((settings, learning_rate, epochs, seed)), inputs, logits, labels)
+    )
+    forward, begin = who.begin(session)
     training_mode(module)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # dropout draws from the global generator
         for epoch in range(epochs):
             order = torch.randperm(n, generator=generator)
+            if epoch < begin:
+                continue  # a checkpoint holds it; only the order of rows goes on from there
+            torch.manual_seed(who.seed(seed, epoch))  # dropout draws from the global generator
             for start in range(0, per_epoch * size, size):
-                rows = order[start : start + size]
-                loss = distillation_loss(module(inputs[rows]), logits[rows], labels[rows], settings)
+                rows = who.share(order[start : start + size])
+                loss = distillation_loss(forward(inputs[rows]), logits[rows], labels[rows], settings)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
+            who.after_epoch(session, epoch + 1, epoch + 1 == epochs)
             on_epoch((epoch + 1) / epochs)
+    who.end(session)
     module.eval()
 
 

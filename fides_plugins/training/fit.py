@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -34,6 +34,8 @@ from fides_plugins.training.costs import Cost, onnx_cost
 from fides_plugins.training.data import Dataset, load_data, match_input, split_rows
 from fides_plugins.training.detection import train_detection
 from fides_plugins.training.distillation import (
+    ALONE,
+    Alone,
     Augmentation,
     DistillationSettings,
     TransferSet,
@@ -156,6 +158,17 @@ class FitReport:
         """Plain values, for JSON."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> FitReport:
+        """What `as_dict` gave, perhaps by way of JSON."""
+        service = values["service_cost"]
+        parts = {
+            "service_cost": None if service is None else Cost(**service),
+            "verification_cost": Cost(**values["verification_cost"]),
+            "steps": tuple(Step(**s) for s in values["steps"]),
+        }
+        return cls(**{**values, **parts})
+
 
 def fit_service(
     service: str | Teacher,
@@ -174,6 +187,7 @@ def fit_service(
     output_name: str = "",
     encoding: str = "json",
     progress: Progress | None = None,
+    who: Alone = ALONE,
 ) -> FitReport:
     """Make a bundle that protects a service.
 
@@ -197,6 +211,9 @@ def fit_service(
         For `load_teacher`.
     progress:
         See `Progress`.
+    who:
+        Who trains. Among several workers each calls this function with the same arguments, on a shared file
+        system; the first one asks the service and writes the bundle, and every one gets its report.
 
     Raises
     ------
@@ -215,13 +232,16 @@ def fit_service(
     kept = Path(cache) if cache is not None else Path(out).parent / f".{Path(out).name}.answers"
     try:
         fit = _Fit(teacher, chosen, seed, AnswerCache(teacher, kept), progress or (lambda stage, done, total: None))
-        fit.read(data)
-        result = fit.distil(students)
-        report = fit.write(result, Path(out), name, bundle_version, attacks, registry)
+        with who.first_before_others():
+            fit.read(data)
+        result = fit.distil(students, who)
+        report: FitReport = who.agree(
+            fit.write(result, Path(out), name, bundle_version, attacks, registry) if who.first else None
+        )
     finally:
         if isinstance(service, str):
             teacher.close()
-    if cache is None:
+    if cache is None and who.first:
         shutil.rmtree(kept, ignore_errors=True)
     return report
 
@@ -289,7 +309,7 @@ class _Fit:
         affordable = MAX_TRANSFER_BYTES // max(1, images[0].size * 4 * len(images)) - 1
         return int(np.clip(min(wanted, affordable), 0, MAX_COPIES))
 
-    def distil(self, students: Callable[[NDArray[Any], int], Sequence[Student]] | None) -> GdtlResult:
+    def distil(self, students: Callable[[NDArray[Any], int], Sequence[Student]] | None, who: Alone) -> GdtlResult:
         """The greedy search for a verification model."""
         began = time.perf_counter()
         rows = self.transfer.images
@@ -313,6 +333,7 @@ class _Fit:
             max_macs=macs,
             seed=self.seed,
             progress=lambda share: self.progress("distil", round(100 * share), 100),
+            who=who,
         )
         self.seconds["distillation"] = time.perf_counter() - began
         return result

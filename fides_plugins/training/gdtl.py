@@ -25,6 +25,8 @@ from torch.nn import functional
 from fides_plugins.errors import TrainingError
 from fides_plugins.training.costs import Cost
 from fides_plugins.training.distillation import (
+    ALONE,
+    Alone,
     DistillationSettings,
     Share,
     TransferSet,
@@ -105,6 +107,7 @@ def search(
     max_macs: int | None = None,
     seed: int = 0,
     progress: Share = silent,
+    who: Alone = ALONE,
 ) -> GdtlResult:
     """Find the cheapest student that reaches the wanted agreement.
 
@@ -118,6 +121,8 @@ def search(
         (M, ...) and the service's (M, K): rows that no student is trained on; they decide every step.
     max_parameters, max_macs:
         Dearer students are left out.
+    who:
+        Who trains; see `distil`.
 
     Returns
     -------
@@ -155,7 +160,9 @@ def search(
             progress((index + done) / len(fitting))
 
         model = student.model(transfer.images, seed)
-        run = _Run(student, cost, model, transfer, held_out_images, held_out_logits, training, wanted, seed, report)
+        run = _Run(
+            student, cost, model, transfer, held_out_images, held_out_logits, training, wanted, seed, report, who
+        )
         value = run.greedy() if isinstance(model.network, PretrainedNetwork) else run.whole()
         steps += run.steps
         rank = (value, -divergence(held_out_logits, predict(model, held_out_images)))
@@ -199,6 +206,7 @@ class _Run:
     wanted: GdtlSettings
     seed: int
     report: Share
+    who: Alone
 
     def __post_init__(self) -> None:
         self.steps: list[Step] = []
@@ -253,6 +261,7 @@ class _Run:
             self.training.epochs,
             self.seed + step,
             lambda done: self.report((step + done) / n_steps),
+            self.who,
         )
 
     def _note(self, action: str, *, kept: bool, value: float | None = None) -> float:
