@@ -20,7 +20,7 @@ from fides_plugins.errors import FidesError, SettingsError
 from fides_plugins.metrics import MetricsBackend
 from fides_plugins.serving.torchserve.body import BodyParser, make_parser
 from fides_plugins.serving.torchserve.body_capture import judge_bodies, read_requests
-from fides_plugins.serving.torchserve.judge import INTERNAL, Judge
+from fides_plugins.serving.torchserve.judge import INTERNAL, Judge, Pending
 from fides_plugins.serving.torchserve.metrics import TorchServeMetrics
 from fides_plugins.serving.torchserve.options import HostOptions, read_section
 from fides_plugins.serving.torchserve.original import Found, Original, find_handler, protect, require_wrappable
@@ -77,9 +77,8 @@ class FidesHandler:
         RuntimeError
             If the configuration cannot work. TorchServe reports this type as a failed load.
         """
-        metrics = None
+        metrics = TorchServeMetrics()
         try:
-            metrics = TorchServeMetrics()
             prepared = prepare(
                 context.model_yaml_config, context.system_properties["model_dir"], context.model_name, metrics
             )
@@ -87,9 +86,9 @@ class FidesHandler:
             self.original = protect(prepared.found, self._capture if self._parser is None else None)
         except FidesError as error:
             raise RuntimeError(f"Fides cannot protect this model: {error}") from error
-        self._metrics = metrics if self.options.metrics else None
         self.original.initialize(context)
-        self._flush(context)
+        if self.options.metrics and context.metrics is not None:
+            metrics.start(context.metrics)
         logger.info("Fides protects %s in mode %s", prepared.found.description, self.settings.mode)
 
     def handle(self, data: Any, context: Any) -> Any:
@@ -120,7 +119,6 @@ class FidesHandler:
                 verdicts, answer = judge_bodies(self.judge, self._parser, bodies, answer)
             else:
                 verdicts = self._verdicts(n_requests)
-            self._flush(context)
             answered = self._answer(answer, context, verdicts, wanted) if visible else answer
             if self._receipts is not None:
                 self._receipts.write(context)
@@ -138,8 +136,7 @@ class FidesHandler:
         pending = self.judge.begin(data, self._request_ids, self._receipts)
         output = call()
         rows, output = self.judge.judge(pending, output)
-        if self._receipts is not None and pending.outcome is not None:
-            self._receipts.collect(pending.outcome())
+        self._collect_receipts(pending)
         with self._lock:
             if not rows:
                 self._unread.append(pending.problem or NO_ROWS)
@@ -147,9 +144,13 @@ class FidesHandler:
             self._calls.append((micro_batch or 0, len(self._calls), rows))
         return output
 
-    def _flush(self, context: Any) -> None:
-        if self._metrics is not None and context.metrics is not None:
-            self._metrics.flush(context.metrics)
+    def _collect_receipts(self, pending: Pending) -> None:
+        if self._receipts is None or pending.outcome is None:
+            return
+        try:
+            self._receipts.collect(pending.outcome())
+        except Exception:  # host boundary: without a receipt the client refuses the answer, and no request fails here
+            logger.exception("receipts cannot be collected")
 
     def _verdicts(self, n_requests: int) -> list[RowVerdict]:
         with self._lock:
@@ -165,8 +166,13 @@ class FidesHandler:
             self.judge.count_unjudged(n_requests, reason)
         elif self._unread:
             self.judge.count_unjudged(len(self._unread), self._unread[0])
-        unjudged = self.judge.failed(reason)
-        return per_request(rows, n_requests, self.options.rows, self.options.rows_per_request, unjudged)
+        return per_request(
+            rows,
+            n_requests,
+            self.options.rows,
+            self.options.rows_per_request,
+            unjudged=lambda: self.judge.failed(reason),
+        )
 
     def _wants_envelope(self, data: Any, context: Any, index: int) -> bool:
         """Whether this request's verdict goes into the body; takes our own key out of gRPC inputs."""

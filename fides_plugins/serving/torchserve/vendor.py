@@ -24,7 +24,7 @@ _LEFT_TO_THE_SERVER = frozenset({"numpy"})
 #: Parts of onnxruntime that only convert and tune models.
 _UNUSED = ("onnxruntime/tools/", "onnxruntime/transformers/", "onnxruntime/quantization/", "onnxruntime/datasets/")
 #: Parts of this package that no handler needs.
-_UNSERVED = ("training/", "cli/", "enclave/", "client/", "attestation/", "testing/", "serving/triton/")
+_UNSERVED = ("training/", "cli/", "enclave/", "client/", "testing/", "demo/", "audit/", "serving/triton/")
 
 
 def tag() -> str:

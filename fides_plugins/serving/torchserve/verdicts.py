@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +70,7 @@ def per_request(
     n_requests: int,
     rule: RowsRule,
     rows_per_request: int | None,
-    unjudged: RowVerdict,
+    unjudged: Callable[[], RowVerdict],
 ) -> list[RowVerdict]:
     """One verdict per request.
 
@@ -83,13 +83,13 @@ def per_request(
     rows:
         Verdicts in the order in which `inference()` got the rows.
     unjudged:
-        Verdict of a request that cannot be judged.
+        Makes the verdict of a request that cannot be judged.
     """
     declared = rows_per_request or 1
     if len(rows) == n_requests * declared and (declared == 1 or rule != "refuse"):
         blocks = [rows[i * declared : (i + 1) * declared] for i in range(n_requests)]
     elif rule == "refuse" or not rows or rows_per_request is not None:
-        return [unjudged] * n_requests
+        return [unjudged()] * n_requests
     else:
         blocks = [rows] * n_requests
     return [block[0] if len(block) == 1 else _combined(block, rule) for block in blocks]
