@@ -207,7 +207,7 @@ def metrics_page() -> str:
     head = (
         "# Metrics\n\n"
         "The same names on every host: Triton's own metrics endpoint, TorchServe's (`metrics_mode=prometheus` and\n"
-        "`fides` in its metrics configuration), and the audit.\n\n"
+        "`model_metrics_auto_detect=true`; its histogram buckets are fixed, 0.005 to 10), and the audit.\n\n"
         "| metric | kind | labels | meaning |\n|---|---|---|---|\n"
     )
     rows = [
