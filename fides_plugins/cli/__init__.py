@@ -20,7 +20,7 @@ COMMANDS: tuple[str, ...] = (
     "inspect",
     "plugins",
     "evidence",
-    "serve_verifier",
+    "serve_verifier", "infer",
     "attach",
     "detach",
     "check",

@@ -8,6 +8,7 @@ The verifier's evidence comes from the hardware of our own PKI (`tests/pki.py`).
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import tritonclient.http
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from numpy.typing import NDArray
+from typer.testing import CliRunner
 
 from fides_plugins.attestation import sealing
 from fides_plugins.attestation.keys import key_id, raw_public
@@ -29,6 +31,7 @@ from fides_plugins.attestation.request import from_text, to_text
 from fides_plugins.attestation.tensors import tensor_digest
 from fides_plugins.attestation.wire import COMMITMENT_PARAMETER, PARAMETER, RECEIPT_OUTPUT
 from fides_plugins.bundle import Bundle
+from fides_plugins.cli import app
 from fides_plugins.client import AsyncTritonClient, TritonClient
 from fides_plugins.client.trust import EvidenceUrl, Trust
 from fides_plugins.enclave.providers import DevelopmentProvider
@@ -56,6 +59,7 @@ class World:
     """Everything between a client and a verifier."""
 
     hardware: Hardware
+    folder: Path
     bundle: Bundle
     verifier: Verifier
     verifier_url: str
@@ -112,7 +116,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         TritonServer(enclave_repository(root / "repository", back.url), auto_complete=False) as triton,
         LyingHost(triton.http_address) as front,
     ):
-        yield World(hardware, bundle, verifier, running.http, triton, front, back)
+        yield World(hardware, root / "bundle", bundle, verifier, running.http, triton, front, back)
 
 
 @pytest.fixture(autouse=True)
@@ -577,3 +581,32 @@ def test_the_client_library_is_an_ordinary_client_of_the_verifier(world: World) 
     with tritonclient.http.InferenceServerClient(world.verifier_url) as client:
         assert client.is_server_ready()
         assert client.is_model_ready(world.bundle.manifest.name)
+
+
+@pytest.mark.parametrize("lie", [False, True], ids=["honest", "lying"])
+def test_infer_from_a_shell(world: World, tmp_path: Path, lie: bool) -> None:
+    """With development evidence, because a shell has the real clock and our PKI's day is fixed."""
+    identity = tmp_path / "identity.pem"
+    runner = CliRunner()
+    public = runner.invoke(app, ["new-identity", str(identity)]).stdout.strip()
+    options = VerifierOptions(clients=frozenset((bytes.fromhex(public),)))
+    rules = tmp_path / "policy.toml"
+    rules.write_text(f'[evidence]\nbundle_digests = ["{world.bundle.digest}"]\nclients = ["{public}"]\n')
+    np.save(tmp_path / "rows.npy", rows(2))
+    if lie:
+        world.front.on_response = lie_with(swap_top_two)
+    with RunningVerifier(Verifier(world.bundle, DevelopmentProvider(), options)) as running:
+        world.back.target = running.http
+        command = ["infer", world.front.url, MODEL, str(tmp_path / "rows.npy"), "--policy", str(rules)]
+        command += ["--bundle", str(world.folder), "--verifier", f"http://{world.back.url}", "--json"]
+        command += ["--identity", str(identity), "--insecure-accept-development"]
+        result = runner.invoke(app, command)
+        for server, address in (("triton-http", world.front.url), ("triton-grpc", world.triton.grpc_address)):
+            other = runner.invoke(app, ["infer", address, *command[2:-4], *command[-3:], "--server", server])
+            assert other.exit_code == (1 if lie and server == "triton-http" else 0), other.output
+            assert "Verdict" in other.stdout
+    assert result.exit_code == int(lie), result.output
+    assert "nothing is protected" in result.stderr
+    found = json.loads(result.stdout)
+    assert [r["status"] for r in found["rows"]] == ["attacked" if lie else "trusted"] * 2
+    assert found["receipt_refused"] is None

@@ -1,0 +1,220 @@
+"""`fides infer`: ask an untrusted service about a picture or an array, and show the verdict."""
+
+from __future__ import annotations
+
+import os
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fides_plugins.cli._output import console, print_json, print_table
+
+if TYPE_CHECKING:
+    import numpy as np
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from numpy.typing import NDArray
+
+    from fides_plugins.bundle import Bundle
+    from fides_plugins.client.judge import Answer
+
+
+class Server(str, Enum):
+    """Kinds of servers."""
+
+    triton_http = "triton-http"
+    triton_grpc = "triton-grpc"
+    torchserve = "torchserve"
+
+
+class Scheme(str, Enum):
+    """Values of --scheme."""
+
+    hpke = "hpke"
+    commitment = "commitment"
+
+
+class Source(str, Enum):
+    """Values of --receipt-from."""
+
+    host = "host"
+    verifier = "verifier"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command("infer")(infer)
+    app.command("new-identity")(new_identity)
+
+
+def infer(
+    url: Annotated[str, typer.Argument(help="Address of the service, host:port.", metavar="URL")],
+    model: Annotated[str, typer.Argument(help="Served model.", metavar="MODEL")],
+    file: Annotated[Path, typer.Argument(help="Picture, or .npy array with the rows first.", metavar="FILE")],
+    bundle: Annotated[Path, typer.Option(help="Bundle with detector and calibration.")],
+    policy: Annotated[Path, typer.Option(help="TOML file with an [evidence] table: which verifiers are trusted.")],
+    verifier: Annotated[str, typer.Option(help="Address of the verifier, http://host:port.")] = "",
+    evidence: Annotated[Path | None, typer.Option(help="Evidence document instead of the verifier's endpoint.")] = None,
+    identity: Annotated[Path | None, typer.Option(help="Private key that the verifier knows (new-identity).")] = None,
+    server: Annotated[Server, typer.Option(help="Kind of server.")] = Server.triton_http,
+    scheme: Annotated[Scheme, typer.Option(help="How the reference is kept from the host.")] = Scheme.hpke,
+    receipt_from: Annotated[Source, typer.Option(help="Who brings the receipt.")] = Source.host,
+    output: Annotated[str, typer.Option(help="Class output; default: the only one.")] = "",
+    mean: Annotated[float, typer.Option(help="Subtracted from pixels, which are scaled to 0..1.")] = 0.0,
+    std: Annotated[float, typer.Option(help="Divides pixels after that.", min=1e-6)] = 1.0,
+    insecure_accept_development: Annotated[
+        bool, typer.Option("--insecure-accept-development", help="Accept evidence without hardware. Tests only.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Ask a service and show the verdict: exit status 0 trusted, 1 any row is not."""
+    import warnings
+
+    from fides_plugins.attestation.policy import EvidencePolicy
+    from fides_plugins.attestation.verify import InsecureEvidenceWarning
+    from fides_plugins.bundle import Bundle
+
+    loaded = Bundle.load(bundle)
+    inputs = {_input_name(loaded): _tensor(file, loaded, mean, std)}
+    options: dict[str, Any] = {
+        "verifier_url": verifier,
+        "evidence": evidence,
+        "identity": _identity(identity),
+        "scheme": scheme.value,
+        "receipt_from": receipt_from.value,
+        "insecure_development": insecure_accept_development,
+    }
+    rules = EvidencePolicy.from_toml(policy)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", InsecureEvidenceWarning)
+        if server is Server.torchserve:
+            from fides_plugins.client import TorchServeClient
+
+            address = url if "://" in url else f"http://{url}"
+            with TorchServeClient(address, model, loaded, rules, **options) as service:
+                answer = service.ask(inputs)
+        else:
+            from fides_plugins.client import TritonClient
+
+            protocol: Any = server.value.removeprefix("triton-")
+            with TritonClient(url, model, loaded, rules, protocol=protocol, output=output, **options) as client:
+                answer = client.ask(inputs)
+    if any(issubclass(w.category, InsecureEvidenceWarning) for w in caught):
+        console(stderr=True).print("[bold red]warning:[/] development evidence: nothing is protected from the host")
+    _show(answer, loaded, as_json)
+    if answer.verdict.counts()["trusted"] != answer.verdict.n_rows:
+        raise typer.Exit(1)
+
+
+def new_identity(
+    file: Annotated[Path, typer.Argument(help="File for the private key (PEM); must not exist.", metavar="FILE")],
+) -> None:
+    """Make a client's key, and print the public one for `fides serve-verifier --client`."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+    from fides_plugins.errors import InputError
+
+    key = Ed25519PrivateKey.generate()
+    try:
+        handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as error:
+        raise InputError(f"Cannot write {file.name}: {error.strerror}.") from None
+    with os.fdopen(handle, "wb") as out:
+        out.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    typer.echo(key.public_key().public_bytes_raw().hex())
+
+
+def _identity(path: Path | None) -> Ed25519PrivateKey | None:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    from fides_plugins.cli.evidence import read_file
+    from fides_plugins.errors import InputError
+
+    if path is None:
+        return None
+    try:
+        key = load_pem_private_key(read_file(path), password=None)
+    except (ValueError, TypeError):
+        key = None
+    if not isinstance(key, Ed25519PrivateKey):
+        raise InputError(f"{path.name} is not an Ed25519 private key in PEM.", "Make one with `fides new-identity`.")
+    return key
+
+
+def _input_name(bundle: Bundle) -> str:
+    spec = bundle.manifest.input
+    return spec.name if spec is not None else "input"
+
+
+def _tensor(path: Path, bundle: Bundle, mean: float, std: float) -> NDArray[Any]:
+    """The tensor that service and verifier see: an array as it is, a picture in the shape that the bundle wants."""
+    import numpy as np
+
+    from fides_plugins.errors import InputError
+
+    spec = bundle.manifest.input
+    if spec is None:
+        raise InputError("The bundle does not describe its input.")
+    if path.suffix == ".npy":
+        try:
+            array: NDArray[Any] = np.load(path, allow_pickle=False)
+            return array.astype(spec.dtype, copy=False)
+        except (OSError, ValueError):
+            raise InputError(f"{path.name} is not a readable .npy array.") from None
+    shape = [d for d in spec.shape[1:] if d is not None]
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise InputError(f"The bundle takes {spec.shape}, which is no picture (1 or 3, height, width).", "Give a .npy.")
+    return _picture(path, shape[0], shape[1], shape[2], mean, std).astype(spec.dtype, copy=False)
+
+
+def _picture(path: Path, channels: int, height: int, width: int, mean: float, std: float) -> NDArray[np.float32]:
+    """A picture as (1, C, H, W) float32, resized with PIL's bilinear filter."""
+    import numpy as np
+    from PIL import Image, UnidentifiedImageError
+
+    from fides_plugins.errors import InputError
+
+    try:
+        with Image.open(path) as picture:
+            resized = picture.convert("L" if channels == 1 else "RGB").resize(
+                (width, height), Image.Resampling.BILINEAR
+            )
+            pixels = np.asarray(resized, dtype=np.float32) / np.float32(255)
+    except (OSError, UnidentifiedImageError):
+        raise InputError(f"{path.name} is not a readable picture.") from None
+    planes = pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+    return np.ascontiguousarray((planes[None] - np.float32(mean)) / np.float32(std))
+
+
+def _show(answer: Answer, bundle: Bundle, as_json: bool) -> None:
+    verdict, names = answer.verdict, bundle.class_names
+    rows = []
+    for row in range(verdict.n_rows):
+        label = int(verdict.label[row])
+        score, p_value = float(verdict.score[row]), float(verdict.p_value[row])
+        rows.append(
+            {
+                "status": str(verdict.status_text[row]),
+                "label": label if label >= 0 else None,
+                "class_name": names[label] if 0 <= label < len(names) else None,
+                "service_label": int(verdict.service_label[row]),
+                "score": score if score == score else None,
+                "p_value": p_value if p_value == p_value else None,
+                "corrected": bool(verdict.corrected[row]),
+                "refused": bool(verdict.refused[row]),
+                "reason": str(verdict.reason[row]),
+            }
+        )
+    if as_json:
+        code = answer.refusal.code if answer.refusal is not None else None
+        print_json({"rows": rows, "receipt_refused": code})
+        return
+    columns = ("status", "class_name", "score", "p_value", "reason")
+    print_table("Verdict", columns, [["" if r[c] is None else _text(r[c]) for c in columns] for r in rows])
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
