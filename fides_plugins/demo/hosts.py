@@ -71,10 +71,10 @@ class InProcessHost:
     name = "in process"
 
     def __init__(self, deployment: Deployment) -> None:
-        self._deployment = deployment
+        self.deployment = deployment
 
     def __enter__(self) -> Self:
-        d = self._deployment
+        d = self.deployment
         values = {"bundle": str(d.bundle), "mode": MODE, "false_alarm_rate": d.false_alarm_rate}
         self._service = OnnxModel(d.service, name="service.onnx")
         self._pipeline = Pipeline.from_settings(Settings.from_mapping(values))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fides_plugins.demo.compromised import ATTACKS
-from fides_plugins.demo.digits import INPUT_NAME, OUTPUT_NAME, DigitsSplit
+from fides_plugins.demo.digits import CLASS_NAMES, INPUT_NAME, OUTPUT_NAME, DigitsSplit
 from fides_plugins.demo.hosts import Answers, Deployment, Host, InProcessHost, latency_ms
 from fides_plugins.errors import SettingsError
 from fides_plugins.onnx_model import OnnxModel
@@ -134,6 +134,19 @@ def make_host(server: str, deployment: Deployment) -> Host:
     if server == "inprocess":
         return InProcessHost(deployment)
     raise SettingsError(f"Unknown server {server!r}.", f"Choose one of: {', '.join(SERVERS)}.")
+
+
+def fit_digits(
+    folder: Path, split: DigitsSplit, seed: int, progress: Callable[[str, int, int], None] = lambda *_: None
+) -> Path:
+    """Fit a bundle for `folder/service.onnx`, as `fides fit` would, without labels; returns its folder."""
+    from fides_plugins.training.data import Dataset
+    from fides_plugins.training.fit import fit_service
+
+    data = Dataset(images=split.fit.images, class_names=CLASS_NAMES)
+    out = folder / "bundle"
+    fit_service(str(folder / "service.onnx"), data, out, seed=seed, name="digits", progress=progress)
+    return out
 
 
 def measure(

@@ -79,12 +79,12 @@ class TorchServeHost:
     name = "TorchServe"
 
     def __init__(self, deployment: Deployment) -> None:
-        self._deployment = deployment
+        self.deployment = deployment
 
     def __enter__(self) -> Self:
         import httpx
 
-        d = self._deployment
+        d = self.deployment
         store = d.folder / "model_store"
         store.mkdir(parents=True)
         models = {BARE: {"digits_handler.py": HANDLER, "service.onnx": d.service}}
