@@ -137,18 +137,18 @@ def run(design: str, root: Path, seconds: float) -> str:
     """Measure one design; a line for the table."""
     repository = build(root)
     model, step = ("bls", "m__fides_verify") if design == "bls" else ("p__fides", "p__fides_verify")
-    if design == "two instances":
+    if design.startswith("two instances"):
         file = repository / step / "config.pbtxt"
         file.write_text(file.read_text().replace("count: 1", "count: 2"))
         assert parse_text(file.read_text(), step).instance_group[0].count == 2
     names = ["m", model, *(["m__fides_verify", "m__fides_validate"] if design == "bls" else ["p"])]
     with TritonServer(
-        repository, explicit=True, load=[*names, *(["p__fides_fallback"] if design == "watch" else [])],
+        repository, explicit=True, load=[*names, *(["p__fides_fallback"] if design.endswith("watch") else [])],
         auto_complete=False, grace_s=1.0,
     ) as server:  # fmt: skip
         stop = threading.Event()
         events: list[tuple[float, str]] = []
-        if design == "watch":
+        if design.endswith("watch"):
             watcher = Watcher(
                 TritonApi(server.http_address), report=lambda e: events.append((time.monotonic(), e.kind))
             )
@@ -173,7 +173,7 @@ def run(design: str, root: Path, seconds: float) -> str:
     last = "never" if still else f"{max(unjudged, default=killed) - killed:.1f} s"
     slowest = max(end - start for start, end, _ in seen)
     return (
-        f"{design:15} {p50[1]:8.2f} {p50[N_CLIENTS]:8.2f} {rate:7.0f} {kinds['trusted']:9d} {kinds['error']:7d} "
+        f"{design:21} {p50[1]:8.2f} {p50[N_CLIENTS]:8.2f} {rate:7.0f} {kinds['trusted']:9d} {kinds['error']:7d} "
         f"{kinds['failed'] + kinds['lost']:7d} {slowest:9.2f} {last:>10}"
     )
 
@@ -182,9 +182,11 @@ def main() -> None:
     """Measure every design."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=6.0, help="time after the kill")
-    parser.add_argument("--designs", nargs="+", default=["ensemble", "two instances", "bls", "watch"])
+    parser.add_argument(
+        "--designs", nargs="+", default=["ensemble", "two instances", "bls", "watch", "two instances + watch"]
+    )
     arguments = parser.parse_args()
-    print("design           p50 ms 1  p50 ms 4  req/s   trusted  marked  failed  slowest s  all judged")
+    print("design                 p50 ms 1  p50 ms 4  req/s   trusted  marked  failed  slowest s  all judged")
     for design in arguments.designs:
         with tempfile.TemporaryDirectory() as folder:
             print(run(design, Path(folder), arguments.seconds), flush=True)

@@ -184,5 +184,7 @@ def test_metrics_carry_the_published_names(api: TritonApi) -> None:
         'fides_score_bucket{model="digits_flag",le="0.01"}',
         'fides_stage_seconds_count{model="digits",stage="verify"}',
         'fides_stage_seconds_count{model="digits_flag",stage="detect"}',
+        'fides_monitor_log_e_value{model="digits_flag"}',
+        'fides_under_attack{model="digits_flag"}',
     ):
         assert line in text

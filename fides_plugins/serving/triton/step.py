@@ -41,6 +41,8 @@ class Step:
     ----------
     arguments:
         What Triton hands to `initialize`.
+    alarm:
+        Whether this step sees the verdicts and so follows their sequence with the service alarm.
 
     Raises
     ------
@@ -49,7 +51,7 @@ class Step:
         is being served stays. The message names the cause and the remedy.
     """
 
-    def __init__(self, arguments: Mapping[str, str]) -> None:
+    def __init__(self, arguments: Mapping[str, str], *, alarm: bool = False) -> None:
         if not any(isinstance(h, _TritonLogHandler) for h in logger.handlers):
             logger.addHandler(_TritonLogHandler())
             logger.propagate = False
@@ -65,7 +67,7 @@ class Step:
         except FidesError as error:
             raise pb_utils.TritonModelException(f"fides: {self.name} cannot start: {error}") from None
         self._backend = TritonMetrics()
-        self.metrics = MetricsRecorder(self._backend, self.settings.service_name or self.name)
+        self.metrics = MetricsRecorder(self._backend, self.settings.service_name or self.name, alarm)
         self.metrics.attach(self.pipeline)
 
     def option(self, name: str, default: str = "") -> str:
@@ -105,6 +107,7 @@ class Step:
     def close(self) -> None:
         """Tell the plug-ins that the model is unloaded."""
         self.pipeline.close()
+        self.metrics.fides_unconfigure()
         self._backend.close()
 
 

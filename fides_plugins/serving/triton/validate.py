@@ -32,7 +32,8 @@ class TritonPythonModel:
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Load settings, bundle and plug-ins."""
-        self._step = Step(args)
+        # The stand-in for dead steps judges nothing: its gauges would only overwrite those of the real one.
+        self._step = Step(args, alarm=wire.REFERENCES in args["model_config"])
         settings, bundle = self._step.settings, self._step.pipeline.bundle
         inputs = [n for n in self._step.input_names if n not in wire.INTERNAL]
         outputs = {o["name"]: o for o in self._step.config.get("output", [])}

@@ -36,6 +36,8 @@ from fides_plugins.serving.triton.probe import (
 
 #: Time-out of the probe right after a load: the first inference of a process is slow.
 FIRST_PROBE_S = 5.0
+#: Failures of a step this soon after its reload are those of its predecessor.
+FORGIVEN_S = 5.0
 #: Longest time-out that a slow step's own compute time can lead to.
 LONGEST_PROBE_S = 10.0
 #: A step that is loaded anew and still dead is tried again after this time, doubled each time.
@@ -108,8 +110,9 @@ class Watcher:
         self._clock = clock
         self._retries: dict[str, _Retry] = {}
         self._configs: dict[str, dict[str, Any]] = {}
-        self._base_seen: dict[str, Statistics] = {}
+        self._seen: dict[str, Statistics] = {}
         self._settled: set[str] = set()
+        self._reloaded_at: dict[str, float] = {}
 
     def look(self) -> bool:
         """Probe everything once, healing what is dead; True if all is protected at the end.
@@ -133,8 +136,9 @@ class Watcher:
     def forget(self) -> None:
         """Drop what was learned about the server: it may come back as another one."""
         self._configs.clear()
-        self._base_seen.clear()
+        self._seen.clear()
         self._settled.clear()
+        self._reloaded_at.clear()
         self._retries.clear()
 
     def _look_at(self, group: list[Protected], patience_s: float = 0.0) -> bool:
@@ -175,8 +179,8 @@ class Watcher:
     def _base_sound(self, base: str) -> bool:
         """Whether the service model works; asked only when its requests fail, because it may be expensive."""
         now = self._api.statistics(base)
-        before = self._base_seen.get(base, now)
-        self._base_seen[base] = now
+        before = self._seen.get(base, now)
+        self._seen[base] = now
         if now.failed == before.failed or now.succeeded > before.succeeded:
             return True
         result = probe(self._api, base, sample_inputs(self._config(base), self._inputs), FIRST_PROBE_S)
@@ -191,7 +195,11 @@ class Watcher:
 
     def _probe_verify(self, item: Protected, patience_s: float) -> ProbeResult:
         inputs = sample_inputs(self._config(item.verify), self._inputs)
-        return self._probe(item.verify, inputs, patience_s)
+        result = self._probe(item.verify, inputs, patience_s)
+        failing = self._failing(item.verify)
+        if result.alive and failing:
+            return ProbeResult(item.verify, False, result.seconds, detail=f"{failing} request(s) failed")
+        return result
 
     def _probe_validate(self, item: Protected, patience_s: float) -> ProbeResult:
         config = self._config(item.validate)
@@ -213,6 +221,18 @@ class Watcher:
             return ProbeResult(model, True, result.seconds, True, "busy")
         return result
 
+    def _failing(self, model: str) -> int:
+        """Requests of `fides_verify` that failed since the last look; by itself it never fails one.
+
+        With several instances one may be dead while probes meet another. Requests that were inside a
+        process when it died fail a little after it was replaced, and are not held against the new one.
+        """
+        now = self._api.statistics(model)
+        before = self._seen.get(model, now)
+        self._seen[model] = now
+        recent = self._clock() - self._reloaded_at.get(model, float("-inf")) < FORGIVEN_S
+        return 0 if recent else max(0, now.failed - before.failed)
+
     def _retry(self, model: str) -> _Retry:
         return self._retries.setdefault(model, _Retry())
 
@@ -228,6 +248,7 @@ class Watcher:
         except ServerError as error:
             self.report(Event("failed", model, self._clock() - start, str(error)))
             return False
+        self._reloaded_at[model] = self._clock()
         self.report(Event("reloaded", model, self._clock() - start))
         return True
 
