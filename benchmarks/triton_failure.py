@@ -30,6 +30,7 @@ from fides_plugins.serving.triton.watch import Watcher, watch_forever
 from fides_plugins.testing import INPUT_NAME, fake_logits, linear_onnx, make_bundle
 
 N_CLIENTS = 4
+DESIGNS = ("ensemble", "two instances", "bls", "watch", "two instances + watch")
 SERVICE = "from fides_plugins.serving.triton.onnx_service import TritonPythonModel as TritonPythonModel\n"
 CONFIG = f"""backend: "python"
 max_batch_size: 16
