@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _TRIES = 3
-_PORT_TAKEN = ("address already in use", "failed to start", "unable to bind")
+_PORT_TAKEN = "address already in use"
+#: Lines that every start without a GPU logs as errors.
+_HARMLESS = ("CudaDriverHelper", "NVML", "DCGM")
 
 
 def wheel_folder() -> Path:
@@ -95,6 +97,12 @@ def _environment() -> dict[str, str]:
         # Not `resolve()`: the symbolic link in a virtual environment is what makes it that environment.
         "PATH": os.pathsep.join([str(Path(sys.executable).absolute().parent), os.environ.get("PATH", "")]),
     }
+
+
+def _error_lines(log: str) -> str:
+    """What a failed start is about: the error lines of Triton's log, which its tables would hide."""
+    lines = [line for line in log.splitlines() if line.startswith("E") and not any(h in line for h in _HARMLESS)]
+    return "\n".join(lines[:12]) or "\n".join(log.splitlines()[-12:])
 
 
 class TritonServer:
@@ -225,12 +233,12 @@ class TritonServer:
             try:
                 process.start()
                 self.start_seconds = process.wait_ready(self.api.ready, self.timeout_s)
-            except ServerError:
-                clash = any(text in process.log(200).lower() for text in _PORT_TAKEN[:1])
+            except ServerError as error:
+                log = process.log(1000)
                 self.stop()
-                if clash and attempt + 1 < _TRIES:
+                if _PORT_TAKEN in log.lower() and attempt + 1 < _TRIES:
                     continue
-                raise
+                raise ServerError(f"{error.cause_text.splitlines()[0]}\n{_error_lines(log)}") from None
             except BaseException:
                 # Ctrl-C while waiting must not leave a server behind.
                 self.stop()
