@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 
 from fides_plugins.pipeline import Pipeline
+from fides_plugins.serving.process import wait_until
 from fides_plugins.serving.torchserve.server import TorchServeServer
 from fides_plugins.settings import Settings
 from fides_plugins.types import Prediction, Query
@@ -160,18 +163,25 @@ def test_changed_bundle_is_named_and_the_service_goes_on(server: TorchServeServe
     assert "verification.onnx was changed" in answer.headers["x-fides-reason"]
 
 
+def gauge(page: str, name: str, model: str) -> float:
+    (value,) = re.findall(rf'^{name}{{model="{model}",[^}}]*}} (\S+)$', page, re.MULTILINE)
+    return float(value)
+
+
 def test_metrics_have_the_names_of_triton(server: TorchServeServer) -> None:
-    post(server, "flag", body(rows(1, attacked=(0,))[0]))
+    for row in rows(30, seed=9, attacked=tuple(range(30))):
+        assert post(server, "reject", body(row)).status_code == 409
 
     def page() -> str:
         return httpx.get(server.metrics_url, timeout=10).text
 
-    from fides_plugins.serving.process import wait_until
-
-    wait_until(lambda: 'status="attacked"' in page(), 10, "the metric")
+    # The service as a whole is under attack, and says so within a second of the last row.
+    wait_until(lambda: gauge(page(), "fides_under_attack", "reject") == 1, 10, "the alarm")
     text = page()
-    assert 'fides_verdicts_total{model="flag",status="attacked"' in text
-    for name in ("fides_verdicts_total", "fides_score_bucket", "fides_stage_seconds_bucket"):
-        assert name in text
-    for stage in ("verify", "detect"):
-        assert f'fides_stage_seconds_count{{model="flag",stage="{stage}"' in text
+    assert gauge(text, "fides_monitor_log_e_value", "reject") >= math.log(1e6)
+    assert gauge(text, "fides_false_alarm_rate", "reject") == 0.01
+    assert 'fides_verdicts_total{model="reject",status="attacked"' in text
+    assert 'fides_plugin_errors_total{model="reject",plugin="verifier"' in text
+    assert 'fides_score_count{model="reject"' in text
+    for stage in ("verify", "detect", "reclassify"):
+        assert f'fides_stage_seconds_count{{model="reject",stage="{stage}"' in text
