@@ -135,6 +135,15 @@ def test_wrong_settings_leave_nothing(repository: Path, bundle: Path, settings: 
     assert tree_digest(repository) == before
 
 
+def test_a_decoder_that_is_not_understood_leaves_nothing(tmp_path: Path, bundle: Path) -> None:
+    config, _ = REFUSED["bytes"]
+    repository = stranger_repository(tmp_path / "repository", config)
+    before = tree_digest(repository)
+    with pytest.raises(FidesError, match="decoder 'image:size=8'"):
+        attach(repository, "flowers", AttachOptions(bundle, decode="image:size=8"))
+    assert tree_digest(repository) == before
+
+
 def test_a_repository_that_cannot_be_written_to_the_end_is_cleaned(
     repository: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,3 +211,27 @@ def test_the_input_of_another_bundle_is_refused(repository: Path, tmp_path: Path
     other = image_bundle(tmp_path / "other", input=InputSpec(name="image", dtype="float32", shape=(None, 3, 32, 32)))
     with pytest.raises(ServerError, match="Use the bundle that was made for this model"):
         attach(repository, "flowers", AttachOptions(other))
+
+
+def test_the_command_line_attaches_and_detaches(repository: Path, bundle: Path) -> None:
+    from typer.testing import CliRunner
+
+    from fides_plugins.cli import app
+
+    before = tree_digest(repository)
+    run = CliRunner().invoke
+    command = ["attach", "triton", str(repository), "flowers", "--bundle", str(bundle), "--mode", "flag"]
+    done = run(app, [*command, "--set", "false_alarm_rate=0.02", "--json"])
+    assert done.exit_code == 0, done.output
+    answer = json.loads(done.output)
+    assert answer["flag"] == "--model-config-name=fides"
+    assert answer["with_verdict"] == "flowers__fides"
+    config = (repository / "flowers__fides_validate" / "config.pbtxt").read_text()
+    assert 'key: "fides.false_alarm_rate" value { string_value: "0.02" }' in config
+    assert 'key: "fides.mode" value { string_value: "flag" }' in config
+    undone = run(app, ["detach", "triton", str(repository), "flowers", "--json"])
+    assert json.loads(undone.output)["removed"] == answer["written"]
+    assert tree_digest(repository) == before
+    refused = run(app, [*command, "--takeover", "--as", "other"])
+    assert isinstance(refused.exception, FidesError)
+    assert tree_digest(repository) == before

@@ -6,6 +6,7 @@ its own model does not say how: `image:size=32x32,mode=RGB,layout=NCHW,scale=255
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +31,7 @@ def make_decoder(text: str) -> Decoder | None:
     Raises
     ------
     SettingsError
-        If the declaration is not understood.
+        If the declaration is not understood, or Pillow is not installed.
     """
     if not text:
         return None
@@ -51,6 +52,8 @@ def make_decoder(text: str) -> Decoder | None:
         raise SettingsError(f"The decoder {text!r} is not complete.", "Write image:size=HEIGHTxWIDTH,...") from None
     if mode not in _MODES or layout not in _LAYOUTS or not scale or not std.all() or height < 1 or width < 1:
         raise SettingsError(f"The decoder {text!r} has a wrong mode, layout, size, scale or std.")
+    if importlib.util.find_spec("PIL") is None:
+        raise SettingsError("Decoding images needs Pillow.", "Install it with: pip install 'fides-plugins[triton]'.")
 
     def decode(elements: NDArray[Any]) -> Float32Array:
         flat = elements.reshape(len(elements), -1)

@@ -26,6 +26,7 @@ from fides_plugins.serving.triton.config import (
     is_batchless,
     verified_input,
 )
+from fides_plugins.serving.triton.decoders import make_decoder
 from fides_plugins.settings import PARAMETER_PREFIX, Settings, nest
 
 #: Name of the alternative configuration: `configs/fides.pbtxt`, `--model-config-name=fides`.
@@ -135,6 +136,7 @@ def make_plan(info: ModelInfo, options: AttachOptions, label_folder: str) -> Pla
     plan = Plan(info.name, options.serve_as or info.name)
     output = class_output(info, bundle, options.output)
     tensor, cast = verified_input(info, bundle, options.input, options.decode)
+    make_decoder(options.decode)
     if cast:
         plan.notes.append(
             f"The input {tensor.name!r} ({tensor.dtype}) is converted to {cast} for the verification model."

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from fides_plugins.attestation.wire import COMMITMENT_PARAMETER, PARAMETER
 from fides_plugins.builtin.remote import SignedRows, pack_requests
+from fides_plugins.errors import FidesError
 from fides_plugins.guard import Failure
 from fides_plugins.pipeline import VerifyOutcome
 from fides_plugins.serving.triton.decoders import make_decoder
@@ -61,7 +62,10 @@ class TritonPythonModel:
         """Load settings, bundle and plug-ins."""
         self._step = Step(args)
         self._cast = np.dtype(self._step.option("cast")) if self._step.option("cast") else None
-        self._decode = make_decoder(self._step.option("decode"))
+        try:
+            self._decode = make_decoder(self._step.option("decode"))
+        except FidesError as error:
+            raise pb_utils.TritonModelException(f"fides: {self._step.name} cannot start: {error}") from None
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """One response per request; requests of equal shape are verified in one call."""
