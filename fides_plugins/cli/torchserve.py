@@ -90,6 +90,8 @@ def register_attach(app: typer.Typer) -> None:
         out.print(f"{output.name} is protected in mode {mode}.")
         out.print(f"  handler: {done.handler or done.original_handler}{'' if done.handler else ' (not imported)'}")
         out.print(f"  added {len(done.added)} entries, changed {', '.join(done.changed)}")
+        for note in done.notes:
+            out.print(f"  note: {note}")
         out.print("Serve it like the original; for metrics, config.properties needs:")
         out.print("  metrics_mode=prometheus\n  model_metrics_auto_detect=true")
 

@@ -79,6 +79,7 @@ def test_attach_and_detach_give_back_an_equal_archive(archive: Path, bundle_fold
     protected, back = archive.parent / f"protected.{form}", archive.parent / f"back.{form}"
     done = attach(source, bundle_folder, protected, {"mode": "flag"})
     assert done.handler == "mine: class Handler"
+    assert done.notes == ()
     after = contents(protected)
     model = json.loads(after[MANIFEST])["model"]
     assert model["handler"] == SHIM_NAME
@@ -113,7 +114,8 @@ def test_config_that_cannot_be_appended_to_is_written_anew(tmp_path: Path, bundl
 
 def test_config_is_made_when_absent(tmp_path: Path, bundle_folder: Path) -> None:
     plain = build_archive(tmp_path / "a.mar", "mine.py", {"mine.py": HANDLER})
-    attach(plain, bundle_folder, tmp_path / "b.mar")
+    done = attach(plain, bundle_folder, tmp_path / "b.mar")
+    assert "responseTimeout" in done.notes[0]
     after = contents(tmp_path / "b.mar")
     assert json.loads(after[MANIFEST])["model"]["configFile"] == CONFIG_NAME
     assert yaml.safe_load(after[CONFIG_NAME])["fides"]["handler"] == "mine.py"

@@ -26,6 +26,12 @@ from fides_plugins.serving.torchserve.vendor import vendor_files
 
 RECORD = "fides_attach.json"
 RECORD_VERSION = 1
+#: Measured on 0.12.0: with any config file in the archive these two no longer come from config.properties.
+NEW_CONFIG = (
+    "The archive had no config file, so {name} was made. TorchServe then ignores default_response_timeout and "
+    "default_startup_timeout of config.properties and takes 120 s for both; set responseTimeout and startupTimeout "
+    "in a config file of your own if you need others."
+)
 
 
 @dataclass(frozen=True)
@@ -42,12 +48,15 @@ class Attachment:
         Names of new entries.
     changed:
         Names of entries whose contents changed.
+    notes:
+        What else will differ when the archive is served.
     """
 
     original_handler: str
     handler: str
     added: Sequence[str] = field(default=())
     changed: Sequence[str] = field(default=())
+    notes: Sequence[str] = field(default=())
 
 
 def attach(
@@ -115,7 +124,8 @@ def attach(
         if check_import:
             found = probe_archive(protected, python)
         write_archive(target, protected, force)
-    return Attachment(handler, found.description, tuple(sorted(files)), tuple(sorted(changed)))
+    notes = () if config_entry is not None else (NEW_CONFIG.format(name=config_name),)
+    return Attachment(handler, found.description, tuple(sorted(files)), tuple(sorted(changed)), notes)
 
 
 def detach(source: str | Path, target: str | Path, *, force: bool = False) -> tuple[str, ...]:

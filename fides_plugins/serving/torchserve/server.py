@@ -108,7 +108,7 @@ class TorchServeServer:
         python: str = sys.executable,
         env: Mapping[str, str] | None = None,
         properties: Mapping[str, str] | None = None,
-        ready_timeout_s: float = 90.0,
+        ready_timeout_s: float = 180.0,
     ) -> None:
         self.model_store = Path(model_store).resolve()
         self.models = dict(models)
