@@ -6,6 +6,7 @@ when it should.
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import inspect
 import os
@@ -208,7 +209,8 @@ def test_python_blocks_run_in_order(page: Path, tmp_path: Path) -> None:
     """All blocks of a page in one fresh process; the tutorial's are run by its own test, with its server."""
     if page.parent.name == "tutorial":
         pytest.skip("run by tests/integration/test_tutorial.py")
-    code = [f"#line {b.line}\n{b.text}" for b in blocks(page) if b.language == "python"]
+    python = [b for b in blocks(page) if b.language == "python"]
+    code = [f"# line {b.line}\n{importable(b) if b.title.startswith('needs ') else b.text}" for b in python]
     (tmp_path / "page.py").write_text("\n".join(code))
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "page.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120
@@ -218,6 +220,13 @@ def test_python_blocks_run_in_order(page: Path, tmp_path: Path) -> None:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "page.py"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout
+
+
+def importable(block: Block) -> str:
+    """The imports of a block that cannot run alone (its title says what it needs); the rest must parse."""
+    tree = ast.parse(block.text)
+    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    return "\n".join(ast.unparse(node) for node in imports)
 
 
 def settings_of(block: Block) -> dict[str, Any] | None:
@@ -354,10 +363,9 @@ def test_an_argument_that_the_hook_loses_or_gains_is_noticed() -> None:
 
 def test_deleting_any_documented_flag_from_the_code_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each option of each command is taken away in turn, and the generated page must then differ."""
-    committed = (DOCS / "reference" / "cli.md").read_text()
     root = typer.main.get_command(app)
     monkeypatch.setattr(typer.main, "get_command", lambda _: root)
-    assert GENERATOR.cli_page() == committed
+    page = GENERATOR.cli_page()
     tried = 0
     for _, command in leaves(root, ()):
         whole = list(command.params)
@@ -365,7 +373,7 @@ def test_deleting_any_documented_flag_from_the_code_is_noticed(monkeypatch: pyte
             if parameter.hidden or parameter.name == "help":
                 continue
             command.params = [p for p in whole if p is not parameter]
-            assert GENERATOR.cli_page() != committed, parameter.name
+            assert GENERATOR.cli_page() != page, parameter.name
             tried += 1
         command.params = whole
     assert tried > 30
