@@ -58,12 +58,15 @@ def main() -> None:
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2))
     for r in results:
-        row = {n: f"{f['caught']['value']:.3f}/{f['recovered']['value']:.3f}" for n, f in r["attacks"].items()}
-        print(
-            f"seed {r['seed']}: service {r['service_accuracy']['value']:.3f}, agreement {r['agreement']['value']:.3f}, "
-            f"false alarms {r['false_alarms']['value']:.4f} (simple rule {r['disagreement_false_alarms']['value']:.4f}), "
-            f"caught/recovered {row}, seconds {r['seconds']}"
-        )
+        shares = {
+            "service": r["service_accuracy"],
+            "agreement": r["agreement"],
+            "false alarms": r["false_alarms"],
+            "simple rule's": r["disagreement_false_alarms"],
+        }
+        attacks = {n: f"{f['caught']['value']:.3f}/{f['recovered']['value']:.3f}" for n, f in r["attacks"].items()}
+        print(f"seed {r['seed']}: " + ", ".join(f"{k} {v['value']:.4f}" for k, v in shares.items()))
+        print(f"    caught/recovered {attacks}, seconds {r['seconds']}")
     for what in ("false_alarms", "agreement"):
         print(f"mean {what}: {sum(r[what]['value'] for r in results) / len(results):.4f}")
     for attack in results[0]["attacks"]:

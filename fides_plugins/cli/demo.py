@@ -13,6 +13,7 @@ from fides_plugins.cli._output import console, print_json, print_table, progress
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from rich.text import Text
 
     from fides_plugins.demo.run import DemoFigures, Example, Share
 
@@ -150,7 +151,7 @@ def _show_example(example: Example) -> None:
     out.print(grid)
 
 
-def _picture(image: NDArray[np.float32]) -> object:
+def _picture(image: NDArray[np.float32]) -> Text:
     """A grey-scale image as text: two characters a pixel, in colour, or in shades where there is none."""
     from rich.text import Text
 

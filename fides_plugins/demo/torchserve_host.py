@@ -87,7 +87,7 @@ class TorchServeHost:
         d = self.deployment
         store = d.folder / "model_store"
         store.mkdir(parents=True)
-        models = {BARE: {"digits_handler.py": HANDLER, "service.onnx": d.service}}
+        models: dict[str, dict[str, bytes | str]] = {BARE: {"digits_handler.py": HANDLER, "service.onnx": d.service}}
         for attack in ("", *ATTACKS):
             lie = "\n" + TAMPERING.format(seed=d.seed, attack=attack).strip("\n") + "\n"
             source = HANDLER.replace("\n        return logits\n", lie) if attack else HANDLER
