@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -274,3 +275,24 @@ def test_a_new_package_that_always_alarms_changes_verdicts_through_triton(tmp_pa
 def _always_alarming(source: str) -> str:
     head, _, _ = source.partition("        rows = np.arange(service.n_rows)\n")
     return head + ALWAYS
+
+
+@pytest.mark.slow
+def test_a_new_package_works_in_an_environment_with_nothing_else(tmp_path: Path) -> None:
+    """As its author's colleague would: an empty environment, pip, the index, pytest."""
+    package = write_package("fides-quiet-hours", "detect", tmp_path)
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True, timeout=120)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    pip = [python, "-m", "pip", "install", "-q", f"{REPOSITORY}[testing]", f"{package}[test]"]
+    done = subprocess.run(pip, capture_output=True, text=True, timeout=280)
+    if done.returncode and ("No matching distribution" in done.stderr or "ConnectionError" in done.stderr):
+        pytest.skip("no package index can be reached")
+    assert done.returncode == 0, done.stderr[-2000:]
+    done = subprocess.run([python, "-m", "pytest", "-q", str(package)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "3 passed" in done.stdout
+    listed = subprocess.run([python, "-m", "fides_plugins.cli", "plugins"], capture_output=True, text=True, timeout=60)
+    assert "quiet-hours" in listed.stdout
+    assert listed.returncode == 0
+    frozen = subprocess.run([python, "-m", "pip", "list"], capture_output=True, text=True, timeout=60).stdout
+    assert "torch" not in frozen
