@@ -8,6 +8,8 @@ import site
 import subprocess
 import sys
 import sysconfig
+import tarfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,10 +58,18 @@ def archived(folder: Path, name: str, mode: str) -> None:
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[TorchServeServer]:
     store = folder / "store"
-    plain_archive(store, name="bare")
+    bare = plain_archive(store, name="bare")
+    with zipfile.ZipFile(bare) as zipped:
+        zipped.extractall(folder / "unpacked")
+    with tarfile.open(folder / "packed.tar.gz", "w:gz") as tar:
+        tar.add(folder / "unpacked", arcname="digits")
+    for source, target in (("unpacked", "as_folder"), ("packed.tar.gz", "as_tar.tar.gz")):
+        attach(folder / source, folder / "bundle", store / target, {"mode": "flag"})
     archived(folder, "archived", "flag")
     archived(folder, "observed", "observe")
-    with TorchServeServer(store, {p.stem: p.name for p in store.glob("*.mar")}) as running:
+    models = {p.stem: p.name for p in store.glob("*.mar")}
+    models |= {"as_folder": "as_folder", "as_tar": "as_tar.tar.gz"}
+    with TorchServeServer(store, models) as running:
         yield running
 
 
@@ -77,9 +87,10 @@ def check(server: TorchServeServer, folder: Path, model: str, *more: str) -> tup
     return result.exit_code, {s["name"]: s for s in json.loads(result.output)["steps"]}
 
 
-def test_archiver_builds_a_protected_model(server: TorchServeServer) -> None:
+@pytest.mark.parametrize("model", ["archived", "as_folder", "as_tar"])
+def test_every_form_of_archive_is_served(server: TorchServeServer, model: str) -> None:
     for index, row in enumerate(rows(4, attacked=(2,))):
-        bare, answer = post(server, "bare", row), post(server, "archived", row)
+        bare, answer = post(server, "bare", row), post(server, model, row)
         assert answer.content == bare.content
         assert answer.headers["x-fides-status"] == ("attacked" if index == 2 else "trusted")
 
