@@ -27,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fides_plugins.audit.records import PART_ROWS
 from fides_plugins.serving.process import descendants, resident_bytes
 from fides_plugins.testing import fake_logits, fake_service, make_bundle, switch_top_two
 from fides_plugins.types import softmax
@@ -39,7 +40,7 @@ WORKER = """
 import json, os, sys, time
 from fides_plugins.audit.run import audit_run
 import fides_plugins.audit.ray_engine, onnxruntime, pyarrow.parquet
-bundle, source, target, engine, workers = sys.argv[1:6]
+bundle, source, target, engine, workers, part_rows = sys.argv[1:7]
 def rss():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 base = peak = 0
@@ -53,7 +54,9 @@ def on_rows(n):
     rows += n
     peak = max(peak, rss())
     print(json.dumps({"rows": rows}), flush=True)
-summary = audit_run(bundle, source, target, engine=engine, workers=int(workers), on_start=on_start, on_rows=on_rows)
+summary = audit_run(
+    bundle, source, target, engine=engine, workers=int(workers), part_rows=int(part_rows),
+    on_start=on_start, on_rows=on_rows)
 peak = max(peak, rss())
 print(json.dumps({"summary": summary, "growth_mb": (peak - base) / 1e6}), flush=True)
 """
@@ -85,9 +88,12 @@ def _lists(matrix: Any) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.ascontiguousarray(matrix).ravel()))
 
 
-def audit(folder: Path, source: Path, target: Path, engine: str = "local", kill_at: int = 0) -> dict[str, Any]:
+def audit(
+    folder: Path, source: Path, target: Path, engine: str = "local", kill_at: int = 0, part_rows: int = PART_ROWS
+) -> dict[str, Any]:
     """One run in a process of its own; with `kill_at`, killed with SIGKILL after that many rows."""
     command = [sys.executable, "-c", WORKER, str(folder / "bundle"), str(source), str(target), engine, "2"]
+    command += [str(part_rows)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     workers_peak = [0]
