@@ -131,6 +131,10 @@ class TritonApi:
         """Whether the server says it is ready. Raises `OSError` when it cannot be reached."""
         return self.exchange("GET", "/v2/health/ready").status == 200
 
+    def server_name(self) -> str:
+        """The server's own name (`--id`). Raises `OSError` when it cannot be reached."""
+        return str(self.exchange("GET", "/v2").json.get("name", ""))
+
     def model_ready(self, model: str) -> bool:
         """Whether the server says that `model` is ready (true for a model whose process was killed)."""
         return self.exchange("GET", f"/v2/models/{quote(model)}/ready").status == 200

@@ -8,12 +8,14 @@ on PATH, because the stub takes its site-packages from the `python3` that it fin
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import platform
 import shutil
 import sys
 import sysconfig
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -27,9 +29,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _TRIES = 3
-_PORT_TAKEN = "address already in use"
+_PORT_TAKEN = ("already in use", "failed to start grpc", "failed to start http", "failed to start metrics")
 #: Lines that every start without a GPU logs as errors.
-_HARMLESS = ("CudaDriverHelper", "NVML", "DCGM")
+_HARMLESS = ("CudaDriverHelper", "NVML", "DCGM", "CUDA driver version")
 
 
 def wheel_folder() -> Path:
@@ -170,6 +172,7 @@ class TritonServer:
         self.host = host
         self.http_port = self.grpc_port = self.metrics_port = 0
         self.start_seconds = float("nan")
+        self._id = ""
         self._process: Process | None = None
 
     @property
@@ -211,6 +214,8 @@ class TritonServer:
             f"--http-port={self.http_port}",
             f"--grpc-port={self.grpc_port}",
             f"--metrics-port={self.metrics_port}",
+            f"--id={self._id}",
+            f"--backend-config=python,shm-region-prefix-name={self._id}",
         ]
         if self.explicit:
             command += ["--model-control-mode=explicit", *(f"--load-model={name}" for name in self.load)]
@@ -226,17 +231,18 @@ class TritonServer:
             if not repository.is_dir():
                 raise ServerError(f"There is no model repository {str(repository)!r}.")
         for attempt in range(_TRIES):
+            self._id = f"fides-{uuid.uuid4().hex[:12]}"
             self.http_port, self.grpc_port, self.metrics_port = free_ports(3, self.host)
             process = Process("Triton", [], env={**_environment(), **self.env}, grace_s=self.grace_s)
             process.command = self.command(_make_backends(process.folder / "backends"))
             self._process = process
             try:
                 process.start()
-                self.start_seconds = process.wait_ready(self.api.ready, self.timeout_s)
+                self.start_seconds = process.wait_ready(self._is_ours_and_ready, self.timeout_s)
             except ServerError as error:
                 log = process.log(1000)
                 self.stop()
-                if _PORT_TAKEN in log.lower() and attempt + 1 < _TRIES:
+                if any(text in log.lower() for text in _PORT_TAKEN) and attempt + 1 < _TRIES:
                     continue
                 raise ServerError(f"{error.cause_text.splitlines()[0]}\n{_error_lines(log)}") from None
             except BaseException:
@@ -245,11 +251,28 @@ class TritonServer:
                 raise
             return
 
+    def _is_ours_and_ready(self) -> bool:
+        """Whether our own server is ready: another one may have taken the port first, and answer there."""
+        if not self.api.ready() or self.api.server_name() != self._id:
+            return False
+        # The metrics come up last, and a server that cannot bind their port ends after it said "ready".
+        if any(a.startswith("--allow-metrics") for a in self.extra_args):
+            return True
+        try:
+            self.api.metrics()
+        except ServerError:
+            return False
+        return True
+
     def stop(self) -> None:
         """Stop the server and its stubs; may be called more than once."""
         if self._process is not None:
             self._process.stop()
             self._process = None
+            # A killed process leaves its shared memory behind.
+            for region in Path("/dev/shm").glob(f"{self._id}*"):
+                with contextlib.suppress(OSError):
+                    region.unlink()
 
     def log(self, lines: int = 50) -> str:
         """The end of the server's log."""
