@@ -215,26 +215,26 @@ def _rows(
     }
 
 
-def _check_verification(raw: Any, arguments: Mapping[str, Any]) -> Verification:
-    if not isinstance(raw, Verification):
-        raise PluginError(f"it returned {type(raw).__name__}, not Verification")
-    if raw.n_rows != arguments["query"].n_rows:
-        raise PluginError(f"it returned {raw.n_rows} rows for {arguments['query'].n_rows}")
-    return raw
+def _expect(kind: type[Verification | Detection | Reclassification], argument: str) -> Callable[[Any, Mapping[str, Any]], Any]:
+    """A check that an answer is a `kind` with as many rows as the hook's `argument`."""
+
+    def check(raw: Any, arguments: Mapping[str, Any]) -> Any:
+        if not isinstance(raw, kind):
+            raise PluginError(f"it returned {type(raw).__name__}, not {kind.__name__}")
+        if raw.n_rows != arguments[argument].n_rows:
+            raise PluginError(f"it returned {raw.n_rows} rows for {arguments[argument].n_rows}")
+        return raw
+
+    return check
 
 
-def _check_detection(raw: Any, arguments: Mapping[str, Any]) -> Detection:
-    if not isinstance(raw, Detection):
-        raise PluginError(f"it returned {type(raw).__name__}, not Detection")
-    if raw.n_rows != arguments["service"].n_rows:
-        raise PluginError(f"it returned {raw.n_rows} rows for {arguments['service'].n_rows}")
-    return raw
+_check_verification = _expect(Verification, "query")
+_check_detection = _expect(Detection, "service")
 
 
 def _check_reclassification(raw: Any, arguments: Mapping[str, Any]) -> Reclassification:
-    if not isinstance(raw, Reclassification):
-        raise PluginError(f"it returned {type(raw).__name__}, not Reclassification")
+    correction: Reclassification = _expect(Reclassification, "service")(raw, arguments)
     expected = arguments["service"].probabilities.shape
-    if raw.probabilities.shape != expected:
-        raise PluginError(f"it returned shape {raw.probabilities.shape}, expected {expected}")
-    return raw
+    if correction.probabilities.shape != expected:
+        raise PluginError(f"it returned shape {correction.probabilities.shape}, expected {expected}")
+    return correction
