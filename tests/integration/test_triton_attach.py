@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 import tritonclient.grpc
 import tritonclient.http
 
+from fides_plugins.errors import ServerError
 from fides_plugins.serving.triton.api import InferenceRefused, TritonApi
 from fides_plugins.serving.triton.attach import attach, detach
 from fides_plugins.serving.triton.check import check
@@ -103,11 +105,13 @@ def test_the_attacked_service_is_flagged_corrected_and_rejected(served: TritonSe
     assert served.api.infer("roses_reject", {"pixels_in": PIXELS})["scores"].shape == (4, 10)
 
 
-def test_check_and_liveness_on_the_command_line(served: TritonServer) -> None:
-    def fides(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "fides_plugins.cli", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+def fides(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command line, as a user runs it."""
+    command = [sys.executable, "-m", "fides_plugins.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
+
+def test_check_and_liveness_on_the_command_line(served: TritonServer) -> None:
     good = fides("check", "triton", served.http_address, "flowers")
     assert good.returncode == 0, good.stdout + good.stderr
     assert "verification" in good.stdout
@@ -319,3 +323,48 @@ def _kill_and_survive(
     assert after
     assert set(after) == {"trusted"}
     return restored - killed
+
+
+#: A model that declares its tensors in code, so that it needs no config.pbtxt.
+SELF_DECLARED = """
+
+    @staticmethod
+    def auto_complete_config(config):
+        config.set_max_batch_size(8)
+        config.add_input({"name": "pixels_in", "data_type": "TYPE_FP32", "dims": [1, 8, 8]})
+        config.add_output({"name": "scores", "data_type": "TYPE_FP32", "dims": [10]})
+        return config
+"""
+
+
+def test_a_model_without_config_is_taken_from_the_server_and_check_names_a_dead_step(
+    tmp_path: Path, bundle: Path
+) -> None:
+    repository = stranger_repository(tmp_path / "repository")
+    (repository / "flowers" / "config.pbtxt").unlink()
+    for version in ("1", "3"):
+        code = repository / "flowers" / version / "model.py"
+        # The delay's parameter is gone with the config.
+        text = code.read_text().replace('["parameters"]', '.get("parameters", {})')
+        code.write_text(text.rstrip() + SELF_DECLARED)
+    before = tree_digest(repository)
+    with pytest.raises(ServerError, match=r"no config\.pbtxt.*--from-server"):
+        attach(repository, "flowers", AttachOptions(bundle))
+    with TritonServer(repository) as server:
+        attach(repository, "flowers", AttachOptions(bundle), from_server=server.http_address)
+    with TritonServer(repository, explicit=True, config_name="fides", grace_s=1.0) as server:
+        bare = server.api.infer("flowers__base", {"pixels_in": PIXELS})["scores"]
+        assert server.api.infer("flowers", {"pixels_in": PIXELS})["scores"].tobytes() == bare.tobytes()
+        kill_step(server, "flowers__fides_verify")
+        dead = fides("check", "triton", server.http_address, "flowers", "--json")
+        assert dead.returncode == 1, dead.stderr
+        findings = {f["what"]: f for f in json.loads(dead.stdout)["findings"]}
+        assert findings["service model"]["good"]
+        assert not findings["verification"]["good"]
+        assert "not healthy" in findings["verification"]["detail"]
+        assert "fides watch triton" in findings["verification"]["detail"]
+        assert fides("watch", "triton", server.http_address, "--once").returncode == 1
+        assert Watcher(server.api).look()
+        assert fides("check", "triton", server.http_address, "flowers").returncode == 0
+    detach(repository, "flowers")
+    assert tree_digest(repository) == before
