@@ -9,6 +9,7 @@ needs no change at all.
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,9 @@ from fides_plugins.types import Verdict
 
 Protocol = Literal["http", "grpc"]
 ReceiptFrom = Literal["host", "verifier"]
+
+#: What tritonclient raises where a host's lengths, shapes and types do not fit together.
+_UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError, struct.error)
 
 
 class _TritonBase:
@@ -118,7 +122,10 @@ class _TritonBase:
         }
 
     def _reply(self, result: Any) -> Reply:
-        output = result.as_numpy(self._output)
+        try:
+            output = result.as_numpy(self._output)
+        except _UNREADABLE:
+            output = None
         if output is None:
             raise ServerError(f"The model {self.model} gave no output {self._output!r}.", "Name its class output.")
         return Reply(output, receipt_text(result) if self.receipt_from == "host" else None, result)
@@ -310,7 +317,10 @@ class AsyncTritonClient(_TritonBase):
 
 def receipt_text(result: Any) -> str | None:
     """The receipt in a response: the first element of its bytes tensor; None where there is none."""
-    tensor = result.as_numpy(RECEIPT_OUTPUT)
+    try:
+        tensor = result.as_numpy(RECEIPT_OUTPUT)
+    except _UNREADABLE:
+        return None
     if tensor is None or not tensor.size:
         return None
     value = tensor.ravel()[0]

@@ -36,6 +36,7 @@ from fides_plugins.client import AsyncTritonClient, TritonClient
 from fides_plugins.client.trust import EvidenceUrl, Trust
 from fides_plugins.enclave.providers import DevelopmentProvider
 from fides_plugins.enclave.verifier import Verifier, VerifierOptions
+from fides_plugins.errors import ServerError
 from fides_plugins.serving.triton.server import TritonServer, is_available
 from fides_plugins.settings import Settings
 from fides_plugins.testing import fake_logits
@@ -247,6 +248,50 @@ def test_rows_that_are_left_alone_stay_trusted(world: World) -> None:
     world.front.on_response = lie_with(lie)
     with world.client() as client:
         assert client.infer({"image": rows(3)}).status_text.tolist() == ["trusted", "attacked", "trusted"]
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        np.zeros((1, 3), np.float32),
+        np.full((1, 10), np.nan, np.float32),
+        np.zeros((2, 10), np.float32),
+        np.zeros((0, 10), np.float32),
+        np.zeros((10,), np.float32),
+        np.zeros((1, 10), np.int64),
+    ],
+    ids=["narrow", "nan", "rows", "empty", "flat", "integers"],
+)
+def test_answers_that_are_none_are_not_trusted(world: World, nonsense: NDArray[Any]) -> None:
+    def replace(message: Message) -> Message:
+        message.tensors["logits"] = nonsense
+        for entry in message.document["outputs"]:
+            if entry["name"] == "logits":
+                entry["datatype"] = "INT64" if nonsense.dtype == np.int64 else "FP32"
+        return message
+
+    world.front.on_response = replace
+    with world.client() as client:
+        verdict = client.infer({"image": rows(1)})
+    assert "trusted" not in verdict.status_text
+    assert verdict.refused.all() or verdict.corrected.all()
+
+
+def test_lengths_that_do_not_fit_are_errors_and_not_crashes(world: World) -> None:
+    def shift(message: Message) -> Message:
+        body, _ = message.render("outputs")
+        for entry in message.document["outputs"]:
+            entry["parameters"]["binary_data_size"] += 3
+            entry["shape"] = [7, *entry["shape"]]
+        message.render = lambda part: (
+            json.dumps(message.document).encode() + body[-40:],
+            str(len(json.dumps(message.document))),
+        )  # type: ignore[method-assign]
+        return message
+
+    world.front.on_response = shift
+    with world.client() as client, pytest.raises(ServerError):
+        client.infer({"image": rows(1)})
 
 
 # The host tampers with receipts
