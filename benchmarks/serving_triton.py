@@ -111,14 +111,14 @@ def cnn(channels: int, depth: int) -> bytes:
 
 
 def seconds_in_process(data: bytes, array: NDArray[Any]) -> float:
-    """Median time of one row, with one thread."""
+    """Shortest time of one row, with one thread: other work on the machine can only add."""
     model = OnnxModel(data)
     times = []
     for _ in range(30):
         start = time.perf_counter()
         model.run({"x": array})
         times.append(time.perf_counter() - start)
-    return float(np.median(times))
+    return float(min(times))
 
 
 def build(root: Path, kind: str) -> tuple[NDArray[Any], float, float]:
