@@ -99,7 +99,9 @@ def test_verification_runs_while_inference_runs(work: Callable[..., Worker], mon
         seconds[concurrent] = time.perf_counter() - start
         assert worker.headers()["x-fides-status"] == "trusted"
         sys.modules.pop("slow")
-    assert seconds[True] < 0.7 < 0.8 <= seconds[False]
+    # One after the other takes both times; a busy machine adds to both alike.
+    assert seconds[False] >= 0.8
+    assert seconds[True] < seconds[False] - 0.2
 
 
 def test_verification_sees_the_input_before_inference_changed_it(work: Callable[..., Worker]) -> None:
