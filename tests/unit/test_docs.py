@@ -332,6 +332,11 @@ def test_the_site_builds_without_a_warning_or_a_broken_link(site: Path) -> None:
     assert site_problems(site) == []
 
 
+def test_pictures_load_nothing_from_elsewhere() -> None:
+    for picture in (DOCS / "assets").glob("*.svg"):
+        assert re.findall(r'(?:href="|url\("?)(https?:[^")]+)', picture.read_text()) == [], picture.name
+
+
 def test_links_of_readme_and_examples_lead_somewhere() -> None:
     for page in [REPOSITORY / "README.md", *(REPOSITORY / "examples").glob("*/README.md")]:
         text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
