@@ -67,7 +67,7 @@ class Example:
     build: Callable[[], nn.Module]
     epochs: int
     options: FitOptions
-    augmentation: Augmentation = Augmentation(mix=0.0)
+    augmentation: Augmentation
 
 
 def split_dataset(data: Dataset, service: int, fit: int, seed: int) -> Split:
@@ -197,7 +197,8 @@ def summary(
     report: FitReport, rows: Predictions, evaluation: dict[str, Any], seconds: dict[str, float]
 ) -> dict[str, Any]:
     """The figures that the documentation quotes."""
-    assert report.service_cost is not None and rows.labels is not None
+    assert report.service_cost is not None
+    assert rows.labels is not None
     return {
         "held_out_rows": rows.n_rows,
         "service_accuracy": float((rows.service.argmax(axis=1) == rows.labels).mean()),

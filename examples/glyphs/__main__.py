@@ -17,7 +17,7 @@ from fides_plugins.training.distillation import Augmentation
 from fides_plugins.training.fit import FitOptions
 
 #: Look-alikes that no one could tell apart without context are left out (O and 0, l and I, c and C, ...).
-CHARACTERS = "0123456789ABCDEFGHIJKLMNPQRSTUVWXYZabdefghijkmnpqrtuyΓΔΘΛΞΠΣΦΨΩαβγδεζηθλμξπστφψωБДЖИЦЧШЫЮЯЭЙ&%@#$?£€"
+CHARACTERS = "0123456789ABCDEFGHIJKLMNPQRSTUVWXYZabdefghijkmnpqrtuyΓΔΘΛΞΠΣΦΨΩαβγδεζηθλμξπστφψωБДЖИЦЧШЫЮЯЭЙ&%@#$?£€"  # noqa: RUF001
 FONTS = tuple(
     f"DejaVuSans{style}"
     for style in ("", "-Bold", "-Oblique", "-BoldOblique", "Mono", "Mono-Bold", "Mono-Oblique", "Mono-BoldOblique")
@@ -35,7 +35,7 @@ def draw(character: str, font: Path, rng: np.random.Generator) -> NDArray[np.uin
 
     canvas = Image.new("L", (2 * SIZE, 2 * SIZE), 0)
     face = ImageFont.truetype(str(font), int(rng.integers(34, 43)))
-    left, top, right, bottom = face.getbbox(character, anchor="ls")
+    left, _, right, _ = face.getbbox(character, anchor="ls")
     x = SIZE - (left + right) / 2 + rng.uniform(-5, 5)
     # The middle of the cap height in the middle of the picture: case and descenders stay visible.
     y = SIZE + 0.36 * face.size + rng.uniform(-5, 5)

@@ -100,7 +100,7 @@ class OnnxTeacher(Teacher):
             self._model = OnnxModel(data, threads=max(1, (os.cpu_count() or 2) // 2), name=name)
         except BundleError as error:
             raise TrainingError(error.cause_text, "Give an ONNX file that onnxruntime can load.") from error
-        self._data = data
+        self.data = data
         self.name = name
         self.digest = hashlib.sha256(data).hexdigest()
         self._input = _pick(self._model.inputs, input_name, "input", name)
@@ -125,7 +125,11 @@ class OnnxTeacher(Teacher):
         return _class_matrix(np.concatenate(parts), n, self.name)
 
     def cost(self, images: NDArray[Any]) -> Cost | None:
-        return onnx_cost(self._data, images.shape[1:])
+        return onnx_cost(self.data, images.shape[1:])
+
+    def like(self, data: bytes) -> OnnxTeacher:
+        """Another model with the same tensors."""
+        return OnnxTeacher(data, self.name, self._input.name, self._output.name)
 
 
 def _pick(tensors: Any, name: str, what: str, model: str, prefer_rank: int = 0) -> Any:
