@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,34 @@ def test_a_bundle_changed_on_disk_is_refused_and_the_old_one_serves_on(api: Trit
         file.write_bytes(good)
     api.reload("fides_validate")
     assert statuses(api.infer("digits__fides", {"image": IMAGES})) == ["trusted"] * 4
+
+
+def test_requests_that_are_judged_together_keep_their_own_verdicts(api: TritonApi) -> None:
+    bad = np.full_like(IMAGES[:1], np.nan)
+    cases = [
+        ({"image": IMAGES[:1]}, "", ["trusted"]),
+        ({"image": IMAGES[1:3]}, "1", ["trusted", "attacked"]),
+        ({"image": bad}, "", ["error"]),
+        ({"image": IMAGES[3:]}, "all", ["attacked"]),
+        ({"image": IMAGES}, "0,3", ["attacked", "trusted", "trusted", "attacked"]),
+    ]
+
+    def executions() -> tuple[int, int]:
+        stats = api.exchange("GET", "/v2/models/fides_validate_flag/stats").json["model_stats"][0]
+        return int(stats["execution_count"]), int(stats["inference_stats"]["success"]["count"])
+
+    def one(number: int) -> bool:
+        inputs, attack, expected = cases[number % len(cases)]
+        found = api.infer("digits_flag", inputs, parameters={"attack": attack})
+        return statuses(found) == expected and found["logits"].shape == (len(expected), 10)
+
+    before = executions()
+    with ThreadPoolExecutor(16) as pool:
+        right = list(pool.map(one, range(400)))
+    after = executions()
+    assert all(right)
+    # Fewer executions than requests: some were indeed judged together.
+    assert after[0] - before[0] < after[1] - before[1] == 400
 
 
 def test_metrics_carry_the_published_names(api: TritonApi) -> None:
