@@ -28,6 +28,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import distributed
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from fides_plugins.errors import SettingsError, TrainingError
@@ -35,8 +37,12 @@ from fides_plugins.training.distillation import Alone, Session
 
 #: A worker may wait for the first one while it asks the service, which can take hours.
 TIMEOUT = timedelta(hours=24)
+#: gloo's first connection can be lost on a machine under load, and then waits until its time-out. Within a step
+#: all workers do the same work, so that they never wait as long for each other.
+STEP_TIMEOUT = timedelta(seconds=60)
+CONNECT_TRIES = 5
 #: Times that all workers are started again after one of them died.
-MAX_RESTARTS = 3
+MAX_RESTARTS = 5
 #: Set by torchrun for its workers.
 MEMBER_VARIABLE = "TORCHELASTIC_RUN_ID"
 
@@ -50,6 +56,9 @@ class Member(Alone):
         Folder on a file system that all workers see; None keeps none.
     every_epochs:
         Epochs between two checkpoints.
+    store:
+        Where workers meet between steps, for as long as it takes; without one they meet in the process group,
+        within its time-out.
 
     Attributes
     ----------
@@ -57,14 +66,16 @@ class Member(Alone):
         This worker's number, and how many there are; taken from the process group where one is open.
     """
 
-    def __init__(self, checkpoints: Path | None = None, every_epochs: int = 1) -> None:
+    def __init__(self, checkpoints: Path | None = None, every_epochs: int = 1, store: Any = None) -> None:
         together = distributed.is_available() and distributed.is_initialized()
         self.rank = distributed.get_rank() if together else 0
         self.world = distributed.get_world_size() if together else 1
         self.first = self.rank == 0
         self._folder = checkpoints
         self._every = every_epochs
+        self._store = store
         self._calls = 0
+        self._meetings = 0
 
     @contextmanager
     def first_before_others(self) -> Iterator[None]:
@@ -79,6 +90,7 @@ class Member(Alone):
         """The first worker's value."""
         if self.world == 1:
             return value
+        self._barrier()
         box = [value]
         distributed.broadcast_object_list(box, src=0)
         return box[0]
@@ -94,7 +106,6 @@ class Member(Alone):
         self._calls += 1
         # What the module starts from belongs to the identity: the same call of another search is another call.
         self._identity = _digest(*session.identity, *session.module.state_dict().values())
-        self._barrier()
         # One worker looks, so that all begin at the same epoch.
         path = self._path()
         epoch = self.agree(_stored_epoch(path, self._identity) if path is not None else 0)
@@ -123,6 +134,8 @@ class Member(Alone):
         path = self._path()
         if self.first and path is not None and (last or done % self._every == 0):
             _save(path, session, self._identity, done)
+        if path is not None:
+            self._barrier()
 
     def end(self, session: Session) -> None:
         """The first worker's weights and batch-norm statistics, everywhere."""
@@ -134,21 +147,51 @@ class Member(Alone):
         return None if self._folder is None else self._folder / f"distillation-{self._calls:03d}.safetensors"
 
     def _barrier(self) -> None:
-        if self.world > 1:
+        if self.world == 1:
+            return
+        if self._store is None:
             distributed.barrier()
+            return
+        self._meetings += 1
+        name = f"fides/{self._meetings}"
+        if self._store.add(name, 1) == self.world:
+            self._store.set(f"{name}/all", "here")
+        self._store.wait([f"{name}/all"], TIMEOUT)
 
 
 @contextmanager
 def member(checkpoints: Path | None = None, every_epochs: int = 1) -> Iterator[Member]:
     """This process as one of torchrun's workers, or as the only one where torchrun did not start it."""
-    together = MEMBER_VARIABLE in os.environ and not distributed.is_initialized()
-    if together:
-        distributed.init_process_group("gloo", timeout=TIMEOUT)
+    together = is_member() and not distributed.is_initialized()
+    store = _connect() if together else None
     try:
-        yield Member(checkpoints, every_epochs)
+        yield Member(checkpoints, every_epochs, store)
     finally:
         if together:
             distributed.destroy_process_group()
+
+
+def _connect() -> Any:
+    """Open the process group of torchrun's workers; the store they meet in.
+
+    Raises
+    ------
+    TrainingError
+        If the workers cannot reach each other.
+    """
+    store, rank, world = next(rendezvous("env://"))
+    problem = ""
+    for attempt in range(CONNECT_TRIES):
+        # A prefix of its own: addresses of a failed try must not be taken for those of this one.
+        place = PrefixStore(f"fides/try-{attempt}", store)
+        try:
+            distributed.init_process_group("gloo", store=place, rank=rank, world_size=world, timeout=STEP_TIMEOUT)
+            return PrefixStore("fides/meetings", store)
+        except RuntimeError as error:
+            problem = str(error).splitlines()[0]
+            if distributed.is_initialized():
+                distributed.destroy_process_group()
+    raise TrainingError(f"The workers cannot reach each other: {problem}", "Check the network between them.")
 
 
 def is_member() -> bool:
