@@ -22,6 +22,10 @@ $(STAMP): pyproject.toml
 demo: install
 	$(BIN)/fides demo --server $(SERVER)
 
+# One thread per process: the workers below and the servers they start share the cores already.
+test-unit test-integration: export OMP_NUM_THREADS = 1
+test-unit test-integration: export OMP_WAIT_POLICY = PASSIVE
+
 test: test-unit test-integration
 
 test-unit: install
@@ -47,9 +51,16 @@ docs: install
 bench: install
 	$(BIN)/python benchmarks/serving_triton.py
 	$(BIN)/python benchmarks/serving_torchserve.py
+	$(BIN)/python benchmarks/verifier_cost.py
 
+# Slow studies behind the figures in the docs; each can be run alone. About an hour and a half on 2 cores.
 study: install
-	@echo "see docs/reference/studies.md for what each study measures and how long it takes"
+	$(BIN)/python benchmarks/digits_seeds.py --seeds 5 --workers 1
+	$(BIN)/python -m examples.digits
+	$(BIN)/python -m examples.mnist
+	$(BIN)/python -m examples.glyphs
+	$(BIN)/python benchmarks/triton_failure.py
+	$(BIN)/python benchmarks/audit_run.py
 
 clean:
 	rm -rf $(VENV) site build dist

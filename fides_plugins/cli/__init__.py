@@ -6,6 +6,7 @@ Exit status: 0 good, 1 the thing checked failed, 2 wrong use or unusable input.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 import typer
@@ -20,7 +21,8 @@ COMMANDS: tuple[str, ...] = (
     "inspect",
     "plugins",
     "evidence",
-    "serve_verifier", "infer",
+    "serve_verifier",
+    "infer",
     "attach",
     "detach",
     "check",
@@ -56,6 +58,9 @@ for _name in COMMANDS:
 
 def main() -> None:
     """Entry point: a `FidesError` becomes one line on standard error and exit status 2."""
+    # Before torch is imported: its idle threads would otherwise spin, and on a busy machine of few cores small
+    # nets then train more slowly on two threads than on one.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except FidesError as error:
