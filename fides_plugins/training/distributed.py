@@ -35,16 +35,21 @@ from torch.nn.parallel import DistributedDataParallel
 from fides_plugins.errors import SettingsError, TrainingError
 from fides_plugins.training.distillation import Alone, Session
 
+logger = logging.getLogger("fides_plugins")
+
 #: A worker may wait for the first one while it asks the service, which can take hours.
 TIMEOUT = timedelta(hours=24)
-#: gloo's first connection can be lost on a machine under load, and then waits until its time-out. Within a step
-#: all workers do the same work, so that they never wait as long for each other.
-STEP_TIMEOUT = timedelta(seconds=60)
-CONNECT_TRIES = 5
+#: Within a step all workers do the same work, so that they do not wait long for each other.
+STEP_TIMEOUT = timedelta(minutes=10)
+#: gloo's first connection can be refused or lost on a machine under load; the other side then waits this long.
+CONNECT_TIMEOUT = timedelta(seconds=10)
+CONNECT_TRIES = 8
 #: Times that all workers are started again after one of them died.
 MAX_RESTARTS = 5
 #: Set by torchrun for its workers.
 MEMBER_VARIABLE = "TORCHELASTIC_RUN_ID"
+#: Tells torchrun to give its workers a new store after a restart, without the addresses of the dead.
+FRESH_STORE_VARIABLE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
 
 class Member(Alone):
@@ -153,10 +158,7 @@ class Member(Alone):
             distributed.barrier()
             return
         self._meetings += 1
-        name = f"fides/{self._meetings}"
-        if self._store.add(name, 1) == self.world:
-            self._store.set(f"{name}/all", "here")
-        self._store.wait([f"{name}/all"], TIMEOUT)
+        _meet(self._store, str(self._meetings), self.world)
 
 
 @contextmanager
@@ -180,18 +182,34 @@ def _connect() -> Any:
         If the workers cannot reach each other.
     """
     store, rank, world = next(rendezvous("env://"))
-    problem = ""
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        # torchrun's workers share a store that outlives a restart, and gloo would connect to the addresses of the
+        # dead. (Over several machines the number differs between them; `run_torchrun` and the docs do it otherwise.)
+        store = PrefixStore(f"fides/round-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     for attempt in range(CONNECT_TRIES):
         # A prefix of its own: addresses of a failed try must not be taken for those of this one.
         place = PrefixStore(f"fides/try-{attempt}", store)
+        _meet(place, "begin", world)
         try:
-            distributed.init_process_group("gloo", store=place, rank=rank, world_size=world, timeout=STEP_TIMEOUT)
-            return PrefixStore("fides/meetings", store)
+            distributed.init_process_group("gloo", store=place, rank=rank, world_size=world, timeout=CONNECT_TIMEOUT)
+            place.add("connected", 1)
         except RuntimeError as error:
-            problem = str(error).splitlines()[0]
-            if distributed.is_initialized():
-                distributed.destroy_process_group()
-    raise TrainingError(f"The workers cannot reach each other: {problem}", "Check the network between them.")
+            logger.warning("worker %d: try %d to connect failed: %s", rank, attempt, str(error).splitlines()[0])
+        _meet(place, "end", world)
+        connected = place.add("connected", 0)
+        if connected == world:
+            distributed.distributed_c10d._set_pg_timeout(STEP_TIMEOUT)
+            return PrefixStore("fides/meetings", store)
+        if connected:
+            break  # torch names groups by their number in a process, which now differs: only a restart helps
+    raise TrainingError("The workers cannot reach each other.", "Check the network between them.")
+
+
+def _meet(store: Any, name: str, world: int) -> None:
+    """Wait in the store until all workers are here."""
+    if store.add(name, 1) == world:
+        store.set(f"{name}/all", "here")
+    store.wait([f"{name}/all"], TIMEOUT)
 
 
 def is_member() -> bool:
@@ -204,7 +222,9 @@ def run_torchrun(arguments: Sequence[str], workers: int) -> int:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
     command += [f"--max-restarts={MAX_RESTARTS}", "-m", "fides_plugins.cli", *arguments]
     # One thread each, or workers on one machine take the cores from each other.
-    return subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ}, check=False).returncode
+    return subprocess.run(
+        command, env={"OMP_NUM_THREADS": "1", FRESH_STORE_VARIABLE: "1", **os.environ}, check=False
+    ).returncode
 
 
 def run_ray(
