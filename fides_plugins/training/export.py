@@ -79,8 +79,10 @@ def _export_traced(module: nn.Module, x: torch.Tensor, input_name: str, output_n
     buffer: Any = io.BytesIO()  # taken by the exporter, though its signature says a path
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        # Traced as a whole first: the exporter's own trace does not find a scripted part inside a module.
+        traced: Any = torch.jit.trace(module, (x,))  # type: ignore[no-untyped-call]
         torch.onnx.export(
-            module,
+            traced,
             (x,),
             buffer,
             dynamo=False,

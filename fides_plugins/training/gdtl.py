@@ -182,7 +182,7 @@ def certain(share: float, n_rows: int, wanted: float) -> bool:
     """
     centre = (share + 0.5 / n_rows) / (1 + 1 / n_rows)
     half = math.sqrt(share * (1 - share) / n_rows + 0.25 / n_rows**2) / (1 + 1 / n_rows)
-    return centre - half >= wanted
+    return centre - half >= wanted - 1e-12
 
 
 def divergence(service: Float32Array, student: Float32Array) -> float:

@@ -323,7 +323,12 @@ def load_factory(spec: str) -> nn.Module:
     finally:
         if added:
             sys.path.remove(folder)
-    module = factory() if callable(factory) and not isinstance(factory, nn.Module) else factory
+    try:
+        module = factory() if callable(factory) and not isinstance(factory, nn.Module) else factory
+    except Exception as error:  # somebody else's code: whatever it raises, this factory cannot be used
+        raise TrainingError(
+            f"{spec} failed: {type(error).__name__}: {error}.", "Call it yourself to see why."
+        ) from error
     if not isinstance(module, nn.Module):
         raise TrainingError(f"{spec} gives a {type(module).__name__}, not a torch module.")
     return module

@@ -15,8 +15,8 @@ from fides_plugins.onnx_model import OnnxModel
 from fides_plugins.training.costs import Cost, onnx_cost, torch_cost
 from fides_plugins.training.export import export_onnx
 from fides_plugins.training.students import (
-    PretrainedNetwork,
     Preprocess,
+    PretrainedNetwork,
     Student,
     built_in_students,
     load_weights,
@@ -129,7 +129,9 @@ def test_same_seed_same_weights_and_global_generator_untouched() -> None:
 def make_backbone() -> nn.Module:
     """A network as somebody may have pre-trained it."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 11))
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 11)
+    )
 
 
 def test_pretrained_factory_with_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +182,9 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
         load_weights(make_backbone(), tmp_path / "w.safetensors")
 
 
-@pytest.mark.parametrize("spec", ["no_such_module_here:f", "fides_plugins.errors:nothing", "fides_plugins.errors:FidesError"])
+@pytest.mark.parametrize(
+    "spec", ["no_such_module_here:f", "fides_plugins.errors:nothing", "fides_plugins.errors:FidesError"]
+)
 def test_bad_factories(spec: str) -> None:
     with pytest.raises(TrainingError):
         pretrained_student(spec, np.zeros((2, 4), np.float32), 3)
