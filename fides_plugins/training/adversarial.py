@@ -9,6 +9,9 @@ What is added to the paper, and why (measured in `docs/explanation/detection.md`
 - *Replays* beside the named attacks: genuine answers of the same service to other inputs. They have
   exactly the benign marginal, so nothing in the service's answer alone gives them away, and they keep a
   detector that never saw some attack from taking it for benign.
+- Attacks are weighted while training: those on which the detector is behind a rule of thumb (plain
+  disagreement, a threshold on KL) at the rule's own false-alarm rate gain weight, as in distributionally
+  robust optimisation (Sagawa et al., ICLR 2020).
 - A tampered answer that still names the verification model's class cannot be told from benign traffic
   by its label. Such rows count less, or they would buy alarms on agreeing benign rows.
 """
@@ -18,23 +21,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fides_plugins.training.attacks import OutputAttack
+from fides_plugins import divergences
+from fides_plugins.training.attacks import GENERATOR, OutputAttack
 from fides_plugins.training.calibration import fit_temperature
 from fides_plugins.training.features import Pair, Temper
 from fides_plugins.training.networks import Detector, Generator, Reclassifier
 from fides_plugins.training.predictions import Predictions
-from fides_plugins.types import Float32Array, IntArray
+from fides_plugins.types import Float32Array, Float64Array, IntArray
 
 #: Called with the work done so far, from 0 to 1.
 ProgressCallback = Callable[[float], None]
 
-REPLAY = "replay"
+#: Genuine answers to other inputs: to any, and to one where the right class is the runner-up.
+REPLAYS = ("replay", "replay-near")
+#: False-alarm rates at which the detector is held against a threshold on KL.
+RULE_RATES = (0.01, 0.05)
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,10 @@ class GanOptions:
     label_keeping_weight:
         Weight of an attack that keeps the label, as against 1 for one that changes it.
     replay_weight:
-        Weight of replays, as against 1 for a named attack.
+        Weight of each of the two kinds of replays, as against 1 for a named attack.
+    regret_step, regret_limit:
+        An attack's weight is multiplied by exp(step * regret) after each round, regret being the rule's
+        true-alarm rate minus the detector's; it stays within 1 / limit and limit times its first value.
     max_rows:
         Rows used per round; more are sampled down.
     class_limit:
@@ -78,6 +90,8 @@ class GanOptions:
     agreeing_weight: float = 0.2
     label_keeping_weight: float = 0.1
     replay_weight: float = 1.0
+    regret_step: float = 15.0
+    regret_limit: float = 4.0
     max_rows: int = 20_000
     class_limit: int = 32
 
@@ -98,12 +112,16 @@ class Networks:
 class _Pool:
     """Features of one attack's rows (or the benign ones), ready for batches."""
 
+    name: str
+    lies: bool
     features: Tensor
     class_features: Tensor
     log_offset: Tensor
     own_class: Tensor
     truth: Tensor | None
     weight: Tensor
+    agrees: Tensor
+    kl: Float64Array
 
     def __len__(self) -> int:
         return len(self.features)
@@ -150,7 +168,8 @@ class _Trainer:
         self.temper_v = Temper(fit_temperature(rows.verification, rows.service.argmax(axis=1)))
         self.own = rows.service.argmax(axis=1)
         self.order = np.argsort(-rows.service, axis=1)[:, :2]
-        self.benign = self._pool(rows.service, np.arange(rows.n_rows), 0.0)
+        self.importance: dict[str, float] = {}
+        self.benign = self._pool("", rows.service, np.arange(rows.n_rows), 0.0, lies=False)
         self.generator = Generator(self.temper_s)
         self.pools = self._attack_pools(with_generator=False)
         sample = torch.cat([self.benign.features, *(p.features for p in self.pools)])
@@ -182,6 +201,7 @@ class _Trainer:
                 if step % 10 == 0:
                     progress((round_ + step / steps) / o.rounds)
             self.detector.eval()
+            self._weigh_attacks()
             if o.generator:
                 self._train_generator(generator_optimiser)
         progress(1.0)
@@ -202,7 +222,8 @@ class _Trainer:
         picks = [(self.benign, torch.randint(len(self.benign), (o.batch,)))]
         picks += [(p, torch.randint(len(p), (o.batch // 2,))) for p in self.pools]
         features = torch.cat([p.features[i] for p, i in picks])
-        benign, weights = o.batch, torch.cat([p.weight[i] for p, i in picks[1:]])
+        benign = o.batch
+        weights = torch.cat([p.weight[i] * self.importance.get(p.name, 1.0) for p, i in picks[1:]])
         target = torch.zeros(len(features))
         target[benign:] = 1.0
         share = torch.cat([torch.full((benign,), 1.0 / benign), weights / weights.sum()])
@@ -211,18 +232,33 @@ class _Trainer:
         losses = functional.binary_cross_entropy_with_logits(logits, target.expand_as(logits), reduction="none")
         detector_loss = (losses * share).sum() / len(logits)
 
-        # The re-classifier is asked about attacked rows; some benign ones teach it to leave them alone.
-        few = benign // 4
-        keep = torch.cat([torch.arange(few), torch.arange(benign, len(features))])
-        class_features = torch.cat([p.class_features[i] for p, i in picks])[keep]
-        offset = torch.cat([p.log_offset[i] for p, i in picks])[keep]
-        scores = self.reclassifier(class_features, features[keep]) + offset[:, :, None]
-        own = torch.cat([p.own_class[i] for p, i in picks])[keep]
-        loss = functional.cross_entropy(scores[:, :, 0], own)
+        # The re-classifier is asked about attacked rows, so lies about the label are the rule; a few benign
+        # rows stand for false alarms. Replays teach it nothing: nothing of the right answer is left in them.
+        asked = [(p, i if p.lies else i[: benign // 32]) for p, i in picks if p.name not in REPLAYS]
+        scores = self.reclassifier(
+            torch.cat([p.class_features[i] for p, i in asked]), torch.cat([p.features[i] for p, i in asked])
+        )
+        scores = scores + torch.cat([p.log_offset[i] for p, i in asked])[:, :, None]
+        loss = functional.cross_entropy(scores[:, :, 0], torch.cat([p.own_class[i] for p, i in asked]))
         if self.rows.labels is not None:
-            truth = torch.cat([p.truth[i] for p, i in picks if p.truth is not None])[keep]
+            truth = torch.cat([p.truth[i] for p, i in asked if p.truth is not None])
             loss = loss + functional.cross_entropy(scores[:, :, 1], truth)
         return detector_loss, loss
+
+    def _weigh_attacks(self) -> None:
+        """Give weight to attacks on which the detector is behind a rule of thumb."""
+        o = self.options
+        with torch.no_grad():
+            benign = self.detector(self.benign.features).numpy()
+            for pool in self.pools:
+                scores = self.detector(pool.features).numpy()
+                own_rate = 1.0 - float(self.benign.agrees.mean())
+                regrets = [1.0 - float(pool.agrees.mean()) - _caught(benign, scores, own_rate)]
+                for rate in RULE_RATES:
+                    regrets.append(_caught(self.benign.kl, pool.kl, rate) - _caught(benign, scores, rate))
+                regret = float(np.clip(max(regrets), -0.05, 0.05))
+                weight = self.importance.get(pool.name, 1.0) * math.exp(o.regret_step * regret)
+                self.importance[pool.name] = float(np.clip(weight, 1.0 / o.regret_limit, o.regret_limit))
 
     def _train_generator(self, optimiser: torch.optim.Optimizer) -> None:
         """Let the generator lower the detector's logit on its own attacks."""
@@ -244,38 +280,39 @@ class _Trainer:
         for attack in self.attacks:
             attacked, changed = attack.apply(self.rows.service, self.rng)
             weight = 1.0 if attack.changes_label else o.label_keeping_weight
-            pools.append(self._pool(attacked[changed], np.flatnonzero(changed), weight, attack.changes_label))
-        replayed = self.rows.service[self._replays()]
-        changed = replayed.argmax(axis=1) != self.own
-        pools.append(self._pool(replayed[changed], np.flatnonzero(changed), o.replay_weight))
+            rows = np.flatnonzero(changed)
+            pools.append(self._pool(attack.name, attacked[rows], rows, weight, attack.changes_label))
+        for name in REPLAYS:
+            replayed = self.rows.service[self._replays(near=name != "replay")]
+            changed = replayed.argmax(axis=1) != self.own
+            pools.append(self._pool(name, replayed[changed], np.flatnonzero(changed), o.replay_weight))
         if with_generator:
             with torch.no_grad():
                 noise = torch.from_numpy(self.rng.standard_normal(self.rows.service.shape, dtype=np.float32))
                 lies = self.generator(torch.from_numpy(self.rows.service), noise).numpy()
-            pools.append(self._pool(lies, np.arange(self.rows.n_rows), 1.0))
+            pools.append(self._pool(GENERATOR, lies, np.arange(self.rows.n_rows), 1.0))
         return [p for p in pools if len(p)]
 
-    def _replays(self) -> IntArray:
-        """For each row, another row whose answer is replayed: any, or one with this class as runner-up.
+    def _replays(self, near: bool) -> IntArray:
+        """For each row, another row whose answer is replayed: any, or one that has its class as runner-up.
 
         The second kind is the careful liar's: of all genuine answers, one that finds the right class plausible.
         """
-        n = self.rows.n_rows
-        chosen = self.rng.permutation(n)
-        careful = self.rng.random(n) < 0.5
-        for c in np.unique(self.own):
-            wanted = np.flatnonzero((self.own == c) & careful)
-            candidates = np.flatnonzero(self.order[:, 1] == c)
-            if len(candidates):
-                chosen[wanted] = self.rng.choice(candidates, len(wanted))
+        chosen = self.rng.permutation(self.rows.n_rows)
+        if near:
+            for c in np.unique(self.own):
+                wanted, candidates = np.flatnonzero(self.own == c), np.flatnonzero(self.order[:, 1] == c)
+                if len(candidates):
+                    chosen[wanted] = self.rng.choice(candidates, len(wanted))
         return chosen
 
     @torch.no_grad()
-    def _pool(self, service: Float32Array, of: IntArray, weight: float, changes_label: bool = True) -> _Pool:
+    def _pool(self, name: str, service: Float32Array, of: IntArray, weight: float, lies: bool = True) -> _Pool:
         """Features of attacked answers (P, K) of the rows `of` (P,), computed in pieces."""
         k = self.rows.n_classes
         piece = max(64, 2_000_000 // k)
         parts: list[tuple[Tensor, ...]] = []
+        kl: list[Float64Array] = []
         for start in range(0, len(of), piece):
             index = of[start : start + piece]
             verification = torch.from_numpy(np.ascontiguousarray(self.rows.verification[index]))
@@ -287,14 +324,16 @@ class _Trainer:
             class_features = pair.class_features().gather(1, columns[:, :, None].expand(-1, -1, 6))
             at = [(columns == wanted[:, None]).to(torch.int64).argmax(dim=1) for wanted in (own, truth)]
             agrees = pair.agreement[:, 0]
-            light = self.options.agreeing_weight if changes_label else 1.0
+            light = self.options.agreeing_weight if lies else 1.0
             weights = weight * (1.0 + agrees * (light - 1.0))
-            parts.append((pair.features(), class_features, offset, at[0], at[1], weights))
+            parts.append((pair.features(), class_features, offset, at[0], at[1], weights, agrees))
+            kl.append(divergences.kl(claimed.numpy(), verification.numpy()))
         if not parts:
             empty = torch.empty(0)
-            return _Pool(empty, empty, empty, empty, empty, empty)
-        f, c, offset, own_at, truth_at, w = (torch.cat(column) for column in zip(*parts, strict=True))
-        return _Pool(f, c, offset, own_at, truth_at if self.rows.labels is not None else None, w)
+            return _Pool(name, lies, empty, empty, empty, empty, empty, empty, empty, np.empty(0))
+        f, c, offset, own_at, truth_at, w, agree = (torch.cat(column) for column in zip(*parts, strict=True))
+        labelled = truth_at if self.rows.labels is not None else None
+        return _Pool(name, lies, f, c, offset, own_at, labelled, w, agree, np.concatenate(kl))
 
     def _candidates(self, pair: Pair, own: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
         """(N, M) class indices and log-weights: all classes where they are few, else a sample."""
@@ -312,6 +351,12 @@ class _Trainer:
         offset = torch.zeros(n, limit)
         offset[:, likely:] = math.log((k - likely) / at_random)
         return columns, offset
+
+
+def _caught(benign: NDArray[Any], attacked: NDArray[Any], rate: float) -> float:
+    """Share of attacked scores above the threshold that a share `rate` of benign ones exceeds."""
+    threshold = np.sort(benign)[::-1][min(int(rate * len(benign)), len(benign) - 1)]
+    return float((attacked > threshold).mean())
 
 
 class _frozen:
