@@ -85,8 +85,8 @@ EXAMPLE = Example(
     name="glyphs",
     load=load,
     build=build,
-    epochs=15,
-    options=FitOptions(agreement=0.97, transfer_rows=24_000),
+    epochs=10,
+    options=FitOptions(agreement=0.95, transfer_rows=20_000, epochs=12),
     augmentation=Augmentation(degrees=5, scale=0.08, shift=0.05, noise=0.2, mix=0.0),
 )
 
