@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -15,7 +16,9 @@ from rich.table import Table
 
 def console(stderr: bool = False) -> Console:
     """A console made when needed, so that tests and pipes see the real streams."""
-    return Console(stderr=stderr, highlight=False)
+    stream = sys.stderr if stderr else sys.stdout
+    # Into a file or a pipe there is no width to respect, and eighty columns would fold the tables.
+    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else 120)
 
 
 def print_json(value: Any) -> None:

@@ -130,7 +130,7 @@ def _show(figures: DemoFigures) -> None:
 
 def _percent(share: Share) -> str:
     low, high = share.interval
-    return f"{share.value:.1%} [{low:.1%}, {high:.1%}]"
+    return f"{share.value:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def _show_example(example: Example) -> None:
