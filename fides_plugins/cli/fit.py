@@ -104,6 +104,12 @@ def fit(
     encoding: Annotated[
         str, typer.Option(help="How TorchServe gets a row: json, npy or png.", rich_help_panel=_SERVICE)
     ] = "json",
+    request_key: Annotated[
+        str, typer.Option(help="Key of the row in TorchServe's JSON requests.", rich_help_panel=_SERVICE)
+    ] = "",
+    response_key: Annotated[
+        str, typer.Option(help="Key of the class values in its answers.", rich_help_panel=_SERVICE)
+    ] = "",
     cache: Annotated[
         Path | None,
         typer.Option(
@@ -199,6 +205,8 @@ def fit(
         "input_name": input_name,
         "output_name": output_name,
         "encoding": encoding,
+        "request_key": request_key,
+        "response_key": response_key,
     }
     if engine == "ray":
         # Workers have folders of their own as working directories.

@@ -186,6 +186,8 @@ def fit_service(
     input_name: str = "",
     output_name: str = "",
     encoding: str = "json",
+    request_key: str = "",
+    response_key: str = "",
     progress: Progress | None = None,
     who: Alone = ALONE,
 ) -> FitReport:
@@ -207,7 +209,7 @@ def fit_service(
         For `train_detection`.
     cache:
         Folder for the service's answers, kept. By default they lie beside `out` until the fit has succeeded.
-    input_name, output_name, encoding:
+    input_name, output_name, encoding, request_key, response_key:
         For `load_teacher`.
     progress:
         See `Progress`.
@@ -225,7 +227,14 @@ def fit_service(
     check_target(out)
     chosen = options or FitOptions()
     teacher = (
-        load_teacher(service, input_name=input_name, output_name=output_name, encoding=encoding)
+        load_teacher(
+            service,
+            input_name=input_name,
+            output_name=output_name,
+            encoding=encoding,
+            request_key=request_key,
+            response_key=response_key,
+        )
         if isinstance(service, str)
         else service
     )

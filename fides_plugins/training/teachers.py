@@ -9,8 +9,6 @@ run asks only for what it does not have yet.
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import os
 import tempfile
 from abc import ABC, abstractmethod
@@ -26,15 +24,13 @@ from fides_plugins.bundle import InputSpec
 from fides_plugins.errors import BundleError, InputError, TrainingError
 from fides_plugins.onnx_model import OnnxModel
 from fides_plugins.training.costs import Cost, example_row, onnx_cost, torch_cost
-from fides_plugins.training.data import array_digest, image_layout
+from fides_plugins.training.data import array_digest
 from fides_plugins.types import Float32Array, OutputKind
 
 #: Rows per request and per cached file.
 CHUNK_ROWS = 128
 #: Probabilities are raised to this before a logarithm turns them into logits.
 SMALLEST_PROBABILITY = 1e-7
-
-_ENDPOINT_REMEDY = "Start it again and repeat the command: answers received so far are kept and not asked for again."
 
 
 class Teacher(ABC):
@@ -72,7 +68,14 @@ class Teacher(ABC):
         """Let go of connections."""
 
 
-def _class_matrix(output: NDArray[Any], n: int, name: str) -> Float32Array:
+def class_matrix(output: NDArray[Any], n: int, name: str) -> Float32Array:
+    """The answer to `n` rows as (n, K) float32.
+
+    Raises
+    ------
+    TrainingError
+        If it has another shape, or is not finite.
+    """
     array = np.asarray(output, dtype=np.float32)
     if array.ndim != 2 or len(array) != n or array.shape[1] < 2:
         raise TrainingError(
@@ -122,7 +125,7 @@ class OnnxTeacher(Teacher):
                 parts.append(self._model.run({self._input.name: fed})[self._output.name][: len(rows)])
         except InputError as error:
             raise TrainingError(f"{self.name}: {error}", "Save the images as the service takes them.") from error
-        return _class_matrix(np.concatenate(parts), n, self.name)
+        return class_matrix(np.concatenate(parts), n, self.name)
 
     def cost(self, images: NDArray[Any]) -> Cost | None:
         return onnx_cost(self.data, images.shape[1:])
@@ -172,185 +175,10 @@ class TorchTeacher(Teacher):
             ) from error
         if not isinstance(output, torch.Tensor):
             raise TrainingError(f"{self.name} gives a {type(output).__name__}, not one tensor of class outputs.")
-        return _class_matrix(output.detach().numpy(), len(images), self.name)
+        return class_matrix(output.detach().numpy(), len(images), self.name)
 
     def cost(self, images: NDArray[Any]) -> Cost | None:
         return torch_cost(self.module, example_row(images))
-
-
-class TritonTeacher(Teacher):
-    """A model behind a Triton server, asked over gRPC.
-
-    Parameters
-    ----------
-    address:
-        host:port of the gRPC endpoint.
-    model, version:
-        As the server names them; an empty version is the server's choice.
-    """
-
-    def __init__(
-        self,
-        address: str,
-        model: str,
-        version: str = "",
-        input_name: str = "",
-        output_name: str = "",
-        timeout_s: float = 30.0,
-    ) -> None:
-        import tritonclient.grpc as grpc
-        from tritonclient.utils import InferenceServerException, triton_to_np_dtype
-
-        self.name = f"Triton model {model}"
-        self._grpc, self._failure, self._timeout = grpc, InferenceServerException, timeout_s
-        self._model, self._version = model, version
-        try:
-            self._client = grpc.InferenceServerClient(address)
-            metadata = self._client.get_model_metadata(model, version, client_timeout=timeout_s)
-            config = self._client.get_model_config(model, version, client_timeout=timeout_s).config
-        except InferenceServerException as error:
-            raise TrainingError(
-                f"{self.name} at {address} does not answer: {error.message()}.", "Check address, name and version."
-            ) from error
-        batched = config.max_batch_size > 0
-        self._batch = config.max_batch_size if batched else CHUNK_ROWS
-        source = _pick_named(metadata.inputs, input_name, "input", self.name)
-        target = _pick_named(metadata.outputs, output_name, "output", self.name)
-        self._input, self._output, self._datatype = source.name, target.name, source.datatype
-        shape = [int(s) if int(s) >= 0 else None for s in source.shape]
-        dtype = np.dtype(triton_to_np_dtype(source.datatype))
-        self.input = InputSpec(name=source.name, dtype=dtype.name, shape=(None, *shape[1:]))
-        # The server's model files cannot be seen: address, versions and config stand for them.
-        about = (
-            f"{address}/{model}/{version}/{list(metadata.versions)}/{config.SerializeToString(deterministic=True)!r}"
-        )
-        self.digest = hashlib.sha256(about.encode()).hexdigest()
-
-    def ask(self, images: NDArray[Any]) -> Float32Array:
-        parts = []
-        for start in range(0, len(images), self._batch):
-            rows = np.ascontiguousarray(images[start : start + self._batch])
-            tensor = self._grpc.InferInput(self._input, list(rows.shape), self._datatype)
-            tensor.set_data_from_numpy(rows)
-            wanted = [self._grpc.InferRequestedOutput(self._output)]
-            try:
-                answer = self._client.infer(
-                    self._model, [tensor], self._version, outputs=wanted, client_timeout=self._timeout
-                )
-            except self._failure as error:
-                raise TrainingError(f"{self.name} stopped answering: {error.message()}.", _ENDPOINT_REMEDY) from error
-            parts.append(_class_matrix(answer.as_numpy(self._output), len(rows), self.name))
-        return np.concatenate(parts)
-
-    def close(self) -> None:
-        self._client.close()
-
-
-def _pick_named(tensors: Any, name: str, what: str, model: str) -> Any:
-    names = [t.name for t in tensors]
-    if name and name in names:
-        return tensors[names.index(name)]
-    if name or len(names) != 1:
-        raise TrainingError(f"{model} has the {what}s {names}.", f"Name the one that matters with --{what}-name.")
-    return tensors[0]
-
-
-#: How one row becomes the body of an HTTP request, and its content type.
-Encoder = Callable[[NDArray[Any]], tuple[bytes, str]]
-
-
-def _encode_json(row: NDArray[Any]) -> tuple[bytes, str]:
-    return json.dumps(row.tolist()).encode(), "application/json"
-
-
-def _encode_npy(row: NDArray[Any]) -> tuple[bytes, str]:
-    buffer = io.BytesIO()
-    np.save(buffer, row, allow_pickle=False)
-    return buffer.getvalue(), "application/octet-stream"
-
-
-def _encode_png(row: NDArray[Any]) -> tuple[bytes, str]:
-    from PIL import Image
-
-    layout = image_layout((None, *row.shape))
-    if layout is None or row.dtype != np.uint8:
-        raise TrainingError("Only uint8 images can be sent as PNG.", "Choose the encoding json or npy.")
-    pixels = row if layout.channels_last or row.ndim == 2 else row.transpose(1, 2, 0)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(buffer, "PNG")
-    return buffer.getvalue(), "image/png"
-
-
-ENCODERS: dict[str, Encoder] = {"json": _encode_json, "npy": _encode_npy, "png": _encode_png}
-
-
-class TorchServeTeacher(Teacher):
-    """A model behind TorchServe, asked over HTTP, one row per request.
-
-    Parameters
-    ----------
-    url:
-        `http://host:port/predictions/model[/version]`.
-    encoding:
-        How a row is sent: "json" (nested lists), "npy" (the bytes of an .npy file) or "png" (uint8 images).
-    n_classes:
-        Needed only where the handler answers with its top classes by index, such as {"3": 0.9, "5": 0.1}.
-
-    Answers that are understood: a list of K numbers, such a list under one key or in a list of one, or an
-    object from class index to number.
-    """
-
-    def __init__(self, url: str, encoding: str = "json", n_classes: int | None = None, timeout_s: float = 30.0) -> None:
-        import httpx
-
-        if encoding not in ENCODERS:
-            raise TrainingError(f"There is no encoding {encoding!r}; choose one of {sorted(ENCODERS)}.")
-        self._failure = httpx.HTTPError
-        self._client = httpx.Client(timeout=timeout_s)
-        self._url, self._encode, self._n_classes = url, ENCODERS[encoding], n_classes
-        self.name = f"TorchServe model {urlsplit(url).path.removeprefix('/predictions/')}"
-        self.digest = hashlib.sha256(f"{url} {encoding}".encode()).hexdigest()
-
-    def ask(self, images: NDArray[Any]) -> Float32Array:
-        answers = []
-        for row in images:
-            body, kind = self._encode(row)
-            try:
-                response = self._client.post(self._url, content=body, headers={"Content-Type": kind})
-            except self._failure as error:
-                raise TrainingError(f"{self.name} stopped answering: {error}.", _ENDPOINT_REMEDY) from error
-            if response.status_code >= 500:
-                raise TrainingError(f"{self.name} answered with status {response.status_code}.", _ENDPOINT_REMEDY)
-            if response.status_code != 200:
-                raise TrainingError(
-                    f"{self.name} refused a row with status {response.status_code}.", "Check the URL and the encoding."
-                )
-            answers.append(self._parse(response.content))
-        if len({len(a) for a in answers}) > 1:
-            raise TrainingError(f"{self.name} answers with different numbers of classes.", "Let it give all classes.")
-        return _class_matrix(np.array(answers, np.float32), len(images), self.name)
-
-    def _parse(self, content: bytes) -> list[float]:
-        try:
-            value = json.loads(content)
-            while isinstance(value, (list, dict)) and len(value) == 1:
-                value = value[0] if isinstance(value, list) else next(iter(value.values()))
-            if isinstance(value, dict) and all(k.isdigit() for k in value):
-                numbers = [0.0] * max(self._n_classes or 0, 1 + max(map(int, value)))
-                for index, number in value.items():
-                    numbers[int(index)] = float(number)
-                return numbers
-            if isinstance(value, list):
-                return [float(v) for v in value]
-        except (ValueError, TypeError):
-            pass
-        raise TrainingError(
-            f"{self.name} answered with something that is no list of class values.",
-            "Use a handler that answers with all class values, such as [0.1, 0.9].",
-        )
-
-    def close(self) -> None:
-        self._client.close()
 
 
 def load_teacher(
@@ -359,7 +187,8 @@ def load_teacher(
     input_name: str = "",
     output_name: str = "",
     encoding: str = "json",
-    n_classes: int | None = None,
+    request_key: str = "",
+    response_key: str = "",
 ) -> Teacher:
     """The teacher that a command-line argument means; see the module's text for the forms.
 
@@ -368,6 +197,8 @@ def load_teacher(
     TrainingError
         If the form is unknown, the file is missing or the endpoint does not answer.
     """
+    from fides_plugins.training.endpoints import TorchServeTeacher, TritonTeacher
+
     parts = urlsplit(service)
     if parts.scheme == "grpc":
         model, _, version = parts.path.strip("/").partition("/")
@@ -375,7 +206,7 @@ def load_teacher(
             raise TrainingError(f"{service!r} is not of the form grpc://host:port/model.")
         return TritonTeacher(parts.netloc, model, version, input_name, output_name)
     if parts.scheme in ("http", "https"):
-        return TorchServeTeacher(service, encoding, n_classes)
+        return TorchServeTeacher(service, encoding, request_key, response_key)
     path = Path(service)
     if path.suffix == ".onnx":
         try:

@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from fides_plugins.errors import TrainingError
+from fides_plugins.training.endpoints import TorchServeTeacher
 from fides_plugins.training.export import export_onnx
 from fides_plugins.training.teachers import (
     CHUNK_ROWS,
     AnswerCache,
     OnnxTeacher,
     Teacher,
-    TorchServeTeacher,
     TorchTeacher,
     as_logits,
     load_teacher,
@@ -180,7 +180,8 @@ class Answering(BaseHTTPRequestHandler):
         if cls.served > cls.fail_after:
             self.send_error(503)
             return
-        z = expected(np.array([json.loads(body)], np.float32))[0]
+        sent = json.loads(body)
+        z = expected(np.array([sent["x"] if isinstance(sent, dict) else sent], np.float32))[0]
         content = json.dumps(cls.answer([float(v) for v in z])).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
@@ -202,7 +203,7 @@ def server() -> Iterator[tuple[str, type[Answering]]]:
     httpd.server_close()
 
 
-@pytest.mark.parametrize("form", ["list", "nested", "object", "keyed"])
+@pytest.mark.parametrize("form", ["list", "nested", "object", "keyed", "chosen"])
 def test_http_answers(server: tuple[str, type[Answering]], form: str) -> None:
     url, handler = server
     shapes = {
@@ -210,9 +211,10 @@ def test_http_answers(server: tuple[str, type[Answering]], form: str) -> None:
         "nested": lambda z: [z],
         "object": lambda z: {str(i): v for i, v in enumerate(z)},
         "keyed": lambda z: {"probabilities": z},
+        "chosen": lambda z: {"label": 1, "probabilities": z},
     }
     handler.answer = staticmethod(shapes[form])  # type: ignore[method-assign]
-    teacher = load_teacher(url)
+    teacher = load_teacher(url, request_key="x", response_key="probabilities" if form == "chosen" else "")
     assert np.allclose(teacher.ask(X), expected(), atol=1e-5)
     assert teacher.cost(X) is None
     teacher.close()
@@ -233,7 +235,7 @@ def test_http_endpoint_that_stops_half_way(server: tuple[str, type[Answering]], 
 def test_http_answer_that_is_none(server: tuple[str, type[Answering]]) -> None:
     url, handler = server
     handler.answer = staticmethod(lambda z: {"label": "cat", "score": 0.5})  # type: ignore[method-assign]
-    with pytest.raises(TrainingError, match="no list of class values"):
+    with pytest.raises(TrainingError, match="no list of all class values"):
         TorchServeTeacher(url).ask(X)
 
 
