@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 TORCH := torch==2.13.0
 WORKERS ?= 2
 
-.PHONY: install demo test test-unit test-integration lint format docs bench study clean
+.PHONY: install demo test test-unit test-integration lint format docs bench study model-repository clean
 
 install: $(STAMP)
 
@@ -61,6 +61,14 @@ study: install
 	$(BIN)/python -m examples.glyphs
 	$(BIN)/python benchmarks/triton_failure.py
 	$(BIN)/python benchmarks/audit_run.py
+
+# Makes the digits service and bundle of model_repository/ again, from seed 0.
+model-repository: install
+	rm -rf build/digits
+	$(BIN)/fides demo --server inprocess --keep build/digits
+	cp build/digits/service.onnx model_repository/digits_base/1/model.onnx
+	rm -rf model_repository/fides_verify/bundle
+	cp -r build/digits/bundle model_repository/fides_verify/bundle
 
 clean:
 	rm -rf $(VENV) site build dist
