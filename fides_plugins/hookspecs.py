@@ -24,8 +24,11 @@ import pluggy
 from fides_plugins.types import Detection, Prediction, Query, Reclassification, Verdict, Verification
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fides_plugins.bundle import Bundle
     from fides_plugins.settings import Settings
+    from fides_plugins.training.attacks import Attack
 
 PROJECT_NAME = "fides"
 ENTRY_POINT_GROUP = "fides_plugins"
@@ -185,4 +188,28 @@ def fides_record(query: Query, verdict: Verdict) -> None:
     ...     @hookimpl
     ...     def fides_record(self, verdict):
     ...         self.attacked += verdict.counts()["attacked"]
+    """
+
+
+@hookspec
+def fides_attacks() -> Sequence[Attack] | None:
+    """Give attacks for `fides evaluate --plugin` to try, beside the built-in ones. Never called in a server.
+
+    All implementations are asked, last loaded first; their attacks are put together. A name that exists
+    already, or an object that is no attack, stops the command with a `PluginError`.
+
+    Returns
+    -------
+    `training.attacks.OutputAttack` objects, or None for none. An attack's function takes clean service
+    probabilities (N, K) float32 and a numpy generator, and returns attacked ones (N, K); every random
+    choice must come from that generator, so that a seed repeats it. The clean array must not be changed.
+
+    Example
+    -------
+    >>> from fides_plugins import hookimpl
+    >>> class Shrug:
+    ...     @hookimpl
+    ...     def fides_attacks(self):
+    ...         from fides_plugins.training.attacks import OutputAttack
+    ...         return [OutputAttack("shrug", "every class alike", lambda p, rng: p * 0 + 1, changes_label=False)]
     """

@@ -18,6 +18,7 @@ from fides_plugins.errors import FidesError
 COMMANDS: tuple[str, ...] = (
     "demo",
     "fit",
+    "evaluate",
     "inspect",
     "plugins",
     "evidence",

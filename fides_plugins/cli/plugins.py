@@ -21,6 +21,7 @@ HOOK_ORDER = (
     "fides_reclassify",
     "fides_record",
     "fides_unconfigure",
+    "fides_attacks",
 )
 
 

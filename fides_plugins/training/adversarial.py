@@ -32,7 +32,7 @@ from torch.nn import functional
 from fides_plugins import divergences
 from fides_plugins.training.attacks import GENERATOR, OutputAttack
 from fides_plugins.training.calibration import fit_temperature
-from fides_plugins.training.features import Pair, Temper
+from fides_plugins.training.features import CLASS_FEATURES, Pair, Temper
 from fides_plugins.training.networks import Detector, Generator, Reclassifier
 from fides_plugins.training.predictions import Predictions
 from fides_plugins.types import Float32Array, Float64Array, IntArray
@@ -55,15 +55,15 @@ class GanOptions:
     rounds:
         Times the attacks are drawn anew.
     steps:
-        Detector and re-classifier steps per round; `None`: ten passes over the rows, within 60 and 150.
+        Detector and re-classifier steps per round; `None`: 16 passes over the rows, within 100 and 160.
     generator_steps:
         Generator steps per round.
     generator:
         Whether there is a generator; False leaves it out of training.
     batch:
         Benign rows per step; each attack adds half as many.
-    learning_rate, weight_decay:
-        Of AdamW, for detector and re-classifier.
+    learning_rate, reclassifier_rate, weight_decay:
+        Of AdamW, for the detector, for the re-classifier, and for both.
     agreeing_weight:
         Weight of tampered rows that still name the verification model's class.
     label_keeping_weight:
@@ -72,7 +72,9 @@ class GanOptions:
         Weight of each of the two kinds of replays, as against 1 for a named attack.
     regret_step, regret_limit:
         An attack's weight is multiplied by exp(step * regret) after each round, regret being the rule's
-        true-alarm rate minus the detector's; it stays within 1 / limit and limit times its first value.
+        true-alarm rate minus the detector's; it stays within 1/2 and `regret_limit` times its first value.
+    error_step, error_limit:
+        The same for the re-classifier, by its error minus the mean error over attacks.
     max_rows:
         Rows used per round; more are sampled down.
     class_limit:
@@ -86,12 +88,15 @@ class GanOptions:
     generator: bool = True
     batch: int = 512
     learning_rate: float = 3e-3
+    reclassifier_rate: float = 6e-3
     weight_decay: float = 1e-3
     agreeing_weight: float = 0.2
     label_keeping_weight: float = 0.1
     replay_weight: float = 1.0
     regret_step: float = 15.0
     regret_limit: float = 4.0
+    error_step: float = 8.0
+    error_limit: float = 4.0
     max_rows: int = 20_000
     class_limit: int = 32
 
@@ -169,6 +174,7 @@ class _Trainer:
         self.own = rows.service.argmax(axis=1)
         self.order = np.argsort(-rows.service, axis=1)[:, :2]
         self.importance: dict[str, float] = {}
+        self.difficulty: dict[str, float] = {}
         self.benign = self._pool("", rows.service, np.arange(rows.n_rows), 0.0, lies=False)
         self.generator = Generator(self.temper_s)
         self.pools = self._attack_pools(with_generator=False)
@@ -179,13 +185,13 @@ class _Trainer:
     def run(self, progress: ProgressCallback) -> Networks:
         o = self.options
         n = self.rows.n_rows
-        steps = o.steps or int(np.clip(10 * math.ceil(n / o.batch), 60, 150))
+        steps = o.steps or int(np.clip(16 * math.ceil(n / o.batch), 100, 160))
         total = o.rounds * steps
         optimisers, schedules = [], []
-        for net in (self.detector, self.reclassifier):
-            optimiser = torch.optim.AdamW(net.parameters(), lr=o.learning_rate, weight_decay=o.weight_decay)
+        for net, rate in ((self.detector, o.learning_rate), (self.reclassifier, o.reclassifier_rate)):
+            optimiser = torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=o.weight_decay)
             optimisers.append(optimiser)
-            schedules.append(torch.optim.lr_scheduler.OneCycleLR(optimiser, o.learning_rate, total_steps=total))
+            schedules.append(torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=total))
         generator_optimiser = torch.optim.Adam(self.generator.parameters(), lr=3e-3)
         for round_ in range(o.rounds):
             if round_:
@@ -234,12 +240,15 @@ class _Trainer:
 
         # The re-classifier is asked about attacked rows, so lies about the label are the rule; a few benign
         # rows stand for false alarms. Replays teach it nothing: nothing of the right answer is left in them.
-        asked = [(p, i if p.lies else i[: benign // 32]) for p, i in picks if p.name not in REPLAYS]
+        few = {True: 3 * o.batch // 8, False: o.batch // 48}
+        asked = [(p, i[: few[p.lies]]) for p, i in picks if p.name not in REPLAYS]
         scores = self.reclassifier(
             torch.cat([p.class_features[i] for p, i in asked]), torch.cat([p.features[i] for p, i in asked])
         )
         scores = scores + torch.cat([p.log_offset[i] for p, i in asked])[:, :, None]
-        loss = functional.cross_entropy(scores[:, :, 0], torch.cat([p.own_class[i] for p, i in asked]))
+        share = torch.cat([torch.full((len(i),), self.difficulty.get(p.name, 1.0)) for p, i in asked])
+        own = torch.cat([p.own_class[i] for p, i in asked])
+        loss = functional.cross_entropy(scores[:, :, 0], own, reduction="none") @ share / share.sum()
         if self.rows.labels is not None:
             truth = torch.cat([p.truth[i] for p, i in asked if p.truth is not None])
             loss = loss + functional.cross_entropy(scores[:, :, 1], truth)
@@ -258,7 +267,23 @@ class _Trainer:
                     regrets.append(_caught(self.benign.kl, pool.kl, rate) - _caught(benign, scores, rate))
                 regret = float(np.clip(max(regrets), -0.05, 0.05))
                 weight = self.importance.get(pool.name, 1.0) * math.exp(o.regret_step * regret)
-                self.importance[pool.name] = float(np.clip(weight, 1.0 / o.regret_limit, o.regret_limit))
+                self.importance[pool.name] = float(np.clip(weight, 0.5, o.regret_limit))
+            self._weigh_errors()
+
+    def _weigh_errors(self) -> None:
+        """Give weight to attacks from which the re-classifier recovers less than from the others."""
+        o = self.options
+        errors = {}
+        for pool in self.pools:
+            if pool.lies and pool.name not in REPLAYS:
+                some = slice(None, 4096)
+                scores = self.reclassifier(pool.class_features[some], pool.features[some])[:, :, 0]
+                chosen = (scores + pool.log_offset[some]).argmax(dim=1)
+                errors[pool.name] = float((chosen != pool.own_class[some]).float().mean())
+        typical = float(np.mean(list(errors.values()))) if errors else 0.0
+        for name, error in errors.items():
+            weight = self.difficulty.get(name, 1.0) * math.exp(o.error_step * (error - typical))
+            self.difficulty[name] = float(np.clip(weight, 1.0 / o.error_limit, o.error_limit))
 
     def _train_generator(self, optimiser: torch.optim.Optimizer) -> None:
         """Let the generator lower the detector's logit on its own attacks."""
@@ -321,7 +346,7 @@ class _Trainer:
             own = torch.from_numpy(self.own[index])
             truth = own if self.rows.labels is None else torch.from_numpy(self.rows.labels[index])
             columns, offset = self._candidates(pair, own, truth)
-            class_features = pair.class_features().gather(1, columns[:, :, None].expand(-1, -1, 6))
+            class_features = pair.class_features().gather(1, columns[:, :, None].expand(-1, -1, CLASS_FEATURES))
             at = [(columns == wanted[:, None]).to(torch.int64).argmax(dim=1) for wanted in (own, truth)]
             agrees = pair.agreement[:, 0]
             light = self.options.agreeing_weight if lies else 1.0

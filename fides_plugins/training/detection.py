@@ -37,7 +37,7 @@ GENERATOR_FILE = "generator.onnx"
 CALIBRATION_FILE = "calibration.json"
 
 #: Share of the rows kept away from training and used to calibrate.
-CALIBRATION_FRACTION = 0.25
+CALIBRATION_FRACTION = 0.2
 #: Below this many rows to train on, the networks have nothing to learn from.
 MIN_TRAINING_ROWS = 64
 

@@ -111,6 +111,31 @@ class Judge:
         return run_graph(self.detector, "score", service=service, verification=verification)
 
 
+@dataclass(frozen=True)
+class Details:
+    """One attack, row by row.
+
+    Attributes
+    ----------
+    roc:
+        By rule ("learned", "disagreement", "kl"): false-alarm and true-alarm rates.
+    benign, attacked:
+        (n,), (m,) scores.
+    rows:
+        (m,) clean row behind each attacked one.
+    claimed, verified, corrected:
+        (m,) class indices: the lie, the verification model's class, the re-classifier's.
+    """
+
+    roc: dict[str, tuple[list[float], list[float]]]
+    benign: Float32Array
+    attacked: Float32Array
+    rows: IntArray
+    claimed: IntArray
+    verified: IntArray
+    corrected: IntArray
+
+
 @dataclass
 class Evaluation:
     """What was measured.
@@ -119,12 +144,12 @@ class Evaluation:
     ----------
     result:
         JSON, keys as in the module's description.
-    curves:
-        Per attack: ROC curves of learned, KL and disagreement, and scores for histograms.
+    details:
+        Per attack, for the report.
     """
 
     result: dict[str, Any]
-    curves: dict[str, dict[str, Any]] = field(default_factory=dict)
+    details: dict[str, Details] = field(default_factory=dict)
 
 
 def evaluate(
@@ -196,13 +221,13 @@ def evaluate(
         **agreement_measures(rows, weights),
     }
     result: dict[str, Any] = {"clean": clean, "attacks": {}, "unseen": {}, "comparison": {"seen": {}, "unseen": {}}}
-    curves: dict[str, dict[str, Any]] = {}
+    details: dict[str, Details] = {}
     for i, attack in enumerate(attacked):
         tell(f"attack {attack.name}", i / len(attacked))
         measured = measure(judge, rows, attack, weights, rate)
         result["attacks"][attack.name] = measured.values
         result["comparison"]["seen"][attack.name] = measured.comparison
-        curves[attack.name] = measured.curves
+        details[attack.name] = measured.details
     if unseen:
         _unseen(result, rows, fit_rows, outputs, registry, rate, seed, tell)
     tell("monitor", 0.0)
@@ -214,7 +239,7 @@ def evaluate(
         MonitorStudy(error=monitor_error, seed=seed),
     )
     result["monitor"]["attack"] = switched.name
-    return Evaluation(result, curves)
+    return Evaluation(result, details)
 
 
 def generator_attack(graph: bytes) -> OutputAttack:
@@ -244,11 +269,11 @@ def attack_all(rows: Predictions, attacks: Sequence[OutputAttack], seed: int) ->
 
 @dataclass(frozen=True)
 class Measured:
-    """One attack's numbers: JSON values, JSON comparison, and curves for the report."""
+    """One attack's numbers: JSON values, JSON comparison, and what the report draws."""
 
     values: dict[str, Any]
     comparison: dict[str, Any]
-    curves: dict[str, Any]
+    details: Details
 
 
 def measure(judge: Judge, clean: Predictions, attack: AttackedRows, weights: Any, rate: float) -> Measured:
@@ -283,11 +308,15 @@ def measure(judge: Judge, clean: Predictions, attack: AttackedRows, weights: Any
     return Measured(
         values,
         compare(scores, rules["disagreement"], rules["kl"]),
-        {
-            "roc": {"learned": scores.roc(), **{name: rule.roc() for name, rule in rules.items()}},
-            "benign": benign_score,
-            "attacked": attacked_score,
-        },
+        Details(
+            {"learned": scores.roc(), **{name: rule.roc() for name, rule in rules.items()}},
+            benign_score,
+            attacked_score,
+            attack.rows,
+            attack.service.argmax(axis=1),
+            attack.verification.argmax(axis=1),
+            answer,
+        ),
     )
 
 

@@ -48,7 +48,7 @@ FEATURE_NAMES: tuple[str, ...] = (
     "exchange_gain",
 )
 #: Columns of the per-class matrix, see `class_features`.
-CLASS_FEATURES = 6
+CLASS_FEATURES = 13
 
 
 class Temper(nn.Module):
@@ -131,16 +131,16 @@ class Pair:
         )
 
     def class_features(self) -> Tensor:
-        """(N, K, CLASS_FEATURES): each class's log-ratio to the first and second of both models, and both p."""
-        s, v = self.service, self.verification
-        columns = (
-            limit(s - self.top_service[:, :1]),
-            limit(s - self.top_service[:, 1:2]),
-            limit(v - self.top_verification[:, :1]),
-            limit(v - self.top_verification[:, 1:2]),
-            torch.exp(s),
-            torch.exp(v),
-        )
+        """(N, K, CLASS_FEATURES): a class's log-ratio to the first three of both models, its place among the
+        first two, and both probabilities. Log-ratios are divided by 5, so that all columns are of one size."""
+        columns = []
+        for logs, top in ((self.service, self.top_service), (self.verification, self.top_verification)):
+            ratios = [limit(logs - top[:, i : i + 1]) for i in range(TOP)]
+            columns += [ratio * 0.2 for ratio in ratios]
+            columns += [(ratio >= 0.0).to(logs.dtype) for ratio in ratios[:2]]
+            columns.append(torch.exp(logs))
+        # How unlike the two models see the class: what an exchanged class stands out by.
+        columns.append(limit(self.service - self.verification) * 0.2)
         return torch.stack(columns, dim=2)
 
 

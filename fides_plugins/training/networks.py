@@ -76,22 +76,18 @@ class Reclassifier(nn.Module):
     the true one. The second is trained only where there are labels.
     """
 
-    class_scale: Tensor
-
-    def __init__(self, sample: Tensor, width: int = 32) -> None:
+    def __init__(self, sample: Tensor, width: int = 48) -> None:
         super().__init__()
         self.standardise = Standardise(sample)
         self.of_class = nn.Linear(CLASS_FEATURES, width)
         self.of_pair = nn.Linear(_FEATURES, width)
         self.hidden = nn.Linear(width, width)
         self.score = nn.Linear(width, 2)
-        # Log-ratios reach 20, probabilities 1: bring both to the same size once.
-        self.register_buffer("class_scale", torch.tensor([0.2, 0.2, 0.2, 0.2, 1.0, 1.0]))
 
     def forward(self, class_features: Tensor, features: Tensor) -> Tensor:
         """(N, M, 2) scores of M classes from (N, M, CLASS_FEATURES) and (N, F)."""
         context = self.of_pair(self.standardise(features))[:, None, :]
-        x = functional.leaky_relu(self.of_class(class_features * self.class_scale) + context, SLOPE)
+        x = functional.leaky_relu(self.of_class(class_features) + context, SLOPE)
         x = functional.leaky_relu(self.hidden(x), SLOPE)
         return cast(Tensor, self.score(x))
 

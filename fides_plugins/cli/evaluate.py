@@ -1,0 +1,222 @@
+"""`fides evaluate`: how good a bundle's detection is, on rows it was not fitted on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fides_plugins.cli._output import console, print_json, print_table, progress
+from fides_plugins.errors import SettingsError, TrainingError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from fides_plugins.bundle import Bundle
+    from fides_plugins.training.evaluation import AttackedRows
+    from fides_plugins.training.predictions import Predictions
+
+_SERVICE = "The service and the data"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("evaluate")(evaluate)
+
+
+def evaluate(
+    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.", metavar="BUNDLE")],
+    predictions: Annotated[
+        Path | None,
+        typer.Option(help="An .npz file with both models' answers on rows that the bundle was not fitted on."),
+    ] = None,
+    service: Annotated[
+        str, typer.Option(help="The honest service, in any form that `fides fit` takes.", rich_help_panel=_SERVICE)
+    ] = "",
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Its inputs: an .npz file with `images` and optionally `labels`, or a folder by class.",
+            rich_help_panel=_SERVICE,
+        ),
+    ] = None,
+    fit_predictions: Annotated[
+        Path | None,
+        typer.Option(
+            help="Rows to train on again without each attack. Default: a half of the rows is spent on it.",
+        ),
+    ] = None,
+    unseen: Annotated[
+        bool, typer.Option("--unseen/--no-unseen", help="Train again without each attack (the slow part).")
+    ] = True,
+    false_alarm_rate: Annotated[
+        float | None, typer.Option(min=1e-6, max=0.5, help="Budget for `detected`. Default: the bundle's.")
+    ] = None,
+    monitor_error: Annotated[
+        float, typer.Option(min=1e-12, max=0.5, help="Chance of ever raising a false service alarm.")
+    ] = 1e-6,
+    plugin: Annotated[
+        list[str] | None, typer.Option(help="A plug-in with more attacks, package.module or package.module:attribute.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML page here.")] = None,
+    seed: Annotated[int, typer.Option(help="Of attacks, bootstrap and training.")] = 0,
+    input_name: Annotated[str, typer.Option(help="Of the service's input tensor.", rich_help_panel=_SERVICE)] = "",
+    output_name: Annotated[str, typer.Option(help="Of its class output.", rich_help_panel=_SERVICE)] = "",
+    encoding: Annotated[
+        str, typer.Option(help="How TorchServe gets a row: json, npy or png.", rich_help_panel=_SERVICE)
+    ] = "json",
+    request_key: Annotated[
+        str, typer.Option(help="Key of the row in TorchServe's JSON requests.", rich_help_panel=_SERVICE)
+    ] = "",
+    response_key: Annotated[
+        str, typer.Option(help="Key of the class values in its answers.", rich_help_panel=_SERVICE)
+    ] = "",
+    cache: Annotated[
+        Path | None, typer.Option(help="Keep the service's answers here.", rich_help_panel=_SERVICE)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Attack a bundle's detection and measure what it catches, each figure with a 95% interval."""
+    if (predictions is None) == (data is None) or (data is not None) != bool(service):
+        raise SettingsError("Nothing to evaluate on.", "Give --predictions, or --service and --data.")
+    from fides_plugins.bundle import Bundle
+    from fides_plugins.training.evaluation import evaluate as run
+    from fides_plugins.training.predictions import load_predictions
+
+    loaded = Bundle.load(bundle)
+    temperatures = _temperatures(loaded)
+    registry = _registry(plugin or [])
+    with progress(as_json) as bar:
+        task = bar.add_task("evaluate", total=100)
+
+        def tell(what: str, done: float) -> None:
+            bar.update(task, description=what, completed=round(100 * done))
+
+        images: NDArray[Any] | None = None
+        extra: list[AttackedRows] = []
+        skipped: dict[str, str] = {}
+        if predictions is not None:
+            rows = load_predictions(predictions, **temperatures)
+        else:
+            access = {
+                "input_name": input_name,
+                "output_name": output_name,
+                "encoding": encoding,
+                "request_key": request_key,
+                "response_key": response_key,
+            }
+            rows, images, extra, skipped = _ask(loaded, service, str(data), cache, seed, access, tell)
+        found = run(
+            loaded,
+            rows,
+            registry=registry,
+            fit_rows=None if fit_predictions is None else load_predictions(fit_predictions, **temperatures),
+            extra=extra,
+            false_alarm_rate=false_alarm_rate,
+            monitor_error=monitor_error,
+            unseen=unseen,
+            seed=seed,
+            progress=tell,
+        )
+    if skipped:
+        found.result["skipped"] = skipped
+    if report is not None:
+        from fides_plugins.training.report import render
+
+        try:
+            report.write_text(render(loaded, rows, found, images), encoding="utf-8")
+        except OSError as error:
+            raise TrainingError(
+                f"{report.name} cannot be written: {error.strerror}.", "Choose another place."
+            ) from None
+    if as_json:
+        print_json(found.result)
+    else:
+        _show(found.result, report)
+
+
+def _temperatures(bundle: Bundle) -> dict[str, float]:
+    spec = bundle.manifest.verification
+    return {
+        "service_temperature": bundle.manifest.service.temperature,
+        "verification_temperature": 1.0 if spec is None else spec.temperature,
+    }
+
+
+def _registry(load: list[str]) -> Any:
+    from fides_plugins.manager import create_plugin_manager
+    from fides_plugins.settings import Settings
+    from fides_plugins.training.attacks import default_registry
+
+    manager = create_plugin_manager(Settings.from_mapping({"plugins": {"load": load, "required": load}}))
+    return default_registry(manager)
+
+
+def _ask(
+    bundle: Bundle,
+    service: str,
+    data: str,
+    cache: Path | None,
+    seed: int,
+    access: dict[str, str],
+    tell: Callable[[str, float], None],
+) -> tuple[Predictions, NDArray[Any], list[AttackedRows], dict[str, str]]:
+    from fides_plugins.training.evaluate_service import ask_service
+    from fides_plugins.training.teachers import load_teacher
+
+    teacher = load_teacher(service, **access)
+    try:
+        asked = ask_service(bundle, teacher, data, cache=cache, seed=seed, progress=tell)
+    finally:
+        teacher.close()
+    return asked.rows, asked.images, list(asked.attacked), asked.skipped
+
+
+def _show(result: dict[str, Any], report: Path | None) -> None:
+    from fides_plugins.training.evaluation import MEASURES
+
+    clean = result["clean"]
+    low, high = clean["false_alarm_rate_interval"]
+    screen = console()
+    screen.print(
+        f"{clean['rows']:,} rows, {clean['classes']} classes, agreement {clean['agreement']:.4f}. "
+        f"False alarms {clean['false_alarm_rate']:.4f} ({low:.4f} to {high:.4f}) at a budget of {clean['budget']:g}."
+    )
+    for section, title in (("attacks", "Attacks"), ("unseen", "The same attacks, each left out of training")):
+        if result[section]:
+            print_table(title, ("attack", *MEASURES), [_line(n, v, MEASURES) for n, v in result[section].items()])
+    rules = result["comparison"]
+    lines = [
+        (f"{name} ({section})", *(f"{c['difference']:+.3f}{'' if c['no_worse'] else ' worse'}" for c in table.values()))
+        for section in ("seen", "unseen")
+        for name, table in rules[section].items()
+    ]
+    if lines:
+        columns = ("attack", *next(iter(rules["seen"].values())))
+        print_table("Caught more (+) or less (-) than a rule of thumb at equal false-alarm rate", columns, lines)
+    monitor = result["monitor"]
+    print_table(
+        f"Requests until the service alarm ({monitor['attack']}, error {monitor['error']:g})",
+        ("requests attacked", "median", "p95"),
+        [(f, *_delays(v)) for f, v in monitor.items() if isinstance(v, dict)],
+    )
+    screen.print(
+        f"False alarms of the monitor: {monitor['false_alarms']} in {monitor['clean_sequences']} benign sequences "
+        f"of {monitor['clean_rows']:,} rows."
+    )
+    for name, reason in result.get("skipped", {}).items():
+        screen.print(f"Not tried: {name}. {reason}")
+    if report is not None:
+        screen.print(f"Report: {report}")
+
+
+def _line(name: str, values: dict[str, Any], measures: tuple[str, ...]) -> tuple[str, ...]:
+    return (name, *("n/a" if values[m] is None else f"{values[m]:.3f}" for m in measures))
+
+
+def _delays(values: dict[str, Any]) -> tuple[str, str]:
+    median, p95 = ("not reached" if values[q] is None else f"{values[q]:.0f}" for q in ("median", "p95"))
+    return median, p95
