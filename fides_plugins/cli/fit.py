@@ -135,6 +135,9 @@ def fit(
     student_mean: Annotated[
         str, typer.Option(help="Its normalisation, one number per channel: 0.5,0.5,0.5.", rich_help_panel=_OWN)
     ] = "",
+    fine_tune_rate: Annotated[
+        float, typer.Option(min=1e-7, help="Highest learning rate of its layers.", rich_help_panel=_OWN)
+    ] = 4e-3,
     student_std: Annotated[str, typer.Option(help="Likewise.", rich_help_panel=_OWN)] = "",
     engine: Annotated[
         str, typer.Option(help="Who distils: local, torchrun or ray.", rich_help_panel=_WORKERS)
@@ -183,6 +186,7 @@ def fit(
         temperature=temperature,
         alpha=alpha,
         beta=beta,
+        fine_tune_rate=fine_tune_rate,
         scale=scale,
         flip=flip,
         output_kind=output_kind or None,  # type: ignore[arg-type]

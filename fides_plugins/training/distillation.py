@@ -101,7 +101,7 @@ class DistillationSettings:
     epochs: int = 20
     batch_size: int = 128
     learning_rate: float = 4e-3
-    fine_tune_learning_rate: float = 1e-3
+    fine_tune_learning_rate: float = 4e-3
     weight_decay: float = 1e-4
 
 

@@ -79,8 +79,8 @@ class FitOptions:
         The smallest budget that the calibration must support.
     transfer_rows:
         About how many rows the teacher is asked: the distillation rows and changed copies of them.
-    epochs, temperature, alpha, beta:
-        Of distillation.
+    epochs, temperature, alpha, beta, fine_tune_rate:
+        Of distillation, see `DistillationSettings`.
     scale:
         Factor for pixel values, see `data.match_input`.
     flip:
@@ -101,13 +101,16 @@ class FitOptions:
     temperature: float = 5.0
     alpha: float = 0.8
     beta: float = 0.2
+    fine_tune_rate: float = 4e-3
     scale: float | None = None
     flip: bool = False
     output_kind: OutputKind | None = None
 
     def distillation(self) -> DistillationSettings:
         """The part that distillation needs."""
-        return DistillationSettings(self.temperature, self.alpha, self.beta, self.epochs)
+        return DistillationSettings(
+            self.temperature, self.alpha, self.beta, self.epochs, fine_tune_learning_rate=self.fine_tune_rate
+        )
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ class Victim:
         """
         honest = self.service(self.images).argmax(axis=1)
         rows = np.flatnonzero(service.argmax(axis=1) != honest)
-        return AttackedRows(attack.name, attack.summary, service[rows], self.verification(images[rows]), rows)
+        return AttackedRows(attack.name, attack.summary, service[rows], self.verification(images)[rows], rows)
 
 
 class ServiceAttack(Protocol):
