@@ -59,6 +59,7 @@ study: install
 	$(BIN)/python -m examples.digits
 	$(BIN)/python -m examples.mnist
 	$(BIN)/python -m examples.glyphs
+	$(BIN)/python -m benchmarks.gdtl_ablation --mnist build/mnist
 	$(BIN)/python benchmarks/triton_failure.py
 	$(BIN)/python benchmarks/audit_run.py
 
