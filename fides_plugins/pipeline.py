@@ -215,7 +215,9 @@ def _rows(
     }
 
 
-def _expect(kind: type[Verification | Detection | Reclassification], argument: str) -> Callable[[Any, Mapping[str, Any]], Any]:
+def _expect(
+    kind: type[Verification | Detection | Reclassification], argument: str
+) -> Callable[[Any, Mapping[str, Any]], Any]:
     """A check that an answer is a `kind` with as many rows as the hook's `argument`."""
 
     def check(raw: Any, arguments: Mapping[str, Any]) -> Any:

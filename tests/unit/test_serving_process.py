@@ -51,7 +51,7 @@ def test_a_process_that_dies_early_reports_its_log():
     process = Process("Sample", [sys.executable, "-c", "print('no licence'); raise SystemExit(3)"])
     with (
         process,
-        pytest.raises(ServerError, match="ended before it was ready(.|\n)*no licence"),
+        pytest.raises(ServerError, match=r"ended before it was ready(.|\n)*no licence"),
     ):
         process.wait_ready(lambda: False, 20)
 
