@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ from torch.nn import functional
 from fides_plugins import divergences
 from fides_plugins.training.attacks import GENERATOR, OutputAttack
 from fides_plugins.training.calibration import fit_temperature
-from fides_plugins.training.features import CLASS_FEATURES, Pair, Temper
+from fides_plugins.training.features import CLASS_FEATURES, DIVERGENCES, Pair, Temper
 from fides_plugins.training.networks import Detector, Generator, Reclassifier
 from fides_plugins.training.predictions import Predictions
 from fides_plugins.types import Float32Array, Float64Array, IntArray
@@ -66,13 +66,11 @@ class GanOptions:
         Of AdamW, for the detector, for the re-classifier, and for both.
     agreeing_weight:
         Weight of tampered rows that still name the verification model's class.
-    label_keeping_weight:
-        Weight of an attack that keeps the label, as against 1 for one that changes it.
     replay_weight:
         Weight of each of the two kinds of replays, as against 1 for a named attack.
     regret_step, regret_limit:
         An attack's weight is multiplied by exp(step * regret) after each round, regret being the rule's
-        true-alarm rate minus the detector's; it stays within 1/2 and `regret_limit` times its first value.
+        true-alarm rate minus the detector's; it stays within 1 / limit and limit times its first value.
     error_step, error_limit:
         The same for the re-classifier, by its error minus the mean error over attacks.
     max_rows:
@@ -91,7 +89,6 @@ class GanOptions:
     reclassifier_rate: float = 6e-3
     weight_decay: float = 1e-3
     agreeing_weight: float = 0.2
-    label_keeping_weight: float = 0.1
     replay_weight: float = 1.0
     regret_step: float = 15.0
     regret_limit: float = 4.0
@@ -105,8 +102,7 @@ class GanOptions:
 class Networks:
     """What training gives."""
 
-    temper_service: Temper
-    temper_verification: Temper
+    temper: Temper
     detector: Detector
     reclassifier: Reclassifier
     generator: Generator
@@ -167,16 +163,20 @@ class _Trainer:
     def __init__(
         self, rows: Predictions, attacks: tuple[OutputAttack, ...], options: GanOptions, rng: np.random.Generator
     ) -> None:
-        self.rows, self.attacks, self.options, self.rng = rows, attacks, options, rng
+        # Copies, because torch shares memory with numpy and takes no read-only arrays.
+        self.rows = replace(rows, service=rows.service.copy(), verification=rows.verification.copy())
+        self.attacks, self.options, self.rng = attacks, options, rng
         # Each model's temperature from the other's choice: certainty then says how likely they agree.
-        self.temper_s = Temper(fit_temperature(rows.service, rows.verification.argmax(axis=1)))
-        self.temper_v = Temper(fit_temperature(rows.verification, rows.service.argmax(axis=1)))
+        self.temper = Temper(
+            fit_temperature(rows.service, rows.verification.argmax(axis=1)),
+            fit_temperature(rows.verification, rows.service.argmax(axis=1)),
+        )
         self.own = rows.service.argmax(axis=1)
         self.order = np.argsort(-rows.service, axis=1)[:, :2]
         self.importance: dict[str, float] = {}
         self.difficulty: dict[str, float] = {}
         self.benign = self._pool("", rows.service, np.arange(rows.n_rows), 0.0, lies=False)
-        self.generator = Generator(self.temper_s)
+        self.generator = Generator(self.temper.temperatures[0])
         self.pools = self._attack_pools(with_generator=False)
         sample = torch.cat([self.benign.features, *(p.features for p in self.pools)])
         self.detector = Detector(sample)
@@ -214,8 +214,7 @@ class _Trainer:
         for module in (self.detector, self.reclassifier, self.generator):
             module.eval()
         return Networks(
-            self.temper_s,
-            self.temper_v,
+            self.temper,
             self.detector,
             self.reclassifier,
             self.generator,
@@ -243,7 +242,8 @@ class _Trainer:
         few = {True: 3 * o.batch // 8, False: o.batch // 48}
         asked = [(p, i[: few[p.lies]]) for p, i in picks if p.name not in REPLAYS]
         scores = self.reclassifier(
-            torch.cat([p.class_features[i] for p, i in asked]), torch.cat([p.features[i] for p, i in asked])
+            torch.cat([p.class_features[i] for p, i in asked]),
+            torch.cat([p.features[i, DIVERGENCES:] for p, i in asked]),
         )
         scores = scores + torch.cat([p.log_offset[i] for p, i in asked])[:, :, None]
         share = torch.cat([torch.full((len(i),), self.difficulty.get(p.name, 1.0)) for p, i in asked])
@@ -265,9 +265,13 @@ class _Trainer:
                 regrets = [1.0 - float(pool.agrees.mean()) - _caught(benign, scores, own_rate)]
                 for rate in RULE_RATES:
                     regrets.append(_caught(self.benign.kl, pool.kl, rate) - _caught(benign, scores, rate))
-                regret = float(np.clip(max(regrets), -0.05, 0.05))
+                # Behind one rule is behind; ahead of all of them, an attack leaves its weight to the others.
+                behind = max(regrets)
+                regret = float(
+                    np.clip(behind if behind > 0.002 else np.mean(np.clip(regrets, -0.05, 0.0)), -0.05, 0.05)
+                )
                 weight = self.importance.get(pool.name, 1.0) * math.exp(o.regret_step * regret)
-                self.importance[pool.name] = float(np.clip(weight, 0.5, o.regret_limit))
+                self.importance[pool.name] = float(np.clip(weight, 1.0 / o.regret_limit, o.regret_limit))
             self._weigh_errors()
 
     def _weigh_errors(self) -> None:
@@ -277,7 +281,7 @@ class _Trainer:
         for pool in self.pools:
             if pool.lies and pool.name not in REPLAYS:
                 some = slice(None, 4096)
-                scores = self.reclassifier(pool.class_features[some], pool.features[some])[:, :, 0]
+                scores = self.reclassifier(pool.class_features[some], pool.features[some, DIVERGENCES:])[:, :, 0]
                 chosen = (scores + pool.log_offset[some]).argmax(dim=1)
                 errors[pool.name] = float((chosen != pool.own_class[some]).float().mean())
         typical = float(np.mean(list(errors.values()))) if errors else 0.0
@@ -293,7 +297,7 @@ class _Trainer:
             for _ in range(self.options.generator_steps):
                 i = torch.randint(len(service), (batch,))
                 attacked = self.generator(service[i], torch.randn(len(i), service.shape[1]))
-                pair = Pair(self.temper_s(attacked), self.temper_v(verification[i]))
+                pair = Pair(self.temper(attacked, verification[i]))
                 loss = functional.softplus(self.detector(pair.features())).mean()
                 optimiser.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -304,9 +308,8 @@ class _Trainer:
         pools = []
         for attack in self.attacks:
             attacked, changed = attack.apply(self.rows.service, self.rng)
-            weight = 1.0 if attack.changes_label else o.label_keeping_weight
             rows = np.flatnonzero(changed)
-            pools.append(self._pool(attack.name, attacked[rows], rows, weight, attack.changes_label))
+            pools.append(self._pool(attack.name, attacked[rows], rows, attack.weight, attack.changes_label))
         for name in REPLAYS:
             replayed = self.rows.service[self._replays(near=name != "replay")]
             changed = replayed.argmax(axis=1) != self.own
@@ -340,9 +343,9 @@ class _Trainer:
         kl: list[Float64Array] = []
         for start in range(0, len(of), piece):
             index = of[start : start + piece]
-            verification = torch.from_numpy(np.ascontiguousarray(self.rows.verification[index]))
-            claimed = torch.from_numpy(np.ascontiguousarray(service[start : start + piece]))
-            pair = Pair(self.temper_s(claimed), self.temper_v(verification))
+            verification = torch.from_numpy(self.rows.verification[index])
+            claimed = torch.from_numpy(np.array(service[start : start + piece]))
+            pair = Pair(self.temper(claimed, verification))
             own = torch.from_numpy(self.own[index])
             truth = own if self.rows.labels is None else torch.from_numpy(self.rows.labels[index])
             columns, offset = self._candidates(pair, own, truth)
@@ -362,13 +365,13 @@ class _Trainer:
 
     def _candidates(self, pair: Pair, own: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
         """(N, M) class indices and log-weights: all classes where they are few, else a sample."""
-        n, k = pair.service.shape
+        n, _, k = pair.logs.shape
         limit = self.options.class_limit
         if k <= limit:
             return torch.arange(k).expand(n, k), torch.zeros(n, k)
         at_random = limit // 4
         likely = limit - at_random
-        rank = torch.maximum(pair.service - pair.top_service[:, :1], pair.verification - pair.top_verification[:, :1])
+        rank = (pair.logs - pair.top[:, :, :1]).amax(dim=1)
         rank = rank.scatter(1, own[:, None], 2.0).scatter(1, truth[:, None], 1.0)
         order = torch.argsort(rank, dim=1, descending=True)
         others = order[:, likely:].gather(1, torch.randint(k - likely, (n, at_random)))

@@ -59,12 +59,17 @@ class OutputAttack:
     changes_label:
         Whether its purpose is another top class. Rows whose top class it cannot change (a targeted
         attack on a row that is already of the target) then count as not attacked.
+    weight:
+        How much it counts while a detector is trained, as against 1. An attack that only lowers the
+        confidence does less harm than one that changes the answer, and alarms on it cost alarms on the
+        others; one that may claim any class does most.
     """
 
     name: str
     summary: str
     function: OutputFunction
     changes_label: bool = True
+    weight: float = 1.0
     kind: ClassVar[str] = "output"
 
     def apply(self, probabilities: ArrayLike, rng: np.random.Generator) -> tuple[Float32Array, BoolArray]:
@@ -182,10 +187,16 @@ def default_registry(manager: Any = None) -> AttackRegistry:
     registry = AttackRegistry(
         (
             OutputAttack("switch", "top-1 and top-2 probabilities exchanged", switch),
-            OutputAttack("random", "top-1 exchanged with a random other class", random_class),
+            OutputAttack("random", "top-1 exchanged with a random other class", random_class, weight=2.0),
             OutputAttack("average", "top-1 and top-2 near their mean, order reversed, gap at random", average),
             OutputAttack("targeted", "one chosen class wins, with a confidence drawn at random", targeted),
-            OutputAttack("confidence", "the winning class scaled down, still winning", confidence, changes_label=False),
+            OutputAttack(
+                "confidence",
+                "the winning class scaled down, still winning",
+                confidence,
+                changes_label=False,
+                weight=0.1,
+            ),
         )
     )
     for answer in manager.hook.fides_attacks() if manager is not None else ():
@@ -275,7 +286,7 @@ def confidence(probabilities: Float32Array, rng: np.random.Generator) -> Float32
     rest = np.maximum(1.0 - high, low)
     factor = rng.uniform(0.4, 0.9, size=len(rows))
     # The winner keeps w with w >= (1 - w) * low / rest, the runner-up's share after the change.
-    least = low / (low + rest)
+    least = low / np.maximum(low + rest, 1e-30)
     kept = np.minimum(np.maximum(high * factor, least * 1.001), high)
     out = probabilities * ((1.0 - kept) / np.maximum(rest, 1e-30))[:, None]
     out[rows, first] = kept

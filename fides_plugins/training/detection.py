@@ -174,12 +174,11 @@ def train_on(
         )
     options = GanOptions(generator=GENERATOR in attacks)
     networks = train_gan(training, chosen, seed, options, progress)
-    tempers = (networks.temper_service, networks.temper_verification)
 
     # The balanced threshold moves to a score of 0.5, so that it needs no place of its own.
     rng = np.random.default_rng((seed, 1))
     with torch.no_grad():
-        plain = DetectorGraph(*tempers, networks.detector, 0.0).eval()
+        plain = DetectorGraph(networks.temper, networks.detector, 0.0).eval()
 
         def logits(service: Float32Array, verification: Float32Array) -> Float32Array:
             scores = [
@@ -196,9 +195,11 @@ def train_on(
                 if changed.any():
                     attacked[attack.name] = logits(lies[changed], np.ascontiguousarray(held_out.verification[changed]))
         threshold = balanced_threshold(logits(held_out.service, held_out.verification), attacked)
-    detector = export(DetectorGraph(*tempers, networks.detector, threshold), ("service", "verification"), ("score",))
+    detector = export(
+        DetectorGraph(networks.temper, networks.detector, threshold), ("service", "verification"), ("score",)
+    )
     reclassifier = export(
-        ReclassifierGraph(*tempers, networks.reclassifier, networks.with_truth),
+        ReclassifierGraph(networks.temper, networks.reclassifier, networks.with_truth),
         ("service", "verification"),
         ("probabilities", "truth"),
     )
@@ -216,8 +217,8 @@ def train_on(
             "calibration_rows": held_out.n_rows,
             "labels": rows.labels is not None,
             "agreement": round(rows.agreement, 6),
-            "temperature_service": round(1.0 / float(networks.temper_service.scale), 6),
-            "temperature_verification": round(1.0 / float(networks.temper_verification.scale), 6),
+            "temperature_service": round(networks.temper.temperatures[0], 6),
+            "temperature_verification": round(networks.temper.temperatures[1], 6),
         },
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,7 +50,27 @@ def export_onnx(
     return data
 
 
-def _export(module: nn.Module, x: torch.Tensor, input_name: str, output_name: str) -> onnx.ModelProto:
+def to_onnx(
+    module: nn.Module,
+    example: tuple[torch.Tensor, ...],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    dynamic_shapes: Any,
+) -> onnx.ModelProto:
+    """The graph of a module by torch's exporter, without its remarks on its own internals.
+
+    Parameters
+    ----------
+    example:
+        One tensor per input.
+    dynamic_shapes:
+        As for `torch.onnx.export`: the free axes of each input.
+
+    Raises
+    ------
+    TrainingError
+        If the exporter gives no graph.
+    """
     loggers = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -59,19 +80,24 @@ def _export(module: nn.Module, x: torch.Tensor, input_name: str, output_name: st
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 module,
-                (x,),
+                example,
                 dynamo=True,
                 verbose=False,
                 opset_version=OPSET,
-                input_names=[input_name],
-                output_names=[output_name],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                input_names=list(inputs),
+                output_names=list(outputs),
+                dynamic_shapes=dynamic_shapes,
             )
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-    assert program is not None
+    if program is None:
+        raise TrainingError("torch's exporter gave no graph.", "Install the torch release that this package pins.")
     return program.model_proto
+
+
+def _export(module: nn.Module, x: torch.Tensor, input_name: str, output_name: str) -> onnx.ModelProto:
+    return to_onnx(module, (x,), [input_name], [output_name], ({0: torch.export.Dim("batch")},))
 
 
 def _export_traced(module: nn.Module, x: torch.Tensor, input_name: str, output_name: str) -> onnx.ModelProto:

@@ -27,128 +27,134 @@ TOP = 3
 FEATURE_NAMES: tuple[str, ...] = (
     "kl",
     "kl_reverse",
-    "js",
-    "total_variation",
     "entropy_service",
     "entropy_verification",
     "cross_entropy",
-    "agreement",
-    "service_rank_of_verified",
+    "js",
+    "total_variation",
     "verification_rank_of_claimed",
+    "service_rank_of_verified",
+    "agreement",
     "service_top1",
+    "verification_top1",
     "service_margin12",
     "service_margin23",
-    "verification_top1",
     "verification_margin12",
     "verification_margin23",
-    "service_of_verified1",
-    "service_of_verified2",
     "verification_of_claimed1",
     "verification_of_claimed2",
+    "service_of_verified1",
+    "service_of_verified2",
     "exchange_gain",
 )
-#: Columns of the per-class matrix, see `class_features`.
+#: So many of them are divergences; the others say how the classes are placed.
+DIVERGENCES = 7
+#: Columns of the per-class matrix, see `Pair.class_features`.
 CLASS_FEATURES = 13
+
+# The first seven features from (s.ln s, s.ln v, v.ln s, v.ln v, m.ln m, |s - v|.1) with m the mean of s and v.
+_FROM_SUMS = (
+    (1.0, 0.0, -1.0, 0.0, 0.0, 0.5, 0.0),
+    (-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0),
+    (0.0, -1.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+    (0.0, 1.0, 0.0, -1.0, 0.0, 0.5, 0.0),
+    (0.0, 0.0, 0.0, 0.0, 0.0, -1.0, 0.0),
+    (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.5),
+)
+_OTHER_WAY = (1, 0)
 
 
 class Temper(nn.Module):
-    """Probabilities (N, K) to tempered log-probabilities (N, K)."""
+    """Both models' probabilities (N, K) to tempered log-probabilities, stacked to (N, 2, K)."""
 
     scale: Tensor
 
-    def __init__(self, temperature: float) -> None:
+    def __init__(self, service_temperature: float, verification_temperature: float) -> None:
         super().__init__()
-        self.register_buffer("scale", torch.tensor(1.0 / temperature, dtype=torch.float32))
+        temperatures = torch.tensor([service_temperature, verification_temperature], dtype=torch.float32)
+        self.register_buffer("scale", (1.0 / temperatures)[:, None])
 
-    def forward(self, probabilities: Tensor) -> Tensor:
+    @property
+    def temperatures(self) -> tuple[float, float]:
+        """Of the service and of the verification model."""
+        service, verification = (1.0 / self.scale[:, 0]).tolist()
+        return service, verification
+
+    def forward(self, service: Tensor, verification: Tensor) -> Tensor:
         """log_softmax(log p / T)."""
-        logs = torch.log(torch.clamp_min(probabilities, 1e-30))
-        return functional.log_softmax(logs * self.scale, dim=1)
+        logs = torch.log(torch.clamp_min(torch.stack((service, verification), dim=1), 1e-30))
+        return functional.log_softmax(logs * self.scale, dim=2)
 
 
 class Pair:
     """The tempered pair and what several features share, computed once.
 
+    Both models are worked on side by side in one tensor: a graph for single rows costs what its number of
+    operations costs, not what they compute.
+
     Parameters
     ----------
-    service, verification:
-        (N, K) tempered log-probabilities.
+    logs:
+        (N, 2, K) from `Temper`: the service, then the verification model.
     """
 
-    def __init__(self, service: Tensor, verification: Tensor) -> None:
-        self.service, self.verification = service, verification
-        pad = (0, max(0, TOP - 2))
-        top_s = torch.topk(functional.pad(service, pad, value=LOG_PAD), TOP, dim=1)
-        top_v = torch.topk(functional.pad(verification, pad, value=LOG_PAD), TOP, dim=1)
-        self.top_service, self.top_verification = top_s.values, top_v.values
+    def __init__(self, logs: Tensor) -> None:
+        self.logs = logs
+        top = torch.topk(functional.pad(logs, (0, max(0, TOP - 2)), value=LOG_PAD), TOP, dim=2)
+        self.top = top.values
+        crossed = _swap(logs)
         # Only two are gathered, so that the padding's index is never used.
-        self.service_of_verified = service.gather(1, top_v.indices[:, :2])
-        self.verification_of_claimed = verification.gather(1, top_s.indices[:, :2])
-        self.agreement = (top_s.indices[:, :1] == top_v.indices[:, :1]).to(service.dtype)
+        self.other = crossed.gather(2, top.indices[:, :, :2])
+        # Classes that the other model finds likelier than this one's choice; 0: the same choice (or a tie).
+        self.rank = (crossed > self.other[:, :, :1]).to(logs.dtype).sum(dim=2)
+
+    @property
+    def agreement(self) -> Tensor:
+        """(N, 1) float: 1 where the service's choice is the verification model's."""
+        return (self.rank[:, :1] == 0.0).to(self.logs.dtype)
 
     def features(self) -> Tensor:
-        """(N, len(FEATURE_NAMES)) float32, in the order of `FEATURE_NAMES`."""
-        s = torch.clamp(torch.exp(self.service), EPSILON, 1.0)
-        v = torch.clamp(torch.exp(self.verification), EPSILON, 1.0)
-        ls, lv = torch.log(s), torch.log(v)
-        mean = 0.5 * (s + v)
-        log_mean = torch.log(mean)
+        """(N, len(FEATURE_NAMES)) float32, in the order of `FEATURE_NAMES`: what the detector sees."""
+        return torch.cat((self.divergences(), self.places()), dim=1)
 
-        def total(x: Tensor) -> Tensor:
-            return x.sum(dim=1, keepdim=True)
+    def divergences(self) -> Tensor:
+        """(N, DIVERGENCES), the first of the features."""
+        p = torch.clamp(torch.exp(self.logs), EPSILON, 1.0)
+        products = torch.matmul(p, torch.log(p).transpose(1, 2)).flatten(1)
+        mean = p.mean(dim=1)
+        of_mean = (mean * torch.log(mean)).sum(dim=1, keepdim=True)
+        apart = torch.abs(p[:, 0] - p[:, 1]).sum(dim=1, keepdim=True)
+        return torch.matmul(torch.cat((products, of_mean, apart), dim=1), torch.tensor(_FROM_SUMS))
 
-        entropy_s, entropy_v = -total(s * ls), -total(v * lv)
-        cross = -total(s * lv)
-        kl_reverse = -entropy_v - total(v * ls)
-        js = 0.5 * (-entropy_s - entropy_v) - total(mean * log_mean)
-        top_s, top_v = self.top_service, self.top_verification
-        s_at_v, v_at_s = self.service_of_verified, self.verification_of_claimed
-        rank_s = total((self.service > s_at_v[:, :1]).to(s.dtype))
-        rank_v = total((self.verification > v_at_s[:, :1]).to(s.dtype))
-        gap_s, gap_v = limit(s_at_v - top_s[:, :1]), limit(v_at_s - top_v[:, :1])
-        return torch.cat(
-            (
-                cross - entropy_s,
-                kl_reverse,
-                js,
-                0.5 * total(torch.abs(s - v)),
-                entropy_s,
-                entropy_v,
-                cross,
-                self.agreement,
-                torch.log1p(rank_s),
-                torch.log1p(rank_v),
-                logit(top_s[:, :1]),
-                limit(top_s[:, :2] - top_s[:, 1:]),
-                logit(top_v[:, :1]),
-                limit(top_v[:, :2] - top_v[:, 1:]),
-                gap_s,
-                gap_v,
-                # How much better the pair would fit were the claimed class and the verified one exchanged.
-                gap_s[:, :1] * gap_v[:, :1],
-            ),
-            dim=1,
-        )
+    def places(self) -> Tensor:
+        """(N, F - DIVERGENCES), the rest of the features: what the re-classifier sees of the pair."""
+        first = self.top[:, :, 0]
+        odds = first - torch.log(torch.clamp_min(1.0 - torch.exp(first), 1e-7))
+        margins = (self.top[:, :, :2] - self.top[:, :, 1:]).flatten(1)
+        gaps = (self.other - _swap(self.top)[:, :, :1]).flatten(1)
+        ratios = limit(torch.cat((odds, margins, gaps), dim=1))
+        # How much better the pair would fit were the claimed class and the verified one exchanged.
+        exchange = ratios[:, 6:7] * ratios[:, 8:9]
+        ranks = torch.log(self.rank + 1.0)
+        return torch.cat((ranks, self.agreement, ratios, exchange), dim=1)
 
     def class_features(self) -> Tensor:
-        """(N, K, CLASS_FEATURES): a class's log-ratio to the first three of both models, its place among the
-        first two, and both probabilities. Log-ratios are divided by 5, so that all columns are of one size."""
-        columns = []
-        for logs, top in ((self.service, self.top_service), (self.verification, self.top_verification)):
-            ratios = [limit(logs - top[:, i : i + 1]) for i in range(TOP)]
-            columns += [ratio * 0.2 for ratio in ratios]
-            columns += [(ratio >= 0.0).to(logs.dtype) for ratio in ratios[:2]]
-            columns.append(torch.exp(logs))
-        # How unlike the two models see the class: what an exchanged class stands out by.
-        columns.append(limit(self.service - self.verification) * 0.2)
-        return torch.stack(columns, dim=2)
+        """(N, K, CLASS_FEATURES): for both models a class's log-ratio to the first three, its place among the
+        first two and its probability; and the log-ratio of the two. Log-ratios are divided by 5, so that all
+        columns are of one size."""
+        places = [self.logs - self.top[:, :, i : i + 1] for i in range(TOP)]
+        # What an exchanged class stands out by: how unlike the two models see it.
+        unlike = self.logs[:, :1] - self.logs[:, 1:]
+        ratios = limit(torch.cat((*places, unlike), dim=1))
+        leads = (ratios[:, :4] >= 0.0).to(ratios.dtype)
+        return torch.cat((0.2 * ratios, leads, torch.exp(self.logs)), dim=1).transpose(1, 2)
+
+
+def _swap(both: Tensor) -> Tensor:
+    """The other model's values in each model's place, (N, 2, ...)."""
+    return torch.index_select(both, 1, torch.tensor(_OTHER_WAY))
 
 
 def limit(log_ratio: Tensor) -> Tensor:
     """Clip to +-`LOG_RATIO_LIMIT`."""
     return torch.clamp(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-
-
-def logit(log_p: Tensor) -> Tensor:
-    """log(p / (1 - p)) of a log-probability, clipped; 1 - p is kept above 1e-7."""
-    return limit(log_p - torch.log(torch.clamp_min(1.0 - torch.exp(log_p), 1e-7)))

@@ -149,9 +149,10 @@ def load_predictions(
 
 def _read_npz(path: Path, name: str) -> Mapping[str, NDArray[Any]]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise TrainingError(f"{name} holds one array, not an archive.", f"Save {_ARRAYS} with numpy.savez.")
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise TrainingError(f"{name} holds one array, not an archive.", f"Save {_ARRAYS} with numpy.savez.")
+        with archive:
             return {key: archive[key] for key in archive.files}
     except FileNotFoundError:
         raise TrainingError(f"There is no file {name}.", "Check the path.") from None
