@@ -120,9 +120,19 @@ def _pgd(classifier: Any, strength: float) -> Any:
 def _carlini_wagner(classifier: Any, strength: float) -> Any:
     from art.attacks.evasion import CarliniL2Method
 
-    # The smallest change that works: confidence 0, so `strength` does not matter.
+    # The smallest change that works: confidence 0, so `strength` does not matter. A large rate with a short line
+    # search changed 99 of 100 digits in 13 s, where a rate of 0.01 and five halvings changed 22 in 127 s.
     return CarliniL2Method(
-        classifier, confidence=0.0, max_iter=30, binary_search_steps=4, batch_size=128, verbose=False
+        classifier,
+        confidence=0.0,
+        learning_rate=0.1,
+        initial_const=1.0,
+        max_iter=20,
+        binary_search_steps=3,
+        max_halving=1,
+        max_doubling=1,
+        batch_size=128,
+        verbose=False,
     )
 
 

@@ -125,8 +125,9 @@ class ServiceAttack(Protocol):
 class BitFlips:
     """Flip random bits of the weights, as faulty or hammered memory does.
 
-    `flips` bits among the float32 weights; the sign and exponent bits are as likely as the others. A draw
-    that makes the service answer NaN is drawn again, since any host sees that without Fides.
+    `flips` bits among the float32 weights; the sign and exponent bits are as likely as the others. A draw that
+    makes the service answer NaN is drawn again, since any host sees that without Fides, and so is one that
+    changes no answer: most bits of a weight hardly matter.
     """
 
     flips: int = 30
@@ -140,11 +141,17 @@ class BitFlips:
         for _ in range(20):
             tampered = self.tamper(victim.teacher, rng)
             try:
-                return victim.attacked(self, victim.images, victim.service(victim.images, tampered))
+                found = victim.attacked(self, victim.images, victim.service(victim.images, tampered))
             except TrainingError as error:
                 if "NaN" not in error.cause_text:
                     raise
-        raise TrainingError("Every draw of flipped bits made the service answer NaN.", "Flip fewer bits.")
+                continue
+            if len(found.rows):
+                return found
+        raise TrainingError(
+            f"20 draws of {self.flips} flipped bits made the service answer NaN or nothing else than before.",
+            "Flip fewer bits, or more.",
+        )
 
     def tamper(self, teacher: Teacher, rng: np.random.Generator) -> Teacher:
         """A copy of the service with flipped bits."""
