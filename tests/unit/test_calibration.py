@@ -89,12 +89,12 @@ def test_scores_are_free_of_ties_where_a_threshold_may_lie(stored_scores: np.nda
 
 
 def test_too_few_rows_say_how_many_are_needed():
+    rows = synthetic_pair(300, 4)
     with pytest.raises(TrainingError, match=r"needs at least 999 calibration rows; this split leaves 60.*4995 rows"):
-        rows = synthetic_pair(300, 4)
         train_detection(rows.service, rows.verification, false_alarm_rate=0.001)
     require_rows(99, 0.2, 0.01)
     with pytest.raises(TrainingError, match="at least 99 calibration rows"):
         require_rows(98, 0.2, 0.01)
+    rows = synthetic_pair(60, 4)
     with pytest.raises(TrainingError, match="48 rows are left for training; at least 64"):
-        rows = synthetic_pair(60, 4)
         train_detection(rows.service, rows.verification, false_alarm_rate=0.1)

@@ -79,7 +79,7 @@ def test_files_that_are_no_archives(tmp_path: Path):
     with pytest.raises(TrainingError, match=r"no file missing\.npz"):
         load_predictions(tmp_path / "missing.npz")
     (tmp_path / "text.npz").write_text("not an archive")
-    with pytest.raises(TrainingError, match="no .npz file of plain arrays"):
+    with pytest.raises(TrainingError, match=r"no \.npz file of plain arrays"):
         load_predictions(tmp_path / "text.npz")
     np.save(tmp_path / "one.npy", logits())
     with pytest.raises(TrainingError, match="one array"):
