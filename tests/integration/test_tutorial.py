@@ -67,8 +67,9 @@ def test_the_tutorial_reaches_a_protected_attacked_and_corrected_model(tmp_path:
     assert honest <= 12
     assert calm["attacked"] <= 20
     assert attacked >= 420
-    assert alarmed["attacked"] >= 420
-    assert corrected <= 15
+    # The bar for `switch` is 0.88 caught; a lie that is not caught stays a wrong answer, in `correct` too.
+    assert alarmed["attacked"] >= 0.88 * rows
+    assert corrected <= 0.12 * rows
     assert still == alarmed
     # What the page shows is what was printed, but for figures that depend on the machine.
     for printed, page in shown:
