@@ -52,7 +52,8 @@ class DetectionArtifacts:
         Graphs from `service`, `verification` (N, K) to `score` (N,), and to `probabilities`, `truth`
         (N, K). `score` is 0.5 at the balanced threshold.
     generator_onnx:
-        Graph from `service`, `noise` (N, K) to `attacked` (N, K). Used by `fides evaluate` only.
+        Graph from `service`, `noise` (N, K) to `attacked` (N, K), or None where training had no generator.
+        Used by `fides evaluate` only.
     calibrations:
         Benign scores of held-out rows by detector: "learned" and every named divergence.
     false_alarm_rate:
@@ -63,19 +64,19 @@ class DetectionArtifacts:
 
     detector_onnx: bytes
     reclassifier_onnx: bytes
-    generator_onnx: bytes
+    generator_onnx: bytes | None
     calibrations: Mapping[str, Float32Array]
     false_alarm_rate: float
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def files(self) -> dict[str, bytes]:
         """File name to bytes."""
-        return {
+        files = {
             DETECTOR_FILE: self.detector_onnx,
             RECLASSIFIER_FILE: self.reclassifier_onnx,
-            GENERATOR_FILE: self.generator_onnx,
             CALIBRATION_FILE: calibration_file(self.calibrations),
         }
+        return files if self.generator_onnx is None else {**files, GENERATOR_FILE: self.generator_onnx}
 
     def manifest_parts(self) -> dict[str, Any]:
         """`detector`, `reclassifier` and `calibration` for `bundle.Manifest`."""
@@ -203,7 +204,7 @@ def train_on(
         ("service", "verification"),
         ("probabilities", "truth"),
     )
-    generator = export(networks.generator, ("service", "noise"), ("attacked",))
+    generator = export(networks.generator, ("service", "noise"), ("attacked",)) if GENERATOR in attacks else None
     return DetectionArtifacts(
         detector_onnx=detector,
         reclassifier_onnx=reclassifier,

@@ -119,20 +119,23 @@ class Pair:
 
     def divergences(self) -> Tensor:
         """(N, DIVERGENCES), the first of the features."""
-        p = torch.clamp(torch.exp(self.logs), EPSILON, 1.0)
-        products = torch.matmul(p, torch.log(p).transpose(1, 2)).flatten(1)
+        raw = torch.exp(self.logs)
+        p = torch.clamp(raw, EPSILON, 1.0)
+        # Not a matrix product: its running sums in float32 lose the many small terms of a thousand classes.
+        products = (p[:, :, None] * torch.log(p)[:, None]).sum(dim=3).flatten(1)
         mean = p.mean(dim=1)
         of_mean = (mean * torch.log(mean)).sum(dim=1, keepdim=True)
-        apart = torch.abs(p[:, 0] - p[:, 1]).sum(dim=1, keepdim=True)
+        apart = torch.abs(raw[:, 0] - raw[:, 1]).sum(dim=1, keepdim=True)
         return torch.matmul(torch.cat((products, of_mean, apart), dim=1), torch.tensor(_FROM_SUMS))
 
     def places(self) -> Tensor:
         """(N, F - DIVERGENCES), the rest of the features: what the re-classifier sees of the pair."""
+        # The winner's log-probability, not its log-odds: 1 - p of a certain row is all rounding in float32,
+        # and a score must not depend on the order of a sum. The margins tell certain rows apart.
         first = self.top[:, :, 0]
-        odds = first - torch.log(torch.clamp_min(1.0 - torch.exp(first), 1e-7))
         margins = (self.top[:, :, :2] - self.top[:, :, 1:]).flatten(1)
         gaps = (self.other - _swap(self.top)[:, :, :1]).flatten(1)
-        ratios = limit(torch.cat((odds, margins, gaps), dim=1))
+        ratios = limit(torch.cat((first, margins, gaps), dim=1))
         # How much better the pair would fit were the claimed class and the verified one exchanged.
         exchange = ratios[:, 6:7] * ratios[:, 8:9]
         ranks = torch.log(self.rank + 1.0)
