@@ -12,8 +12,7 @@ What is added to the paper, and why (measured in `docs/explanation/detection.md`
 - Attacks are weighted while training: those on which the detector is behind a rule of thumb (plain
   disagreement, a threshold on KL) at the rule's own false-alarm rate gain weight, as in distributionally
   robust optimisation (Sagawa et al., ICLR 2020).
-- A tampered answer that still names the verification model's class cannot be told from benign traffic
-  by its label. Such rows count less, or they would buy alarms on agreeing benign rows.
+- Agreeing and disagreeing rows are scored apart, and each list gets a share of the budget, see `lists.py`.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from fides_plugins import divergences
 from fides_plugins.training.attacks import GENERATOR, OutputAttack
 from fides_plugins.training.calibration import fit_temperature
 from fides_plugins.training.features import CLASS_FEATURES, DIVERGENCES, Pair, Temper
-from fides_plugins.training.networks import Detector, Generator, Reclassifier
+from fides_plugins.training.networks import Detector, Generator, Reclassifier, agreement_of
 from fides_plugins.training.predictions import Predictions
 from fides_plugins.types import Float32Array, Float64Array, IntArray
 
@@ -44,6 +43,17 @@ ProgressCallback = Callable[[float], None]
 REPLAYS = ("replay", "replay-near")
 #: False-alarm rates at which the detector is held against a threshold on KL.
 RULE_RATES = (0.01, 0.05)
+#: What being behind a rule counts for an attack that changes the class, as against 1 for one that does not: it
+#: does more harm, and a bootstrap can tell a third of the difference, since rule and detector then alarm on
+#: nearly the same rows.
+CHANGED_CLASS_COUNTS = 3.0
+#: Networks in the detector; each leaves out its fold of the rows.
+MEMBERS = 4
+#: Shares of the budget that agreeing rows may get; the one that leaves the smallest regret is taken.
+SHARES = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3)
+#: Answers are flattened, never sharpened. On a few hundred rows that all agree, the likeliest temperature is
+#: zero, and at zero an answer says nothing but its class.
+MIN_TEMPERATURE = 1.0
 
 
 @dataclass(frozen=True)
@@ -55,22 +65,24 @@ class GanOptions:
     rounds:
         Times the attacks are drawn anew.
     steps:
-        Detector and re-classifier steps per round; `None`: 16 passes over the rows, within 100 and 160.
+        Detector and re-classifier steps per round; `None`: 36 passes over the rows, within 100 and 300.
     generator_steps:
         Generator steps per round.
     generator:
         Whether there is a generator; False leaves it out of training.
     batch:
         Benign rows per step; each attack adds half as many.
-    learning_rate, reclassifier_rate, weight_decay:
-        Of AdamW, for the detector, for the re-classifier, and for both.
+    learning_rate, weight_decay:
+        Of AdamW, for the detector and for the re-classifier.
     agreeing_weight:
-        Weight of tampered rows that still name the verification model's class.
+        Weight of tampered rows that still name the verification model's class, where disagreeing rows are
+        scored.
     replay_weight:
         Weight of each of the two kinds of replays, as against 1 for a named attack.
-    regret_step, regret_limit:
+    regret_step, regret_clip, regret_limit:
         An attack's weight is multiplied by exp(step * regret) after each round, regret being the rule's
-        true-alarm rate minus the detector's; it stays within 1 / limit and limit times its first value.
+        true-alarm rate minus the detector's, at most the clip; it stays within 1 / limit and limit times
+        its first value.
     error_step, error_limit:
         The same for the re-classifier, by its error minus the mean error over attacks.
     max_rows:
@@ -86,12 +98,12 @@ class GanOptions:
     generator: bool = True
     batch: int = 512
     learning_rate: float = 3e-3
-    reclassifier_rate: float = 6e-3
     weight_decay: float = 1e-3
     agreeing_weight: float = 0.2
     replay_weight: float = 1.0
     regret_step: float = 15.0
-    regret_limit: float = 4.0
+    regret_limit: float = 40.0
+    regret_clip: float = 0.15
     error_step: float = 8.0
     error_limit: float = 4.0
     max_rows: int = 20_000
@@ -122,6 +134,7 @@ class _Pool:
     truth: Tensor | None
     weight: Tensor
     agrees: Tensor
+    fold: Tensor
     kl: Float64Array
 
     def __len__(self) -> int:
@@ -168,10 +181,11 @@ class _Trainer:
         self.attacks, self.options, self.rng = attacks, options, rng
         # Each model's temperature from the other's choice: certainty then says how likely they agree.
         self.temper = Temper(
-            fit_temperature(rows.service, rows.verification.argmax(axis=1)),
-            fit_temperature(rows.verification, rows.service.argmax(axis=1)),
+            max(MIN_TEMPERATURE, fit_temperature(rows.service, rows.verification.argmax(axis=1))),
+            max(MIN_TEMPERATURE, fit_temperature(rows.verification, rows.service.argmax(axis=1))),
         )
         self.own = rows.service.argmax(axis=1)
+        self.fold = torch.from_numpy(rng.permutation(rows.n_rows) % MEMBERS)
         self.order = np.argsort(-rows.service, axis=1)[:, :2]
         self.importance: dict[str, float] = {}
         self.difficulty: dict[str, float] = {}
@@ -179,19 +193,19 @@ class _Trainer:
         self.generator = Generator(self.temper.temperatures[0])
         self.pools = self._attack_pools(with_generator=False)
         sample = torch.cat([self.benign.features, *(p.features for p in self.pools)])
-        self.detector = Detector(sample)
+        self.detector = Detector(sample, MEMBERS)
         self.reclassifier = Reclassifier(sample)
 
     def run(self, progress: ProgressCallback) -> Networks:
         o = self.options
         n = self.rows.n_rows
-        steps = o.steps or int(np.clip(16 * math.ceil(n / o.batch), 100, 160))
+        steps = o.steps or int(np.clip(36 * math.ceil(n / o.batch), 100, 300))
         total = o.rounds * steps
         optimisers, schedules = [], []
-        for net, rate in ((self.detector, o.learning_rate), (self.reclassifier, o.reclassifier_rate)):
-            optimiser = torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=o.weight_decay)
+        for net in (self.detector, self.reclassifier):
+            optimiser = torch.optim.AdamW(net.parameters(), lr=o.learning_rate, weight_decay=o.weight_decay)
             optimisers.append(optimiser)
-            schedules.append(torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=total))
+            schedules.append(torch.optim.lr_scheduler.OneCycleLR(optimiser, o.learning_rate, total_steps=total))
         generator_optimiser = torch.optim.Adam(self.generator.parameters(), lr=3e-3)
         for round_ in range(o.rounds):
             if round_:
@@ -232,10 +246,22 @@ class _Trainer:
         target = torch.zeros(len(features))
         target[benign:] = 1.0
         share = torch.cat([torch.full((benign,), 1.0 / benign), weights / weights.sum()])
-        # Every member on its own, so that they stay different; their mean is what is used.
-        logits = self.detector.members(features)
-        losses = functional.binary_cross_entropy_with_logits(logits, target.expand_as(logits), reduction="none")
-        detector_loss = (losses * share).sum() / len(logits)
+        # Every member on its own, so that they stay different; their mean is what is used. The agreeing rows'
+        # output learns from them alone. The other learns from all, agreeing lies counting little: often there
+        # are only a handful of benign rows that disagree.
+        both = self.detector.members(features)
+        agrees = agreement_of(features)[:, 0]
+        losses = functional.binary_cross_entropy_with_logits(both, target[:, None].expand_as(both), reduction="none")
+        # Each member leaves out the rows of one fold, and judges them later, see `_held_out`.
+        fold = torch.cat([p.fold[i] for p, i in picks])
+        seen = (fold != torch.arange(len(both))[:, None]).float()
+        losses = (losses * seen[:, :, None]).mean(dim=0) / (1.0 - 1.0 / len(both))
+        light = 1.0 - (1.0 - o.agreeing_weight) * agrees * target
+        # Few lies agree; alarms on them are no rarer for that, so they are made to weigh as much as benign rows.
+        listed = share * agrees
+        even = listed[:benign].sum() / torch.clamp_min(listed[benign:].sum(), 1e-6)
+        listed = listed * (1.0 + (even - 1.0) * target)
+        detector_loss = (share * light * losses[:, 0] + listed * losses[:, 1]).sum()
 
         # The re-classifier is asked about attacked rows, so lies about the label are the rule; a few benign
         # rows stand for false alarms. Replays teach it nothing: nothing of the right answer is left in them.
@@ -254,26 +280,54 @@ class _Trainer:
             loss = loss + functional.cross_entropy(scores[:, :, 1], truth)
         return detector_loss, loss
 
+    @torch.no_grad()
     def _weigh_attacks(self) -> None:
-        """Give weight to attacks on which the detector is behind a rule of thumb."""
+        """Divide the budget between the lists, and give weight to attacks on which a rule of thumb is ahead."""
         o = self.options
-        with torch.no_grad():
-            benign = self.detector(self.benign.features).numpy()
-            for pool in self.pools:
-                scores = self.detector(pool.features).numpy()
-                own_rate = 1.0 - float(self.benign.agrees.mean())
-                regrets = [1.0 - float(pool.agrees.mean()) - _caught(benign, scores, own_rate)]
-                for rate in RULE_RATES:
-                    regrets.append(_caught(self.benign.kl, pool.kl, rate) - _caught(benign, scores, rate))
-                # Behind one rule is behind; ahead of all of them, an attack leaves its weight to the others.
-                behind = max(regrets)
-                regret = float(
-                    np.clip(behind if behind > 0.002 else np.mean(np.clip(regrets, -0.05, 0.0)), -0.05, 0.05)
-                )
-                weight = self.importance.get(pool.name, 1.0) * math.exp(o.regret_step * regret)
-                self.importance[pool.name] = float(np.clip(weight, 1.0 / o.regret_limit, o.regret_limit))
-            self._weigh_errors()
+        detector = self.detector
+        benign = self._held_out(self.benign)
+        detector.lists.measure(benign.double().numpy(), self.benign.agrees.numpy() > 0.5)
+        attacked = [self._held_out(pool) for pool in self.pools]
+        worst = []
+        for share in SHARES:
+            detector.lists.give(share)
+            worst.append(max(max(r) for r in self._regrets(benign, attacked)))
+        # As little as the rows can tell from the best: what was trained on looks better than it is.
+        enough = min(worst) + 0.25 / math.sqrt(len(benign))
+        detector.lists.give(next(share for share, regret in zip(SHARES, worst, strict=True) if regret <= enough))
+        for pool, regrets in zip(self.pools, self._regrets(benign, attacked), strict=True):
+            # Behind one rule is behind; ahead of all of them, an attack leaves its weight to the others.
+            behind = max(regrets)
+            regret = behind if behind > 0.002 else float(np.mean(np.clip(regrets, -0.05, 0.0)))
+            weight = self.importance.get(pool.name, 1.0) * math.exp(o.regret_step * min(regret, o.regret_clip))
+            self.importance[pool.name] = float(np.clip(weight, 1.0 / o.regret_limit, o.regret_limit))
+        self._weigh_errors()
 
+    def _held_out(self, pool: _Pool) -> Tensor:
+        """(N, 2) logits, each row's by the member that was not trained on it."""
+        return self.detector.members(pool.features)[pool.fold, torch.arange(len(pool))]
+
+    def _regrets(self, benign: Tensor, attacked: list[Tensor]) -> list[list[float]]:
+        """By attack: each rule's true-alarm rate minus the detector's, at equal false-alarm rate.
+
+        Parameters
+        ----------
+        benign, attacked:
+            (N, 2) logits.
+        """
+        lists = self.detector.lists
+        ranks = lists(benign, self.benign.agrees[:, None]).numpy()
+        own_rate = 1.0 - float(self.benign.agrees.mean())
+        regrets = []
+        for pool, logits in zip(self.pools, attacked, strict=True):
+            lies = lists(logits, pool.agrees[:, None]).numpy()
+            of = [1.0 - float(pool.agrees.mean()) - _caught(ranks, lies, own_rate)]
+            of += [_caught(self.benign.kl, pool.kl, rate) - _caught(ranks, lies, rate) for rate in RULE_RATES]
+            counts = CHANGED_CLASS_COUNTS if pool.lies else 1.0
+            regrets.append([counts * regret for regret in of])
+        return regrets
+
+    @torch.no_grad()
     def _weigh_errors(self) -> None:
         """Give weight to attacks from which the re-classifier recovers less than from the others."""
         o = self.options
@@ -298,7 +352,8 @@ class _Trainer:
                 i = torch.randint(len(service), (batch,))
                 attacked = self.generator(service[i], torch.randn(len(i), service.shape[1]))
                 pair = Pair(self.temper(attacked, verification[i]))
-                loss = functional.softplus(self.detector(pair.features())).mean()
+                both = self.detector.logits(pair.features())
+                loss = functional.softplus(torch.where(pair.agreement > 0.5, both[:, 1:], both[:, :1])).mean()
                 optimiser.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimiser.step()
@@ -352,16 +407,16 @@ class _Trainer:
             class_features = pair.class_features().gather(1, columns[:, :, None].expand(-1, -1, CLASS_FEATURES))
             at = [(columns == wanted[:, None]).to(torch.int64).argmax(dim=1) for wanted in (own, truth)]
             agrees = pair.agreement[:, 0]
-            light = self.options.agreeing_weight if lies else 1.0
-            weights = weight * (1.0 + agrees * (light - 1.0))
+            weights = torch.full((len(index),), weight)
             parts.append((pair.features(), class_features, offset, at[0], at[1], weights, agrees))
             kl.append(divergences.kl(claimed.numpy(), verification.numpy()))
         if not parts:
             empty = torch.empty(0)
-            return _Pool(name, lies, empty, empty, empty, empty, empty, empty, empty, np.empty(0))
+            return _Pool(name, lies, empty, empty, empty, empty, empty, empty, empty, empty, np.empty(0))
         f, c, offset, own_at, truth_at, w, agree = (torch.cat(column) for column in zip(*parts, strict=True))
         labelled = truth_at if self.rows.labels is not None else None
-        return _Pool(name, lies, f, c, offset, own_at, labelled, w, agree, np.concatenate(kl))
+        fold = self.fold[torch.from_numpy(of)]
+        return _Pool(name, lies, f, c, offset, own_at, labelled, w, agree, fold, np.concatenate(kl))
 
     def _candidates(self, pair: Pair, own: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
         """(N, M) class indices and log-weights: all classes where they are few, else a sample."""

@@ -60,9 +60,8 @@ class OutputAttack:
         Whether its purpose is another top class. Rows whose top class it cannot change (a targeted
         attack on a row that is already of the target) then count as not attacked.
     weight:
-        How much it counts while a detector is trained, as against 1. An attack that only lowers the
-        confidence does less harm than one that changes the answer, and alarms on it cost alarms on the
-        others; one that may claim any class does most.
+        How much it counts while a detector is trained, as against 1. One that may claim any class does most
+        harm.
     """
 
     name: str
@@ -195,7 +194,6 @@ def default_registry(manager: Any = None) -> AttackRegistry:
                 "the winning class scaled down, still winning",
                 confidence,
                 changes_label=False,
-                weight=0.1,
             ),
         )
     )

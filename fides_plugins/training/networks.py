@@ -16,9 +16,11 @@ from torch.nn import functional
 
 from fides_plugins.training.export import strip, to_onnx
 from fides_plugins.training.features import CLASS_FEATURES, DIVERGENCES, FEATURE_NAMES, Pair, Temper, limit
+from fides_plugins.training.lists import Lists
 
 SLOPE = 0.1
 _FEATURES = len(FEATURE_NAMES)
+_AGREEMENT = FEATURE_NAMES.index("agreement")
 
 
 class Standardise(nn.Module):
@@ -40,33 +42,39 @@ class Detector(nn.Module):
     """Mean logit of several small networks over one feature vector, trained side by side.
 
     Several networks in one: their weights are stacked in matrices (members, in, out), so that a call
-    costs three multiplications however many there are.
+    costs three multiplications however many there are. Each has two outputs, for rows on which the models
+    disagree and for rows on which they agree; `lists` puts both into one order.
     """
 
-    def __init__(self, sample: Tensor, members: int = 4, width: int = 32, dropout: float = 0.1) -> None:
+    def __init__(self, sample: Tensor, members: int, width: int = 32, dropout: float = 0.2) -> None:
         super().__init__()
         self.standardise = Standardise(sample)
-        sizes = ((_FEATURES, width), (width, width), (width, 1))
+        sizes = ((_FEATURES, width), (width, width), (width, 2))
         self.weights = nn.ParameterList(nn.Parameter(_initial(members, a, b)) for a, b in sizes)
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(members, 1, b)) for _, b in sizes)
         self.dropout = nn.Dropout(dropout)
+        self.lists = Lists()
 
     def members(self, features: Tensor) -> Tensor:
-        """(members, N) logits of features (N, F)."""
+        """(members, N, 2) logits of features (N, F): attacked against benign, by list."""
         x: Tensor = self.standardise(features)[None]
         last = len(self.weights) - 1
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             x = torch.matmul(x, weight) + bias
             if i < last:
                 x = self.dropout(functional.leaky_relu(x, SLOPE))
-        return x[:, :, 0]
+        return x
 
-    def forward(self, features: Tensor) -> Tensor:
-        """(N,) logits: attacked against benign."""
+    def logits(self, features: Tensor) -> Tensor:
+        """(N, 2) mean logits."""
         return self.members(features).mean(dim=0)
 
+    def forward(self, features: Tensor) -> Tensor:
+        """(N,) ranks, see `Lists`."""
+        return cast(Tensor, self.lists(self.logits(features), agreement_of(features)))
+
     def merged(self) -> nn.Sequential:
-        """The same function of features as one plain network, (N, F) to (N, 1): fewer, larger operations.
+        """The same logits of features as one plain network, (N, F) to (N, 2): fewer, larger operations.
 
         Members stand side by side in the first layer, keep apart in a block-diagonal second one, and are
         averaged by the third.
@@ -80,7 +88,7 @@ class Detector(nn.Module):
             nn.LeakyReLU(SLOPE),
             _linear(_block_diagonal(second), biases[1].reshape(-1)),
             nn.LeakyReLU(SLOPE),
-            _linear(third.reshape(count * width, 1) / count, biases[2].mean(dim=0).reshape(-1)),
+            _linear(third.reshape(count * width, 2) / count, biases[2].mean(dim=0).reshape(-1)),
         )
         return merged.eval()
 
@@ -153,14 +161,14 @@ class DetectorGraph(nn.Module):
 
     offset: Tensor
 
-    def __init__(self, temper: Temper, detector: Detector, balanced_logit: float) -> None:
+    def __init__(self, temper: Temper, detector: Detector, balanced_rank: float) -> None:
         super().__init__()
-        self.temper, self.detector = temper, detector.merged()
-        self.register_buffer("offset", torch.tensor(balanced_logit, dtype=torch.float32))
+        self.temper, self.detector, self.lists = temper, detector.merged(), detector.lists
+        self.register_buffer("offset", torch.tensor(balanced_rank, dtype=torch.float32))
 
     def forward(self, service: Tensor, verification: Tensor) -> Tensor:
-        pair = Pair(self.temper(service, verification))
-        return to_score(self.detector(pair.features())[:, 0] - self.offset)
+        features = Pair(self.temper(service, verification)).features()
+        return to_score(self.lists(self.detector(features), agreement_of(features)) - self.offset)
 
 
 class ReclassifierGraph(nn.Module):
@@ -181,6 +189,11 @@ class ReclassifierGraph(nn.Module):
         both = torch.softmax(scores, dim=2)
         truth = both[:, 1] if self.with_truth else torch.exp(pair.logs[:, 1])
         return both[:, 0], truth
+
+
+def agreement_of(features: Tensor) -> Tensor:
+    """(N, 1): 1 where both models choose the same class."""
+    return features[:, _AGREEMENT : _AGREEMENT + 1]
 
 
 def to_score(logit: Tensor) -> Tensor:

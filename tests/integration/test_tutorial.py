@@ -76,6 +76,8 @@ def test_the_tutorial_reaches_a_protected_attacked_and_corrected_model(tmp_path:
         for line in page.splitlines():
             pattern = r"\s+".join(re.sub(r"\d+", r"\\d+", re.escape(word)) for word in line.split())
             pattern = pattern.replace("cnn\\-\\d+x\\d+\\-\\d+", r"\S+")
+            # Where the rows happen to agree less, the sentence goes on to say so.
+            pattern = pattern.removesuffix("\\.")
             assert re.search(_either_order(pattern), printed), f"{line!r} is not in:\n{printed}"
     # Attach left nothing behind.
     assert sorted(p.name for p in (tmp_path / "models").iterdir()) == ["digits"]

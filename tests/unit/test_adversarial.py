@@ -130,8 +130,8 @@ def test_a_seed_repeats_and_another_one_does_not():
 
 def test_the_merged_network_is_the_mean_of_its_members():
     sample = torch.randn(50, len(FEATURE_NAMES), generator=torch.Generator().manual_seed(0))
-    detector = Detector(sample).eval()
-    torch.testing.assert_close(detector.merged()(sample)[:, 0], detector(sample), atol=1e-5, rtol=1e-5)
+    detector = Detector(sample, 4).eval()
+    torch.testing.assert_close(detector.merged()(sample), detector.logits(sample), atol=1e-5, rtol=1e-5)
     graph = DetectorGraph(Temper(1.0, 1.0), detector, 0.0)
     pair = feeds(20, 5)
     score = OnnxModel(export(graph, ("service", "verification"), ("score",))).run(pair)["score"]
