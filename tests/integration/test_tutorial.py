@@ -67,17 +67,17 @@ def test_the_tutorial_reaches_a_protected_attacked_and_corrected_model(tmp_path:
     assert honest <= 12
     assert calm["attacked"] <= 20
     assert attacked >= 420
-    # The bar for `switch` is 0.88 caught; a lie that is not caught stays a wrong answer, in `correct` too.
-    assert alarmed["attacked"] >= 0.88 * rows
-    assert corrected <= 0.12 * rows
+    # 438 here; over four services and two detectors each 0.94 to 1. A lie that is not caught stays wrong.
+    assert alarmed["attacked"] >= 0.92 * rows
+    assert corrected <= 0.08 * rows
     assert still == alarmed
     # What the page shows is what was printed, but for figures that depend on the machine.
     for printed, page in shown:
         for line in page.splitlines():
             pattern = r"\s+".join(re.sub(r"\d+", r"\\d+", re.escape(word)) for word in line.split())
             pattern = pattern.replace("cnn\\-\\d+x\\d+\\-\\d+", r"\S+")
-            # Where the rows happen to agree less, the sentence goes on to say so.
-            pattern = pattern.removesuffix("\\.")
+            # Said only where the rows that choose happen to agree less.
+            pattern = pattern.partition(r"\s+\(less")[0].removesuffix("\\.")
             assert re.search(_either_order(pattern), printed), f"{line!r} is not in:\n{printed}"
     # Attach left nothing behind.
     assert sorted(p.name for p in (tmp_path / "models").iterdir()) == ["digits"]
