@@ -52,10 +52,12 @@ bench: install
 	$(BIN)/python benchmarks/serving_triton.py
 	$(BIN)/python benchmarks/serving_torchserve.py
 	$(BIN)/python benchmarks/verifier_cost.py
+	$(BIN)/python benchmarks/detector_cost.py
 
 # Slow studies behind the figures in the docs; each can be run alone. About an hour and a half on 2 cores.
 study: install
 	$(BIN)/python benchmarks/digits_seeds.py --seeds 5 --workers 1
+	$(BIN)/python benchmarks/monitor_study.py
 	$(BIN)/python -m examples.digits
 	$(BIN)/python -m examples.mnist
 	$(BIN)/python -m examples.glyphs
