@@ -28,19 +28,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fides_plugins import divergences
-from fides_plugins.training.attacks import GENERATOR, OutputAttack
+from fides_plugins.training.attacks import OutputAttack
 from fides_plugins.training.calibration import fit_temperature
-from fides_plugins.training.features import CLASS_FEATURES, DIVERGENCES, Pair, Temper
+from fides_plugins.training.features import DIVERGENCES, Pair, Temper
 from fides_plugins.training.networks import Detector, Generator, Reclassifier, agreement_of
+from fides_plugins.training.pools import REPLAYS, Pool, Pools
 from fides_plugins.training.predictions import Predictions
-from fides_plugins.types import Float32Array, Float64Array, IntArray
 
 #: Called with the work done so far, from 0 to 1.
 ProgressCallback = Callable[[float], None]
 
-#: Genuine answers to other inputs: to any, and to one where the right class is the runner-up.
-REPLAYS = ("replay", "replay-near")
 #: False-alarm rates at which the detector is held against a threshold on KL.
 RULE_RATES = (0.01, 0.05)
 #: What being behind a rule counts for an attack that changes the class, as against 1 for one that does not: it
@@ -121,26 +118,6 @@ class Networks:
     with_truth: bool
 
 
-@dataclass
-class _Pool:
-    """Features of one attack's rows (or the benign ones), ready for batches."""
-
-    name: str
-    lies: bool
-    features: Tensor
-    class_features: Tensor
-    log_offset: Tensor
-    own_class: Tensor
-    truth: Tensor | None
-    weight: Tensor
-    agrees: Tensor
-    fold: Tensor
-    kl: Float64Array
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-
 def train_gan(
     rows: Predictions,
     attacks: Sequence[OutputAttack],
@@ -178,20 +155,18 @@ class _Trainer:
     ) -> None:
         # Copies, because torch shares memory with numpy and takes no read-only arrays.
         self.rows = replace(rows, service=rows.service.copy(), verification=rows.verification.copy())
-        self.attacks, self.options, self.rng = attacks, options, rng
+        self.options = options
         # Each model's temperature from the other's choice: certainty then says how likely they agree.
         self.temper = Temper(
             max(MIN_TEMPERATURE, fit_temperature(rows.service, rows.verification.argmax(axis=1))),
             max(MIN_TEMPERATURE, fit_temperature(rows.verification, rows.service.argmax(axis=1))),
         )
-        self.own = rows.service.argmax(axis=1)
-        self.fold = torch.from_numpy(rng.permutation(rows.n_rows) % MEMBERS)
-        self.order = np.argsort(-rows.service, axis=1)[:, :2]
         self.importance: dict[str, float] = {}
         self.difficulty: dict[str, float] = {}
-        self.benign = self._pool("", rows.service, np.arange(rows.n_rows), 0.0, lies=False)
+        self.make = Pools(self.rows, attacks, self.temper, MEMBERS, rng, options.replay_weight, options.class_limit)
+        self.benign = self.make.benign()
         self.generator = Generator(self.temper.temperatures[0])
-        self.pools = self._attack_pools(with_generator=False)
+        self.pools = self.make.attacked(None)
         sample = torch.cat([self.benign.features, *(p.features for p in self.pools)])
         self.detector = Detector(sample, MEMBERS)
         self.reclassifier = Reclassifier(sample)
@@ -209,7 +184,7 @@ class _Trainer:
         generator_optimiser = torch.optim.Adam(self.generator.parameters(), lr=3e-3)
         for round_ in range(o.rounds):
             if round_:
-                self.pools = self._attack_pools(with_generator=o.generator)
+                self.pools = self.make.attacked(self.generator if o.generator else None)
             for net in (self.detector, self.reclassifier):
                 net.train()
             for step in range(steps):
@@ -303,7 +278,7 @@ class _Trainer:
             self.importance[pool.name] = float(np.clip(weight, 1.0 / o.regret_limit, o.regret_limit))
         self._weigh_errors()
 
-    def _held_out(self, pool: _Pool) -> Tensor:
+    def _held_out(self, pool: Pool) -> Tensor:
         """(N, 2) logits, each row's by the member that was not trained on it."""
         return self.detector.members(pool.features)[pool.fold, torch.arange(len(pool))]
 
@@ -357,83 +332,6 @@ class _Trainer:
                 optimiser.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimiser.step()
-
-    def _attack_pools(self, with_generator: bool) -> list[_Pool]:
-        o = self.options
-        pools = []
-        for attack in self.attacks:
-            attacked, changed = attack.apply(self.rows.service, self.rng)
-            rows = np.flatnonzero(changed)
-            pools.append(self._pool(attack.name, attacked[rows], rows, attack.weight, attack.changes_label))
-        for name in REPLAYS:
-            replayed = self.rows.service[self._replays(near=name != "replay")]
-            changed = replayed.argmax(axis=1) != self.own
-            pools.append(self._pool(name, replayed[changed], np.flatnonzero(changed), o.replay_weight))
-        if with_generator:
-            with torch.no_grad():
-                noise = torch.from_numpy(self.rng.standard_normal(self.rows.service.shape, dtype=np.float32))
-                lies = self.generator(torch.from_numpy(self.rows.service), noise).numpy()
-            pools.append(self._pool(GENERATOR, lies, np.arange(self.rows.n_rows), 1.0))
-        return [p for p in pools if len(p)]
-
-    def _replays(self, near: bool) -> IntArray:
-        """For each row, another row whose answer is replayed: any, or one that has its class as runner-up.
-
-        The second kind is the careful liar's: of all genuine answers, one that finds the right class plausible.
-        """
-        chosen = self.rng.permutation(self.rows.n_rows)
-        if near:
-            for c in np.unique(self.own):
-                wanted, candidates = np.flatnonzero(self.own == c), np.flatnonzero(self.order[:, 1] == c)
-                if len(candidates):
-                    chosen[wanted] = self.rng.choice(candidates, len(wanted))
-        return chosen
-
-    @torch.no_grad()
-    def _pool(self, name: str, service: Float32Array, of: IntArray, weight: float, lies: bool = True) -> _Pool:
-        """Features of attacked answers (P, K) of the rows `of` (P,), computed in pieces."""
-        k = self.rows.n_classes
-        piece = max(64, 2_000_000 // k)
-        parts: list[tuple[Tensor, ...]] = []
-        kl: list[Float64Array] = []
-        for start in range(0, len(of), piece):
-            index = of[start : start + piece]
-            verification = torch.from_numpy(self.rows.verification[index])
-            claimed = torch.from_numpy(np.array(service[start : start + piece]))
-            pair = Pair(self.temper(claimed, verification))
-            own = torch.from_numpy(self.own[index])
-            truth = own if self.rows.labels is None else torch.from_numpy(self.rows.labels[index])
-            columns, offset = self._candidates(pair, own, truth)
-            class_features = pair.class_features().gather(1, columns[:, :, None].expand(-1, -1, CLASS_FEATURES))
-            at = [(columns == wanted[:, None]).to(torch.int64).argmax(dim=1) for wanted in (own, truth)]
-            agrees = pair.agreement[:, 0]
-            weights = torch.full((len(index),), weight)
-            parts.append((pair.features(), class_features, offset, at[0], at[1], weights, agrees))
-            kl.append(divergences.kl(claimed.numpy(), verification.numpy()))
-        if not parts:
-            empty = torch.empty(0)
-            return _Pool(name, lies, empty, empty, empty, empty, empty, empty, empty, empty, np.empty(0))
-        f, c, offset, own_at, truth_at, w, agree = (torch.cat(column) for column in zip(*parts, strict=True))
-        labelled = truth_at if self.rows.labels is not None else None
-        fold = self.fold[torch.from_numpy(of)]
-        return _Pool(name, lies, f, c, offset, own_at, labelled, w, agree, fold, np.concatenate(kl))
-
-    def _candidates(self, pair: Pair, own: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, M) class indices and log-weights: all classes where they are few, else a sample."""
-        n, _, k = pair.logs.shape
-        limit = self.options.class_limit
-        if k <= limit:
-            return torch.arange(k).expand(n, k), torch.zeros(n, k)
-        at_random = limit // 4
-        likely = limit - at_random
-        rank = (pair.logs - pair.top[:, :, :1]).amax(dim=1)
-        rank = rank.scatter(1, own[:, None], 2.0).scatter(1, truth[:, None], 1.0)
-        order = torch.argsort(rank, dim=1, descending=True)
-        others = order[:, likely:].gather(1, torch.randint(k - likely, (n, at_random)))
-        columns = torch.cat([order[:, :likely], others], dim=1)
-        offset = torch.zeros(n, limit)
-        offset[:, likely:] = math.log((k - likely) / at_random)
-        return columns, offset
 
 
 def _caught(benign: NDArray[Any], attacked: NDArray[Any], rate: float) -> float:
