@@ -239,9 +239,10 @@ class _Trainer:
         detector_loss = (share * light * losses[:, 0] + listed * losses[:, 1]).sum()
 
         # The re-classifier is asked about attacked rows, so lies about the label are the rule; a few benign
-        # rows stand for false alarms. Replays teach it nothing: nothing of the right answer is left in them.
+        # rows stand for false alarms. In a replay nothing of the right answer is left: a few teach it to follow
+        # the verification model where the claim makes no sense, whatever attack made it.
         few = {True: 3 * o.batch // 8, False: o.batch // 48}
-        asked = [(p, i[: few[p.lies]]) for p, i in picks if p.name not in REPLAYS]
+        asked = [(p, i[: o.batch // 16 if p.name in REPLAYS else few[p.lies]]) for p, i in picks]
         scores = self.reclassifier(
             torch.cat([p.class_features[i] for p, i in asked]),
             torch.cat([p.features[i, DIVERGENCES:] for p, i in asked]),
