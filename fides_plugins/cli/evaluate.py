@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fides_plugins.cli._output import console, print_json, print_table, progress
+from fides_plugins.cli._service import SERVICE_PANEL, Encoding, InputName, RequestKey, ResponseKey
 from fides_plugins.errors import SettingsError, TrainingError
 
 if TYPE_CHECKING:
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from fides_plugins.bundle import Bundle
     from fides_plugins.training.evaluation import AttackedRows
     from fides_plugins.training.predictions import Predictions
-
-_SERVICE = "The service and the data"
 
 
 def register(app: typer.Typer) -> None:
@@ -34,13 +33,13 @@ def evaluate(
         typer.Option(help="An .npz file with both models' answers on rows that the bundle was not fitted on."),
     ] = None,
     service: Annotated[
-        str, typer.Option(help="The honest service, in any form that `fides fit` takes.", rich_help_panel=_SERVICE)
+        str, typer.Option(help="The honest service, in any form that `fides fit` takes.", rich_help_panel=SERVICE_PANEL)
     ] = "",
     data: Annotated[
         Path | None,
         typer.Option(
             help="Its inputs: an .npz file with `images` and optionally `labels`, or a folder by class.",
-            rich_help_panel=_SERVICE,
+            rich_help_panel=SERVICE_PANEL,
         ),
     ] = None,
     fit_predictions: Annotated[
@@ -63,19 +62,13 @@ def evaluate(
     ] = None,
     report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML page here.")] = None,
     seed: Annotated[int, typer.Option(help="Of attacks, bootstrap and training.")] = 0,
-    input_name: Annotated[str, typer.Option(help="Of the service's input tensor.", rich_help_panel=_SERVICE)] = "",
-    output_name: Annotated[str, typer.Option(help="Of its class output.", rich_help_panel=_SERVICE)] = "",
-    encoding: Annotated[
-        str, typer.Option(help="How TorchServe gets a row: json, npy or png.", rich_help_panel=_SERVICE)
-    ] = "json",
-    request_key: Annotated[
-        str, typer.Option(help="Key of the row in TorchServe's JSON requests.", rich_help_panel=_SERVICE)
-    ] = "",
-    response_key: Annotated[
-        str, typer.Option(help="Key of the class values in its answers.", rich_help_panel=_SERVICE)
-    ] = "",
+    input_name: InputName = "",
+    output_name: Annotated[str, typer.Option(help="Of its class output.", rich_help_panel=SERVICE_PANEL)] = "",
+    encoding: Encoding = "json",
+    request_key: RequestKey = "",
+    response_key: ResponseKey = "",
     cache: Annotated[
-        Path | None, typer.Option(help="Keep the service's answers here.", rich_help_panel=_SERVICE)
+        Path | None, typer.Option(help="Keep the service's answers here.", rich_help_panel=SERVICE_PANEL)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fides_plugins.cli._output import console, print_json, print_table, progress
+from fides_plugins.cli._service import SERVICE_PANEL, Encoding, InputName, RequestKey, ResponseKey
 from fides_plugins.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from fides_plugins.training.students import Student
 
 _MODEL = "The verification model"
-_SERVICE = "The service and the data"
 _OWN = "A student of your own"
 _WORKERS = "Several workers"
 
@@ -38,14 +38,14 @@ def fit(
         typer.Option(
             help="ONNX file, TorchScript file, package.module:factory, grpc://host:port/model (Triton) "
             "or http://host:port/predictions/model (TorchServe).",
-            rich_help_panel=_SERVICE,
+            rich_help_panel=SERVICE_PANEL,
         ),
     ] = "",
     data: Annotated[
         Path | None,
         typer.Option(
             help="An .npz file with `images` and optionally `labels`, or a folder of images by class.",
-            rich_help_panel=_SERVICE,
+            rich_help_panel=SERVICE_PANEL,
         ),
     ] = None,
     predictions: Annotated[
@@ -93,28 +93,24 @@ def fit(
         float | None,
         typer.Option(
             help="Factor for the pixel values. Default: 1/255 where uint8 images meet a service that takes floats.",
-            rich_help_panel=_SERVICE,
+            rich_help_panel=SERVICE_PANEL,
         ),
     ] = None,
     output_kind: Annotated[
-        str, typer.Option(help="logits or probabilities. Default: told by the answers.", rich_help_panel=_SERVICE)
+        str, typer.Option(help="logits or probabilities. Default: told by the answers.", rich_help_panel=SERVICE_PANEL)
     ] = "",
-    input_name: Annotated[str, typer.Option(help="Of the service's input tensor.", rich_help_panel=_SERVICE)] = "",
-    output_name: Annotated[str, typer.Option(help="Of the service's class output.", rich_help_panel=_SERVICE)] = "",
-    encoding: Annotated[
-        str, typer.Option(help="How TorchServe gets a row: json, npy or png.", rich_help_panel=_SERVICE)
-    ] = "json",
-    request_key: Annotated[
-        str, typer.Option(help="Key of the row in TorchServe's JSON requests.", rich_help_panel=_SERVICE)
+    input_name: InputName = "",
+    output_name: Annotated[
+        str, typer.Option(help="Of the service's class output.", rich_help_panel=SERVICE_PANEL)
     ] = "",
-    response_key: Annotated[
-        str, typer.Option(help="Key of the class values in its answers.", rich_help_panel=_SERVICE)
-    ] = "",
+    encoding: Encoding = "json",
+    request_key: RequestKey = "",
+    response_key: ResponseKey = "",
     cache: Annotated[
         Path | None,
         typer.Option(
             help="Keep the service's answers here. Default: beside the bundle until the fit succeeds.",
-            rich_help_panel=_SERVICE,
+            rich_help_panel=SERVICE_PANEL,
         ),
     ] = None,
     student: Annotated[

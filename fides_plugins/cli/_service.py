@@ -1,0 +1,21 @@
+"""Options of every command that asks a service for its answers."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+#: Their panel in `--help`.
+SERVICE_PANEL = "The service and the data"
+
+InputName = Annotated[str, typer.Option(help="Of the service's input tensor.", rich_help_panel=SERVICE_PANEL)]
+Encoding = Annotated[
+    str, typer.Option(help="How TorchServe gets a row: json, npy or png.", rich_help_panel=SERVICE_PANEL)
+]
+RequestKey = Annotated[
+    str, typer.Option(help="Key of the row in TorchServe's JSON requests.", rich_help_panel=SERVICE_PANEL)
+]
+ResponseKey = Annotated[
+    str, typer.Option(help="Key of the class values in its answers.", rich_help_panel=SERVICE_PANEL)
+]
