@@ -22,6 +22,7 @@ import pytest
 
 from fides_plugins.cli._new_plugin import write_package
 from fides_plugins.pipeline import Pipeline
+from fides_plugins.serving.process import wait_until
 from fides_plugins.serving.triton.server import TritonServer, is_available
 from fides_plugins.settings import Settings
 from fides_plugins.testing import fake_logits
@@ -199,7 +200,8 @@ def test_honest_answers_are_trusted_and_the_lying_replica_is_named(protected: tu
     result = ask(server, IMAGES)
     assert statuses(result) == ["trusted"] * 4
     assert result.as_numpy("logits").argmax(axis=1).tolist() == LOGITS.argmax(axis=1).tolist()
-    assert "outvoted: south in 4 row(s)" in server.log(200)
+    # A stub's log reaches the server's by a thread of its own.
+    wait_until(lambda: "outvoted: south in 4 row(s)" in server.log(200), 10, "The warning")
 
 
 def test_a_lying_service_is_found_by_three_plugins_alerted_and_evidenced(

@@ -15,6 +15,7 @@ from fides_plugins.serving.process import (
     stop_tree,
     wait_until,
 )
+from fides_plugins.serving.torchserve import server as torchserve
 
 # A parent that starts a child which ignores SIGTERM, prints its id and waits.
 _STUBBORN = """
@@ -80,3 +81,29 @@ def test_stop_tree_ends_daemons_given_by_id():
     time.sleep(0.05)
     assert not is_alive(root.pid)
     assert not is_alive(daemon.pid)
+
+
+# As a TorchServe worker does: the notice of its death first, the traceback afterwards, line by line.
+_SLOW_TRACEBACK = """
+import time
+def log(text):
+    print("2026-01-01T00:00:00,000 [INFO ] W-9000-m_1.0-stdout MODEL_LOG - " + text, flush=True)
+    time.sleep(0.1)
+log("Backend worker process died.")
+log("Traceback (most recent call last):")
+for _ in range(6):
+    log('  File "model_loader.py", line 108, in load')
+log("ModuleNotFoundError: No module named 'absent'")
+log("During handling of the above exception, another exception occurred:")
+log("ImportError: Unable to load the handler")
+time.sleep(60)
+"""
+
+
+def test_the_error_of_a_worker_is_read_when_its_traceback_is_whole(tmp_path, monkeypatch):
+    (tmp_path / "m.mar").touch()
+    monkeypatch.setattr(torchserve, "require_torchserve", lambda python: None)
+    server = torchserve.TorchServeServer(tmp_path, {"m": "m.mar"})
+    monkeypatch.setattr(server, "_command", lambda: [sys.executable, "-c", _SLOW_TRACEBACK])
+    with pytest.raises(ServerError, match=r"No module named 'absent'; ImportError: Unable to load"):
+        server.start()

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,9 @@ PID_FILE = ".model_server.pid"
 _PORT_TRIES = 3
 _LOG_LINES = 2000
 _WORKER_DIED = "Backend worker process died"
+#: How long a dead worker's traceback is waited for, and how long nothing is written when it is whole.
+_TRACEBACK_S = 5.0
+_QUIET_S = 0.2
 _PYTHON_ERROR = re.compile(r"MODEL_LOG - (\w[\w.]*(?:Error|Exception)\w*: .*)")
 
 
@@ -264,7 +268,7 @@ class TorchServeServer:
         # Workers that fail to load are started again for minutes; one death at start-up is enough to know.
         log = self.process.log(_LOG_LINES)
         if _WORKER_DIED in log:
-            errors = list(dict.fromkeys(_PYTHON_ERROR.findall(log))) or ["its log names no error"]
+            errors = self._errors_of_worker() or ["its log names no error"]
             raise ServerError(f"A TorchServe worker cannot load its model: {'; '.join(errors[:3])}.")
         for name in self.models:
             try:
@@ -274,3 +278,16 @@ class TorchServeServer:
             if not workers or not all(w.ready for w in workers):
                 return False
         return True
+
+    def _errors_of_worker(self) -> list[str]:
+        """The error lines of a worker that died.
+
+        It announces its death first and writes the traceback afterwards, line by line: the log is read until
+        an error stands there and nothing more is added, or the time is up.
+        """
+        deadline = time.monotonic() + _TRACEBACK_S
+        log, before = self.process.log(_LOG_LINES), None
+        while (log != before or not _PYTHON_ERROR.search(log)) and time.monotonic() < deadline:
+            time.sleep(_QUIET_S)
+            before, log = log, self.process.log(_LOG_LINES)
+        return list(dict.fromkeys(_PYTHON_ERROR.findall(log)))
