@@ -6,13 +6,12 @@ and from benign rows; the generator learns to be taken for benign by the detecto
 What is added to the paper, and why (measured in `docs/explanation/detection.md`):
 
 - Features instead of one cross-entropy.
-- *Replays* beside the named attacks: genuine answers of the same service to other inputs. They have
-  exactly the benign marginal, so nothing in the service's answer alone gives them away, and they keep a
-  detector that never saw some attack from taking it for benign.
+- *Replays* beside the named attacks: genuine answers of the same service to other inputs, see `replays.py`.
 - Attacks are weighted while training: those on which the detector is behind a rule of thumb (plain
   disagreement, a threshold on KL) at the rule's own false-alarm rate gain weight, as in distributionally
   robust optimisation (Sagawa et al., ICLR 2020).
-- Agreeing and disagreeing rows are scored apart, and each list gets a share of the budget, see `lists.py`.
+- Agreeing and disagreeing rows are scored apart, each list gets a share of the budget, and plain KL has a say in
+  either, see `lists.py`.
 """
 
 from __future__ import annotations
@@ -31,8 +30,9 @@ from torch.nn import functional
 from fides_plugins.training.attacks import OutputAttack
 from fides_plugins.training.calibration import fit_temperature
 from fides_plugins.training.features import DIVERGENCES, Pair, Temper
-from fides_plugins.training.networks import Detector, Generator, Reclassifier, agreement_of
-from fides_plugins.training.pools import REPLAYS, Pool, Pools
+from fides_plugins.training.lists import LEARNED_ALONE, SAYS, Says
+from fides_plugins.training.networks import Detector, Generator, Reclassifier, agreement_of, to_be_ordered
+from fides_plugins.training.pools import Pool, Pools
 from fides_plugins.training.predictions import Predictions
 
 #: Called with the work done so far, from 0 to 1.
@@ -47,7 +47,7 @@ CHANGED_CLASS_COUNTS = 3.0
 #: Networks in the detector; each leaves out its fold of the rows.
 MEMBERS = 4
 #: Shares of the budget that agreeing rows may get; the one that leaves the smallest regret is taken.
-SHARES = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3)
+SHARES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3)
 #: Answers are flattened, never sharpened. On a few hundred rows that all agree, the likeliest temperature is
 #: zero, and at zero an answer says nothing but its class.
 MIN_TEMPERATURE = 1.0
@@ -75,7 +75,7 @@ class GanOptions:
         Weight of tampered rows that still name the verification model's class, where disagreeing rows are
         scored.
     replay_weight:
-        Weight of each of the two kinds of replays, as against 1 for a named attack.
+        Weight of each of the kinds of replays, as against 1 for a named attack.
     regret_step, regret_clip, regret_limit:
         An attack's weight is multiplied by exp(step * regret) after each round, regret being the rule's
         true-alarm rate minus the detector's, at most the clip; it stays within 1 / limit and limit times
@@ -199,6 +199,11 @@ class _Trainer:
             self._weigh_attacks()
             if o.generator:
                 self._train_generator(generator_optimiser)
+        # What was learned is trained to stand alone; what KL has to say comes in at the end. The generator, which
+        # evaluation attacks with, then learns to be taken for benign by the detector as it is used.
+        self._order(SAYS)
+        if o.generator:
+            self._train_generator(generator_optimiser, by_rank=True)
         progress(1.0)
         for module in (self.detector, self.reclassifier, self.generator):
             module.eval()
@@ -238,11 +243,11 @@ class _Trainer:
         listed = listed * (1.0 + (even - 1.0) * target)
         detector_loss = (share * light * losses[:, 0] + listed * losses[:, 1]).sum()
 
-        # The re-classifier is asked about attacked rows, so lies about the label are the rule; a few benign
-        # rows stand for false alarms. In a replay nothing of the right answer is left: a few teach it to follow
-        # the verification model where the claim makes no sense, whatever attack made it.
-        few = {True: 3 * o.batch // 8, False: o.batch // 48}
-        asked = [(p, i[: o.batch // 16 if p.name in REPLAYS else few[p.lies]]) for p, i in picks]
+        # The re-classifier is asked about attacked rows, so lies about the label are the rule; a few rows that keep
+        # theirs stand for false alarms. In a replay nothing of the right answer is left: a few teach it to follow the
+        # verification model where the claim makes no sense, whatever attack made it.
+        few = {True: o.batch // 2, False: o.batch // 96}
+        asked = [(p, i[: o.batch // 16 if p.replay else few[p.lies]]) for p, i in picks if p.lies or not p.replay]
         scores = self.reclassifier(
             torch.cat([p.class_features[i] for p, i in asked]),
             torch.cat([p.features[i, DIVERGENCES:] for p, i in asked]),
@@ -258,20 +263,9 @@ class _Trainer:
 
     @torch.no_grad()
     def _weigh_attacks(self) -> None:
-        """Divide the budget between the lists, and give weight to attacks on which a rule of thumb is ahead."""
+        """Give weight to attacks on which a rule of thumb is ahead."""
         o = self.options
-        detector = self.detector
-        benign = self._held_out(self.benign)
-        detector.lists.measure(benign.double().numpy(), self.benign.agrees.numpy() > 0.5)
-        attacked = [self._held_out(pool) for pool in self.pools]
-        worst = []
-        for share in SHARES:
-            detector.lists.give(share)
-            worst.append(max(max(r) for r in self._regrets(benign, attacked)))
-        # As little as the rows can tell from the best: what was trained on looks better than it is.
-        enough = min(worst) + 0.25 / math.sqrt(len(benign))
-        detector.lists.give(next(share for share, regret in zip(SHARES, worst, strict=True) if regret <= enough))
-        for pool, regrets in zip(self.pools, self._regrets(benign, attacked), strict=True):
+        for pool, regrets in zip(self.pools, self._order(LEARNED_ALONE), strict=True):
             # Behind one rule is behind; ahead of all of them, an attack leaves its weight to the others.
             behind = max(regrets)
             regret = behind if behind > 0.002 else float(np.mean(np.clip(regrets, -0.05, 0.0)))
@@ -279,9 +273,25 @@ class _Trainer:
             self.importance[pool.name] = float(np.clip(weight, 1.0 / o.regret_limit, o.regret_limit))
         self._weigh_errors()
 
+    @torch.no_grad()
+    def _order(self, says: Says) -> list[list[float]]:
+        """Measure the lists and divide the budget between them; the regrets that are left, see `_regrets`."""
+        lists = self.detector.lists
+        benign = self._held_out(self.benign)
+        lists.measure(benign.double().numpy(), self.benign.agrees.numpy() > 0.5, says)
+        attacked = [self._held_out(pool) for pool in self.pools]
+        worst = []
+        for share in SHARES:
+            lists.give(share)
+            worst.append(max(max(r) for r in self._regrets(benign, attacked)))
+        # As little as the rows can tell from the best: what was trained on looks better than it is.
+        enough = min(worst) + 0.25 / math.sqrt(len(benign))
+        lists.give(next(share for share, regret in zip(SHARES, worst, strict=True) if regret <= enough))
+        return self._regrets(benign, attacked)
+
     def _held_out(self, pool: Pool) -> Tensor:
-        """(N, 2) logits, each row's by the member that was not trained on it."""
-        return self.detector.members(pool.features)[pool.fold, torch.arange(len(pool))]
+        """(N, 4) scores, each row's by the member that was not trained on it."""
+        return to_be_ordered(self.detector.members(pool.features)[pool.fold, torch.arange(len(pool))], pool.features)
 
     def _regrets(self, benign: Tensor, attacked: list[Tensor]) -> list[list[float]]:
         """By attack: each rule's true-alarm rate minus the detector's, at equal false-alarm rate.
@@ -289,14 +299,14 @@ class _Trainer:
         Parameters
         ----------
         benign, attacked:
-            (N, 2) logits.
+            (N, 4) scores.
         """
         lists = self.detector.lists
-        ranks = lists(benign, self.benign.agrees[:, None]).numpy()
+        ranks = lists(benign, self.benign.agrees[:, None] > 0.5).numpy()
         own_rate = 1.0 - float(self.benign.agrees.mean())
         regrets = []
-        for pool, logits in zip(self.pools, attacked, strict=True):
-            lies = lists(logits, pool.agrees[:, None]).numpy()
+        for pool, scores in zip(self.pools, attacked, strict=True):
+            lies = lists(scores, pool.agrees[:, None] > 0.5).numpy()
             of = [1.0 - float(pool.agrees.mean()) - _caught(ranks, lies, own_rate)]
             of += [_caught(self.benign.kl, pool.kl, rate) - _caught(ranks, lies, rate) for rate in RULE_RATES]
             counts = CHANGED_CLASS_COUNTS if pool.lies else 1.0
@@ -309,7 +319,7 @@ class _Trainer:
         o = self.options
         errors = {}
         for pool in self.pools:
-            if pool.lies and pool.name not in REPLAYS:
+            if pool.lies and not pool.replay:
                 some = slice(None, 4096)
                 scores = self.reclassifier(pool.class_features[some], pool.features[some, DIVERGENCES:])[:, :, 0]
                 chosen = (scores + pool.log_offset[some]).argmax(dim=1)
@@ -319,19 +329,23 @@ class _Trainer:
             weight = self.difficulty.get(name, 1.0) * math.exp(o.error_step * (error - typical))
             self.difficulty[name] = float(np.clip(weight, 1.0 / o.error_limit, o.error_limit))
 
-    def _train_generator(self, optimiser: torch.optim.Optimizer) -> None:
-        """Let the generator lower the detector's logit on its own attacks."""
+    def _train_generator(self, optimiser: torch.optim.Optimizer, by_rank: bool = False) -> None:
+        """Let the generator lower the detector's logit, or its rank, on its own attacks."""
         service, verification = torch.from_numpy(self.rows.service), torch.from_numpy(self.rows.verification)
         batch = max(32, min(self.options.batch, 2**19 // self.rows.n_classes))
         with _frozen(self.detector):
             for _ in range(self.options.generator_steps):
                 i = torch.randint(len(service), (batch,))
                 attacked = self.generator(service[i], torch.randn(len(i), service.shape[1]))
-                pair = Pair(self.temper(attacked, verification[i]))
-                both = self.detector.logits(pair.features())
-                loss = functional.softplus(torch.where(pair.agreement > 0.5, both[:, 1:], both[:, :1])).mean()
+                pair = Pair(self.temper, attacked, verification[i])
+                features = pair.features()
+                if by_rank:
+                    loss = self.detector(features).mean()
+                else:
+                    both = self.detector.logits(features)
+                    loss = functional.softplus(torch.where(pair.agrees, both[:, 1:], both[:, :1])).mean()
                 optimiser.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimiser.step()
 
 

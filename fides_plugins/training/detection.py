@@ -181,21 +181,20 @@ def train_on(
     with torch.no_grad():
         plain = DetectorGraph(networks.temper, networks.detector, 0.0).eval()
 
-        def logits(service: Float32Array, verification: Float32Array) -> Float32Array:
-            scores = [
-                plain(torch.from_numpy(service[i : i + 1024]), torch.from_numpy(verification[i : i + 1024]))
+        def ranks(service: Float32Array, verification: Float32Array) -> Float32Array:
+            pieces = [
+                plain.ranks(torch.from_numpy(service[i : i + 1024]), torch.from_numpy(verification[i : i + 1024]))
                 for i in range(0, len(service), 1024)
             ]
-            x = 2.0 * torch.cat(scores).numpy() - 1.0
-            return np.asarray(x / (1.0 - np.abs(x)), np.float32)
+            return np.asarray(torch.cat(pieces).numpy(), np.float32)
 
         attacked = {}
         for attack in chosen:
             if attack.changes_label:
                 lies, changed = attack.apply(held_out.service, rng)
                 if changed.any():
-                    attacked[attack.name] = logits(lies[changed], np.ascontiguousarray(held_out.verification[changed]))
-        threshold = balanced_threshold(logits(held_out.service, held_out.verification), attacked)
+                    attacked[attack.name] = ranks(lies[changed], np.ascontiguousarray(held_out.verification[changed]))
+        threshold = balanced_threshold(ranks(held_out.service, held_out.verification), attacked)
     detector = export(
         DetectorGraph(networks.temper, networks.detector, threshold), ("service", "verification"), ("score",)
     )

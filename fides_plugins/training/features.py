@@ -25,6 +25,7 @@ LOG_RATIO_LIMIT = 20.0
 TOP = 3
 
 FEATURE_NAMES: tuple[str, ...] = (
+    "kl_untempered",
     "kl",
     "kl_reverse",
     "entropy_service",
@@ -47,25 +48,48 @@ FEATURE_NAMES: tuple[str, ...] = (
     "service_of_verified2",
     "exchange_gain",
 )
+#: So many of them, from the first on, are KL.
+KLS = 2
 #: So many of them are divergences; the others say how the classes are placed.
-DIVERGENCES = 7
+DIVERGENCES = 8
 #: Columns of the per-class matrix, see `Pair.class_features`.
-CLASS_FEATURES = 13
+CLASS_FEATURES = 16
 
-# The first seven features from (s.ln s, s.ln v, v.ln s, v.ln v, m.ln m, |s - v|.1) with m the mean of s and v.
+# Rows of probabilities: the tempered s and v, s and v as they came, and the mean of the tempered two. Which one is
+# multiplied with whose logarithm, summed over the classes:
+_PROBABILITY_OF = (0, 0, 1, 1, 2, 2, 4)
+_LOGARITHM_OF = (0, 1, 0, 1, 2, 3, 4)
+# The divergences from these sums and, last, the sum of the smaller of the tempered s and v; and what is added.
 _FROM_SUMS = (
-    (1.0, 0.0, -1.0, 0.0, 0.0, 0.5, 0.0),
-    (-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0),
-    (0.0, -1.0, 0.0, 0.0, 0.0, 0.0, 0.0),
-    (0.0, 1.0, 0.0, -1.0, 0.0, 0.5, 0.0),
-    (0.0, 0.0, 0.0, 0.0, 0.0, -1.0, 0.0),
-    (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.5),
+    (0.0, 1.0, 0.0, -1.0, 0.0, 0.0, 0.5, 0.0),
+    (0.0, -1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0),
+    (0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+    (0.0, 0.0, 1.0, 0.0, -1.0, 0.0, 0.5, 0.0),
+    (1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+    (-1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+    (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0, 0.0),
+    (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0),
+)
+_ADDED = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
+# Columns: each model's first three log-probabilities and the other's at its first two, the service's before the
+# verification model's. To: the first, the two margins, and how far the other's stay below the other's own first.
+_FROM_TOP = (
+    (1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0, -1.0),
+    (0.0, 0.0, -1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+    (0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+    (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0),
+    (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0),
+    (0.0, 1.0, 0.0, 0.0, 1.0, 0.0, -1.0, -1.0, 0.0, 0.0),
+    (0.0, 0.0, 0.0, 0.0, -1.0, 1.0, 0.0, 0.0, 0.0, 0.0),
+    (0.0, 0.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0),
+    (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0),
+    (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0),
 )
 _OTHER_WAY = (1, 0)
 
 
 class Temper(nn.Module):
-    """Both models' probabilities (N, K) to tempered log-probabilities, stacked to (N, 2, K)."""
+    """Probabilities (N, 2, K), the service's and the verification model's, to tempered log-probabilities."""
 
     scale: Tensor
 
@@ -80,82 +104,84 @@ class Temper(nn.Module):
         service, verification = (1.0 / self.scale[:, 0]).tolist()
         return service, verification
 
-    def forward(self, service: Tensor, verification: Tensor) -> Tensor:
+    def forward(self, both: Tensor) -> Tensor:
         """log_softmax(log p / T)."""
-        logs = torch.log(torch.clamp_min(torch.stack((service, verification), dim=1), 1e-30))
-        return functional.log_softmax(logs * self.scale, dim=2)
+        return functional.log_softmax(torch.log(torch.clamp_min(both, 1e-30)) * self.scale, dim=2)
 
 
 class Pair:
     """The tempered pair and what several features share, computed once.
 
-    Both models are worked on side by side in one tensor: a graph for single rows costs what its number of
-    operations costs, not what they compute.
+    Both models are worked on side by side in one tensor, and what is linear is one product with a constant: a graph
+    for single rows costs what its number of operations costs, not what they compute.
 
     Parameters
     ----------
-    logs:
-        (N, 2, K) from `Temper`: the service, then the verification model.
+    temper:
+        With the temperatures of the two models.
+    service, verification:
+        (N, K) probabilities.
     """
 
-    def __init__(self, logs: Tensor) -> None:
-        self.logs = logs
+    def __init__(self, temper: Temper, service: Tensor, verification: Tensor) -> None:
+        self.untempered = torch.stack((service, verification), dim=1)
+        self.logs = logs = temper(self.untempered)
         top = torch.topk(functional.pad(logs, (0, max(0, TOP - 2)), value=LOG_PAD), TOP, dim=2)
         self.top = top.values
-        crossed = _swap(logs)
+        crossed = _pick(logs, _OTHER_WAY)
         # Only two are gathered, so that the padding's index is never used.
         self.other = crossed.gather(2, top.indices[:, :, :2])
         # Classes that the other model finds likelier than this one's choice; 0: the same choice (or a tie).
         self.rank = (crossed > self.other[:, :, :1]).to(logs.dtype).sum(dim=2)
+        self.agrees = self.rank[:, :1] == 0.0
 
     @property
     def agreement(self) -> Tensor:
         """(N, 1) float: 1 where the service's choice is the verification model's."""
-        return (self.rank[:, :1] == 0.0).to(self.logs.dtype)
+        return self.agrees.to(self.logs.dtype)
 
     def features(self) -> Tensor:
         """(N, len(FEATURE_NAMES)) float32, in the order of `FEATURE_NAMES`: what the detector sees."""
-        return torch.cat((self.divergences(), self.places()), dim=1)
+        return torch.cat((self.divergences(), *self._places()), dim=1)
 
     def divergences(self) -> Tensor:
         """(N, DIVERGENCES), the first of the features."""
-        raw = torch.exp(self.logs)
-        p = torch.clamp(raw, EPSILON, 1.0)
+        tempered = torch.exp(self.logs)
+        p = torch.clamp(torch.cat((tempered, self.untempered), dim=1), EPSILON, 1.0)
+        p = torch.cat((p, p[:, :2].mean(dim=1, keepdim=True)), dim=1)
         # Not a matrix product: its running sums in float32 lose the many small terms of a thousand classes.
-        products = (p[:, :, None] * torch.log(p)[:, None]).sum(dim=3).flatten(1)
-        mean = p.mean(dim=1)
-        of_mean = (mean * torch.log(mean)).sum(dim=1, keepdim=True)
-        apart = torch.abs(raw[:, 0] - raw[:, 1]).sum(dim=1, keepdim=True)
-        return torch.matmul(torch.cat((products, of_mean, apart), dim=1), torch.tensor(_FROM_SUMS))
+        products = _pick(p, _PROBABILITY_OF) * _pick(torch.log(p), _LOGARITHM_OF)
+        sums = torch.cat((products, tempered.amin(dim=1, keepdim=True)), dim=1).sum(dim=2)
+        return torch.addmm(torch.tensor(_ADDED), sums, torch.tensor(_FROM_SUMS))
 
     def places(self) -> Tensor:
         """(N, F - DIVERGENCES), the rest of the features: what the re-classifier sees of the pair."""
+        return torch.cat(self._places(), dim=1)
+
+    def _places(self) -> tuple[Tensor, ...]:
         # The winner's log-probability, not its log-odds: 1 - p of a certain row is all rounding in float32,
         # and a score must not depend on the order of a sum. The margins tell certain rows apart.
-        first = self.top[:, :, 0]
-        margins = (self.top[:, :, :2] - self.top[:, :, 1:]).flatten(1)
-        gaps = (self.other - _swap(self.top)[:, :, :1]).flatten(1)
-        ratios = limit(torch.cat((first, margins, gaps), dim=1))
+        seen = torch.cat((self.top, self.other), dim=2).flatten(1)
+        ratios = limit(torch.matmul(seen, torch.tensor(_FROM_TOP)))
         # How much better the pair would fit were the claimed class and the verified one exchanged.
         exchange = ratios[:, 6:7] * ratios[:, 8:9]
-        ranks = torch.log(self.rank + 1.0)
-        return torch.cat((ranks, self.agreement, ratios, exchange), dim=1)
+        return torch.log(self.rank + 1.0), self.agreement, ratios, exchange
 
     def class_features(self) -> Tensor:
-        """(N, K, CLASS_FEATURES): for both models a class's log-ratio to the first three, its place among the
-        first two and its probability; and the log-ratio of the two. Log-ratios are divided by 5, so that all
-        columns are of one size."""
-        places = [self.logs - self.top[:, :, i : i + 1] for i in range(TOP)]
+        """(N, K, CLASS_FEATURES): for both models a class's log-ratio to each of the first three, the log-ratio of
+        the two models, whether each of these is at least 0, and both probabilities. Log-ratios are divided by 5, so
+        that all columns are of one size."""
+        places = _pick(self.logs, (0,) * TOP + (1,) * TOP) - self.top.flatten(1)[:, :, None]
         # What an exchanged class stands out by: how unlike the two models see it.
         unlike = self.logs[:, :1] - self.logs[:, 1:]
-        ratios = limit(torch.cat((*places, unlike), dim=1))
-        leads = (ratios[:, :4] >= 0.0).to(ratios.dtype)
-        return torch.cat((0.2 * ratios, leads, torch.exp(self.logs)), dim=1).transpose(1, 2)
+        ratios = limit(torch.cat((places, unlike), dim=1))
+        above = (ratios >= 0.0).to(ratios.dtype)
+        return torch.cat((0.2 * ratios, above, torch.exp(self.logs)), dim=1).transpose(1, 2)
 
 
-def _swap(both: Tensor) -> Tensor:
-    """The other model's values in each model's place, (N, 2, ...)."""
-    return torch.index_select(both, 1, torch.tensor(_OTHER_WAY))
+def _pick(rows: Tensor, which: tuple[int, ...]) -> Tensor:
+    """These of (N, rows, ...)."""
+    return torch.index_select(rows, 1, torch.tensor(which))
 
 
 def limit(log_ratio: Tensor) -> Tensor:

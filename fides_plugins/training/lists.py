@@ -6,17 +6,23 @@ lifts them above the many disagreeing ones, and then a plain "do they disagree?"
 list has scores of its own, is measured in its own false alarms, and gets a share of the budget: a row's rank is
 -ln of the budget at which its list's share reaches it (weighted Bonferroni; Holm, "A Simple Sequentially
 Rejective Multiple Test Procedure", 1979).
+
+Within a list, what training learned has not the whole say. It knows the attacks that it saw; an attack that it
+did not see is no less unlike a benign row for that, and plain KL tells so. The two are averaged as ranks, which is
+the weighted geometric mean of their budgets (a logarithmic opinion pool; Genest and Zidek, "Combining Probability
+Distributions: A Critique and an Annotated Bibliography", 1986).
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fides_plugins.types import BoolArray, Float64Array
+from fides_plugins.types import BoolArray, Float64Array, IntArray
 
 #: Bends of a list's curve: the benign rows at rank 2, 4, 8, ... This many hold 2**15 rows.
 KNOTS = 16
@@ -24,14 +30,25 @@ KNOTS = 16
 _OUTER = ((0.05, 1.0), (0.1, 2.0))
 #: Slope of a list with too few benign rows for a curve.
 _FLAT = 0.25
+#: Slope by which mean levels may be stretched.
+_STRAIGHT = (0.5, 3.0)
 #: At the beginning of training.
 FIRST_SHARE = 0.1
+#: What has how much to say about disagreeing rows (the logit, KL of the answers as they came, tempered KL), and about
+#: agreeing ones (the logit, tempered KL). Each adds up to 1. Between 0.4 and 0.65 for the logit little changes; see
+#: docs/explanation/detection.md.
+Says = tuple[tuple[float, float, float], tuple[float, float]]
+SAYS: Says = ((0.6, 0.25, 0.15), (0.5, 0.5))
+LEARNED_ALONE: Says = ((1.0, 0.0, 0.0), (1.0, 0.0))
+#: Which columns of the scores those are.
+_COLUMNS = ((0, 2, 3), (1, 3))
 
 
 class Lists(nn.Module):
-    """(N, 2) logits, as if the models disagreed and as if they agreed, to (N,) ranks.
+    """(N, 4) scores to (N,) ranks.
 
-    Each list's curve is piecewise linear: base + slope * x + sum of bends * relu(x - knots).
+    The scores: the logit as if the models disagreed, as if they agreed, KL of the answers as they came, tempered KL.
+    Each list has a curve for each score that says something there; the others' knots and bends are zero.
     """
 
     knots: Tensor
@@ -42,61 +59,110 @@ class Lists(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("knots", torch.zeros(2, KNOTS))
-        self.register_buffer("bends", torch.zeros(2, KNOTS))
-        self.register_buffer("slope", torch.ones(2))
+        # One column of knots per score: those of the disagreeing list's curve, then the agreeing one's.
+        self.register_buffer("knots", torch.zeros(4, 2, KNOTS))
+        self.register_buffer("bends", torch.zeros(4, 2, KNOTS, 2))
+        self.register_buffer("slope", torch.eye(4, 2))
         self.register_buffer("base", torch.zeros(2))
         self.register_buffer("share", torch.zeros(2))
         self.give(FIRST_SHARE)
 
-    def forward(self, logits: Tensor, agreement: Tensor) -> Tensor:
+    def forward(self, scores: Tensor, agrees: Tensor) -> Tensor:
         """-ln of the budget that reaches a row.
 
         Parameters
         ----------
-        logits:
-            (N, 2).
-        agreement:
-            (N, 1), 1 where the models agree.
+        scores:
+            (N, 4).
+        agrees:
+            (N, 1) bool: whether the models agree.
         """
-        risen = (torch.relu(logits[:, :, None] - self.knots) * self.bends).sum(dim=2)
-        ranks = risen + logits * self.slope + (self.base + self.share)
-        return torch.where(agreement[:, 0] > 0.5, ranks[:, 1], ranks[:, 0])
+        risen = torch.relu(scores[:, :, None] - self.knots.flatten(1)).flatten(1)
+        ranks = torch.addmm(torch.addmm(self.base + self.share, scores, self.slope), risen, self.bends.flatten(0, 2))
+        return ranks.gather(1, agrees.to(torch.int64))[:, 0]
 
     def give(self, share: float) -> None:
         """Give agreeing rows this share of the budget, and disagreeing rows the rest."""
         self.share.copy_(torch.tensor([math.log(1.0 - share), math.log(share)]))
 
-    def measure(self, logits: Float64Array, agrees: BoolArray) -> None:
+    def measure(self, scores: Float64Array, agrees: BoolArray, says: Says = SAYS) -> None:
         """Take the curves from benign rows.
 
         Parameters
         ----------
-        logits:
-            (N, 2).
+        scores:
+            (N, 4).
         agrees:
             (N,).
+        says:
+            See `SAYS`.
         """
-        for which in (0, 1):
-            scores = np.sort(logits[agrees == bool(which), which])[::-1]
-            knots, bends, slope, base = _curve(scores, len(logits))
-            self.knots[which], self.bends[which] = torch.from_numpy(knots), torch.from_numpy(bends)
-            self.slope[which], self.base[which] = slope, base
+        n = len(scores)
+        for buffer in (self.knots, self.bends, self.slope):
+            buffer.zero_()
+        for which, say in enumerate(says):
+            rows = scores[agrees == bool(which)][:, _COLUMNS[which]]
+            curves = [_Curve.of(column, n) for column in rows.T]
+            mixed = sum(weight * curve(column) for weight, curve, column in zip(say, curves, rows.T, strict=True))
+            constant, slope = _line(np.sort(mixed)[::-1], n)
+            self.base[which] = constant + sum(slope * w * c.base for w, c in zip(say, curves, strict=True))
+            for column, weight, curve in zip(_COLUMNS[which], say, curves, strict=True):
+                self.knots[column, which] = torch.from_numpy(curve.knots)
+                self.bends[column, which, :, which] = torch.from_numpy(slope * weight * curve.bends)
+                self.slope[column, which] = slope * weight * curve.slope
 
 
-def _curve(scores: Float64Array, n: int) -> tuple[Float64Array, Float64Array, float, float]:
-    """Knots, bends, slope and base of -ln(share of n benign rows that score at least x), from falling scores."""
-    knots, bends = np.zeros(KNOTS), np.zeros(KNOTS)
-    if len(scores) < 2:
-        start = float(scores[0]) if len(scores) else 0.0
-        return knots, bends, _FLAT, -math.log(max(len(scores), 0.5) / n) - _FLAT * start
-    ranks = np.unique(np.minimum(2 ** np.arange(1, KNOTS), len(scores)))[::-1]
-    x, level = scores[ranks - 1], -np.log(ranks / n)
-    # Equal scores make one knot, at the rarest level.
-    kept = np.append(np.diff(x) > 1e-6, True)
-    x, level = x[kept], level[kept]
-    inner = np.diff(level) / np.diff(x)
-    edge = inner if len(inner) else np.full(1, _FLAT)
-    slopes = np.concatenate([[np.clip(edge[0], *_OUTER[0])], inner, [np.clip(edge[-1], *_OUTER[1])]])
-    knots[: len(x)], bends[: len(x)] = x, np.diff(slopes)
-    return knots, bends, float(slopes[0]), float(level[0] - slopes[0] * x[0])
+@dataclass(frozen=True)
+class _Curve:
+    """-ln(share of n benign rows that score at least x): base + slope * x + sum of bends * relu(x - knots)."""
+
+    knots: Float64Array
+    bends: Float64Array
+    slope: float
+    base: float
+
+    def __call__(self, x: Float64Array) -> Float64Array:
+        """(N,) levels of (N,) scores."""
+        risen = np.maximum(x[:, None] - self.knots, 0.0) @ self.bends
+        return np.asarray(self.base + self.slope * x + risen, np.float64)
+
+    @classmethod
+    def of(cls, scores: Float64Array, n: int) -> _Curve:
+        """From the list's benign scores, out of n benign rows."""
+        knots, bends = np.zeros(KNOTS), np.zeros(KNOTS)
+        scores = np.sort(scores)[::-1]
+        if len(scores) < 2:
+            start = float(scores[0]) if len(scores) else 0.0
+            return cls(knots, bends, _FLAT, -math.log(max(len(scores), 0.5) / n) - _FLAT * start)
+        ranks = _dyadic(len(scores))
+        x, level = scores[ranks - 1], -np.log(ranks / n)
+        # Scores that are equal, or nearly, make one knot, at the rarest level: steep bends that cancel each other
+        # leave nothing of a float32.
+        kept = np.append(np.diff(x) > max(1e-6, 1e-4 * (x[-1] - x[0])), True)
+        x, level = x[kept], level[kept]
+        inner = np.diff(level) / np.diff(x)
+        edge = inner if len(inner) else np.full(1, _FLAT)
+        slopes = np.concatenate([[np.clip(edge[0], *_OUTER[0])], inner, [np.clip(edge[-1], *_OUTER[1])]])
+        knots[: len(x)], bends[: len(x)] = x, np.diff(slopes)
+        return cls(knots, bends, float(slopes[0]), float(level[0] - slopes[0] * x[0]))
+
+
+def _line(levels: Float64Array, n: int) -> tuple[float, float]:
+    """Constant and slope that make of falling mean levels the -ln of a share of n rows again.
+
+    Where two orders differ, fewer rows are far out in their mean than in either.
+    """
+    if len(levels) < 2:
+        return 0.0, 1.0
+    ranks = _dyadic(len(levels))
+    x, level = levels[ranks - 1], -np.log(ranks / n)
+    if np.ptp(x) < 1e-6:
+        return 0.0, 1.0
+    slope = float(np.clip(np.polyfit(x, level, 1)[0], *_STRAIGHT))
+    return float(np.mean(level - slope * x)), slope
+
+
+def _dyadic(n: int) -> IntArray:
+    """2, 4, 8, ..., n, falling."""
+    ranks: IntArray = np.unique(np.minimum(2 ** np.arange(1, KNOTS), n))[::-1]
+    return ranks

@@ -7,6 +7,7 @@ hold everything from there on.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import cast
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fides_plugins.training.export import strip, to_onnx
-from fides_plugins.training.features import CLASS_FEATURES, DIVERGENCES, FEATURE_NAMES, Pair, Temper, limit
+from fides_plugins.training.features import CLASS_FEATURES, DIVERGENCES, FEATURE_NAMES, KLS, Pair, Temper, limit
 from fides_plugins.training.lists import Lists
 
 SLOPE = 0.1
@@ -71,7 +72,7 @@ class Detector(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(N,) ranks, see `Lists`."""
-        return cast(Tensor, self.lists(self.logits(features), agreement_of(features)))
+        return cast(Tensor, self.lists(to_be_ordered(self.logits(features), features), agreement_of(features) > 0.5))
 
     def merged(self) -> nn.Sequential:
         """The same logits of features as one plain network, (N, F) to (N, 2): fewer, larger operations.
@@ -103,10 +104,11 @@ class Reclassifier(nn.Module):
     def __init__(self, sample: Tensor, width: int = 48) -> None:
         super().__init__()
         self.standardise = Standardise(sample[:, DIVERGENCES:])
-        self.of_class = nn.Linear(CLASS_FEATURES, width)
+        # The context brings the bias; one of the scores would be the same for all classes.
+        self.of_class = nn.Linear(CLASS_FEATURES, width, bias=False)
         self.of_pair = nn.Linear(_FEATURES - DIVERGENCES, width)
         self.hidden = nn.Linear(width, width)
-        self.score = nn.Linear(width, 2)
+        self.score = nn.Linear(width, 2, bias=False)
 
     def forward(self, class_features: Tensor, places: Tensor) -> Tensor:
         """(N, M, 2) scores of M classes from (N, M, CLASS_FEATURES) and `Pair.places`."""
@@ -159,16 +161,20 @@ class Generator(nn.Module):
 class DetectorGraph(nn.Module):
     """service, verification (N, K) -> score (N,) in (0, 1), 0.5 at the balanced threshold."""
 
-    offset: Tensor
-
     def __init__(self, temper: Temper, detector: Detector, balanced_rank: float) -> None:
         super().__init__()
-        self.temper, self.detector, self.lists = temper, detector.merged(), detector.lists
-        self.register_buffer("offset", torch.tensor(balanced_rank, dtype=torch.float32))
+        self.temper, self.detector = temper, detector.merged()
+        self.lists = copy.deepcopy(detector.lists)
+        self.lists.base.sub_(balanced_rank)
 
     def forward(self, service: Tensor, verification: Tensor) -> Tensor:
-        features = Pair(self.temper(service, verification)).features()
-        return to_score(self.lists(self.detector(features), agreement_of(features)) - self.offset)
+        return to_score(self.ranks(service, verification))
+
+    def ranks(self, service: Tensor, verification: Tensor) -> Tensor:
+        """(N,) ranks, see `Lists`, less the balanced one."""
+        pair = Pair(self.temper, service, verification)
+        features = pair.features()
+        return cast(Tensor, self.lists(to_be_ordered(self.detector(features), features), pair.agrees))
 
 
 class ReclassifierGraph(nn.Module):
@@ -184,11 +190,15 @@ class ReclassifierGraph(nn.Module):
         self.with_truth = with_truth
 
     def forward(self, service: Tensor, verification: Tensor) -> tuple[Tensor, Tensor]:
-        pair = Pair(self.temper(service, verification))
-        scores = self.reclassifier(pair.class_features(), pair.places()).transpose(1, 2)
-        both = torch.softmax(scores, dim=2)
-        truth = both[:, 1] if self.with_truth else torch.exp(pair.logs[:, 1])
-        return both[:, 0], truth
+        pair = Pair(self.temper, service, verification)
+        both = torch.softmax(self.reclassifier(pair.class_features(), pair.places()), dim=1)
+        truth = both[:, :, 1] if self.with_truth else torch.exp(pair.logs[:, 1])
+        return both[:, :, 0], truth
+
+
+def to_be_ordered(logits: Tensor, features: Tensor) -> Tensor:
+    """(N, 4) scores for `Lists`: the logits (N, 2) and KL, of the answers as they came and tempered."""
+    return torch.cat((logits, features[:, :KLS]), dim=1)
 
 
 def agreement_of(features: Tensor) -> Tensor:

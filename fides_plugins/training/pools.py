@@ -15,10 +15,8 @@ from fides_plugins.training.attacks import GENERATOR, OutputAttack
 from fides_plugins.training.features import CLASS_FEATURES, Pair, Temper
 from fides_plugins.training.networks import Generator
 from fides_plugins.training.predictions import Predictions
+from fides_plugins.training.replays import REPLAYS
 from fides_plugins.types import Float32Array, Float64Array, IntArray
-
-#: Genuine answers to other inputs: to any, and to one where the right class is the runner-up.
-REPLAYS = ("replay", "replay-near")
 
 
 @dataclass
@@ -27,6 +25,7 @@ class Pool:
 
     name: str
     lies: bool
+    replay: bool
     features: Tensor
     class_features: Tensor
     log_offset: Tensor
@@ -74,7 +73,6 @@ class Pools:
         self.replay_weight, self.class_limit = replay_weight, class_limit
         self.own = rows.service.argmax(axis=1)
         self.fold = torch.from_numpy(rng.permutation(rows.n_rows) % folds)
-        self.order = np.argsort(-rows.service, axis=1)[:, :2]
 
     def benign(self) -> Pool:
         """The rows as they are."""
@@ -87,10 +85,9 @@ class Pools:
             attacked, changed = attack.apply(self.rows.service, self.rng)
             rows = np.flatnonzero(changed)
             pools.append(self._pool(attack.name, attacked[rows], rows, attack.weight, attack.changes_label))
-        for name in REPLAYS:
-            replayed = self.rows.service[self._replays(near=name != "replay")]
-            changed = replayed.argmax(axis=1) != self.own
-            pools.append(self._pool(name, replayed[changed], np.flatnonzero(changed), self.replay_weight))
+        for replay in REPLAYS:
+            replayed, rows = replay.apply(self.rows.service, self.rng)
+            pools.append(self._pool(replay.name, replayed, rows, self.replay_weight, replay.changes_label, True))
         if generator is not None:
             with torch.no_grad():
                 noise = torch.from_numpy(self.rng.standard_normal(self.rows.service.shape, dtype=np.float32))
@@ -98,21 +95,10 @@ class Pools:
             pools.append(self._pool(GENERATOR, lies, np.arange(self.rows.n_rows), 1.0))
         return [p for p in pools if len(p)]
 
-    def _replays(self, near: bool) -> IntArray:
-        """For each row, another row whose answer is replayed: any, or one that has its class as runner-up.
-
-        The second kind is the careful liar's: of all genuine answers, one that finds the right class plausible.
-        """
-        chosen = self.rng.permutation(self.rows.n_rows)
-        if near:
-            for c in np.unique(self.own):
-                wanted, candidates = np.flatnonzero(self.own == c), np.flatnonzero(self.order[:, 1] == c)
-                if len(candidates):
-                    chosen[wanted] = self.rng.choice(candidates, len(wanted))
-        return chosen
-
     @torch.no_grad()
-    def _pool(self, name: str, service: Float32Array, of: IntArray, weight: float, lies: bool = True) -> Pool:
+    def _pool(
+        self, name: str, service: Float32Array, of: IntArray, weight: float, lies: bool = True, replay: bool = False
+    ) -> Pool:
         """Features of attacked answers (P, K) of the rows `of` (P,), computed in pieces."""
         k = self.rows.n_classes
         piece = max(64, 2_000_000 // k)
@@ -122,23 +108,24 @@ class Pools:
             index = of[start : start + piece]
             verification = torch.from_numpy(self.rows.verification[index])
             claimed = torch.from_numpy(np.array(service[start : start + piece]))
-            pair = Pair(self.temper(claimed, verification))
+            pair = Pair(self.temper, claimed, verification)
             own = torch.from_numpy(self.own[index])
             truth = own if self.rows.labels is None else torch.from_numpy(self.rows.labels[index])
             columns, offset = self._candidates(pair, own, truth)
             class_features = pair.class_features().gather(1, columns[:, :, None].expand(-1, -1, CLASS_FEATURES))
             at = [(columns == wanted[:, None]).to(torch.int64).argmax(dim=1) for wanted in (own, truth)]
             agrees = pair.agreement[:, 0]
-            weights = torch.full((len(index),), weight)
+            # Where the models differ anyway, an answer that keeps its class has nothing to teach.
+            weights = weight * (torch.ones(len(index)) if lies else agrees)
             parts.append((pair.features(), class_features, offset, at[0], at[1], weights, agrees))
             kl.append(divergences.kl(claimed.numpy(), verification.numpy()))
         if not parts:
             empty = torch.empty(0)
-            return Pool(name, lies, empty, empty, empty, empty, empty, empty, empty, empty, np.empty(0))
+            return Pool(name, lies, replay, empty, empty, empty, empty, empty, empty, empty, empty, np.empty(0))
         f, c, offset, own_at, truth_at, w, agree = (torch.cat(column) for column in zip(*parts, strict=True))
         labelled = truth_at if self.rows.labels is not None else None
         fold = self.fold[torch.from_numpy(of)]
-        return Pool(name, lies, f, c, offset, own_at, labelled, w, agree, fold, np.concatenate(kl))
+        return Pool(name, lies, replay, f, c, offset, own_at, labelled, w, agree, fold, np.concatenate(kl))
 
     def _candidates(self, pair: Pair, own: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
         """(N, M) class indices and log-weights: all classes where they are few, else a sample."""

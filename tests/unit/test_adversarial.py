@@ -40,7 +40,7 @@ class _Features(torch.nn.Module):
         self.temper = Temper(*TEMPERATURES)
 
     def forward(self, service: torch.Tensor, verification: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        pair = Pair(self.temper(service, verification))
+        pair = Pair(self.temper, service, verification)
         return pair.features(), torch.exp(pair.logs)
 
 

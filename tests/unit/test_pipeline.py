@@ -148,7 +148,7 @@ def test_a_plugin_that_hangs_costs_the_timeout_once_and_then_nothing(folder: Pat
         def fides_verify(self) -> None:
             release.wait(20)
 
-    pipeline = make(folder, Hangs(), timeout_ms=100, breaker_failures=2)
+    pipeline = make(folder, Hangs(), timeout_ms=500, breaker_failures=2)
     try:
         for _ in range(2):
             verdict = pipeline.run(QUERY, HONEST)
@@ -156,7 +156,7 @@ def test_a_plugin_that_hangs_costs_the_timeout_once_and_then_nothing(folder: Pat
             assert "gave no answer in time" in verdict.reason[0]
         start = time.perf_counter()
         verdict = pipeline.run(QUERY, HONEST)
-        assert time.perf_counter() - start < 0.09
+        assert time.perf_counter() - start < 0.4
         assert "left alone" in verdict.reason[0]
     finally:
         release.set()
