@@ -67,7 +67,7 @@ def test_the_tutorial_reaches_a_protected_attacked_and_corrected_model(tmp_path:
     assert honest <= 12
     assert calm["attacked"] <= 20
     assert attacked >= 420
-    # 438 here; over four services and two detectors each 0.94 to 1. A lie that is not caught stays wrong.
+    # 441 here; over four services and two detectors each 0.94 to 1. A lie that is not caught stays wrong.
     assert alarmed["attacked"] >= 0.92 * rows
     assert corrected <= 0.08 * rows
     assert still == alarmed
