@@ -33,7 +33,8 @@ from fides_plugins.training.distillation import (
     predict,
 )
 from fides_plugins.training.gdtl import GdtlSettings, search
-from fides_plugins.training.students import PretrainedNetwork, Student, small_cnn, without_last_linear
+from fides_plugins.training.pretrained import PretrainedNetwork, without_last_linear
+from fides_plugins.training.students import Student, small_cnn
 from fides_plugins.types import Float32Array
 
 WIDTH = 12

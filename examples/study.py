@@ -27,7 +27,8 @@ from fides_plugins.training.data import Dataset
 from fides_plugins.training.distillation import Augmentation, augment
 from fides_plugins.training.evaluation import evaluate
 from fides_plugins.training.export import export_onnx
-from fides_plugins.training.fit import FitOptions, FitReport, fit_service
+from fides_plugins.training.fit import FitOptions, fit_service
+from fides_plugins.training.fit_report import FitReport
 from fides_plugins.training.input_attacks import input_attacks
 from fides_plugins.training.model_attacks import Victim, model_attacks
 from fides_plugins.training.predictions import Predictions

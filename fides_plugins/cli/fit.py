@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from rich.progress import Progress
 
-    from fides_plugins.training.fit import FitReport
+    from fides_plugins.training.fit_report import FitReport
     from fides_plugins.training.students import Student
 
 _MODEL = "The verification model"
@@ -163,7 +163,8 @@ def fit(
     if engine not in ("local", "torchrun", "ray"):
         raise SettingsError(f"There is no engine {engine!r}.", "Choose local, torchrun or ray.")
     from fides_plugins.training.distributed import is_member, member, run_ray, run_torchrun
-    from fides_plugins.training.fit import FitOptions, FitReport, fit_service
+    from fides_plugins.training.fit import FitOptions, fit_service
+    from fides_plugins.training.fit_report import FitReport
 
     if engine == "torchrun" and not is_member():
         raise typer.Exit(run_torchrun(sys.argv[1:], workers))
@@ -312,7 +313,7 @@ def _students(
         raise SettingsError(f"{len(specs)} students and {len(weights)} files of weights.", "Give one for each.")
 
     def make(images: NDArray[Any], n_classes: int) -> Sequence[Student]:
-        from fides_plugins.training.students import pretrained_student
+        from fides_plugins.training.pretrained import pretrained_student
 
         files: list[Path | None] = [*weights] or [None] * len(specs)
         return [

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,8 @@ from fides_plugins.training.distillation import (
     augment,
 )
 from fides_plugins.training.export import export_onnx
-from fides_plugins.training.gdtl import GdtlResult, GdtlSettings, Step, search
+from fides_plugins.training.fit_report import FitReport
+from fides_plugins.training.gdtl import GdtlResult, GdtlSettings, search
 from fides_plugins.training.students import Student, built_in_students
 from fides_plugins.training.teachers import AnswerCache, Teacher, as_logits, load_teacher, output_kind
 from fides_plugins.types import Float32Array, IntArray, OutputKind, softmax
@@ -111,66 +112,6 @@ class FitOptions:
         return DistillationSettings(
             self.temperature, self.alpha, self.beta, self.epochs, fine_tune_learning_rate=self.fine_tune_rate
         )
-
-
-@dataclass(frozen=True)
-class FitReport:
-    """What was made, and how well it does on rows that no training saw.
-
-    Attributes
-    ----------
-    bundle, digest:
-        Folder and digest of the bundle.
-    service, service_cost, verification_cost:
-        Name of the service, and both models' parameters and multiply-adds (None where unknown).
-    student, steps, reached:
-        The chosen student, the trade-off table, and whether the wanted agreement was reached on the
-        selection rows.
-    agreement:
-        On the detection rows, which had no part in distillation or selection.
-    service_accuracy, verification_accuracy:
-        On the detection rows, where labels are known.
-    rows:
-        Number of rows in each part.
-    asked, remembered:
-        Rows the service answered, and rows found in the cache of an earlier run.
-    scale:
-        Factor that was applied to the pixel values.
-    seconds:
-        By stage.
-    """
-
-    bundle: str
-    digest: str
-    service: str
-    service_cost: Cost | None
-    verification_cost: Cost
-    student: str
-    steps: tuple[Step, ...]
-    reached: bool
-    agreement: float
-    service_accuracy: float | None
-    verification_accuracy: float | None
-    rows: dict[str, int]
-    asked: int
-    remembered: int
-    scale: float
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> FitReport:
-        """What `as_dict` gave, perhaps by way of JSON."""
-        service = values["service_cost"]
-        parts = {
-            "service_cost": None if service is None else Cost(**service),
-            "verification_cost": Cost(**values["verification_cost"]),
-            "steps": tuple(Step(**s) for s in values["steps"]),
-        }
-        return cls(**{**values, **parts})
 
 
 def fit_service(

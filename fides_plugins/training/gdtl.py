@@ -36,7 +36,8 @@ from fides_plugins.training.distillation import (
     predict,
     silent,
 )
-from fides_plugins.training.students import PretrainedNetwork, Student, VerificationModel
+from fides_plugins.training.pretrained import PretrainedNetwork
+from fides_plugins.training.students import Student, VerificationModel
 from fides_plugins.types import Float32Array
 
 

@@ -6,13 +6,9 @@ front of it, so that the exported graph takes the very tensor that the service t
 
 from __future__ import annotations
 
-import importlib
 import math
-import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -104,33 +100,6 @@ class VerificationModel(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (N, K) float32 for the service's tensor (N, ...)."""
         logits: torch.Tensor = self.network(self.preprocess(x))
-        return logits
-
-
-class PretrainedNetwork(nn.Module):
-    """A pre-trained backbone under a fresh head: global pool, batch norm, dropout 0.2, linear.
-
-    Parameters
-    ----------
-    backbone:
-        Gives features (N, F) or maps (N, F, h, w).
-    n_features:
-        F.
-    """
-
-    def __init__(self, backbone: nn.Module, n_features: int, n_classes: int) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = nn.Sequential(nn.BatchNorm1d(n_features), nn.Dropout(0.2), nn.Linear(n_features, n_classes))
-
-    def features(self, x: torch.Tensor) -> torch.Tensor:
-        """Pooled features (N, F)."""
-        y: torch.Tensor = self.backbone(x)
-        return y.flatten(2).mean(2) if y.dim() > 2 else y
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits (N, K)."""
-        logits: torch.Tensor = self.head(self.features(x))
         return logits
 
 
@@ -297,147 +266,3 @@ def _family(row_shape: tuple[int, ...], n_classes: int) -> Iterator[Student]:
                 continue
             name = f"cnn-{size[0]}x{size[1]}-{width}"
             yield Student(name, lambda s=size, v=width: small_cnn(channels, s, v, n_classes), size)  # type: ignore[misc]
-
-
-def load_factory(spec: str) -> nn.Module:
-    """Call `package.module:factory` and return the torch module it makes. The working folder is searched too.
-
-    Raises
-    ------
-    TrainingError
-        If the module or the function is not there, or what it returns is no torch module.
-    """
-    module_name, _, attribute = spec.partition(":")
-    if not module_name or not attribute:
-        raise TrainingError(f"{spec!r} is not of the form package.module:factory.")
-    folder = os.getcwd()
-    added = folder not in sys.path
-    if added:
-        sys.path.insert(0, folder)
-    try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-    except ImportError as error:
-        raise TrainingError(f"{module_name} cannot be imported: {error}.", "Check the name and the folder.") from error
-    except AttributeError as error:
-        raise TrainingError(f"{module_name} has no {attribute!r}.", "Check the name of the factory.") from error
-    finally:
-        if added:
-            sys.path.remove(folder)
-    try:
-        module = factory() if callable(factory) and not isinstance(factory, nn.Module) else factory
-    except Exception as error:  # somebody else's code: whatever it raises, this factory cannot be used
-        raise TrainingError(
-            f"{spec} failed: {type(error).__name__}: {error}.", "Call it yourself to see why."
-        ) from error
-    if not isinstance(module, nn.Module):
-        raise TrainingError(f"{spec} gives a {type(module).__name__}, not a torch module.")
-    return module
-
-
-def load_torchscript(path: Path) -> nn.Module:
-    """Load a TorchScript file.
-
-    Raises
-    ------
-    TrainingError
-        If it is none.
-    """
-    try:
-        module: nn.Module = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
-    except (RuntimeError, ValueError) as error:
-        raise TrainingError(f"{path.name} is not a TorchScript file.", "Save it with torch.jit.save.") from error
-    return module
-
-
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Fill a module from a ``.safetensors`` state dict; pickled files are refused.
-
-    Raises
-    ------
-    TrainingError
-        If the file is of another kind, or its names or shapes do not fit the module.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if path.suffix != ".safetensors":
-        raise TrainingError(
-            f"{path.name} is not a .safetensors file; pickled state dicts can run code and are refused.",
-            "Convert it where you trust it: safetensors.torch.save_file(model.state_dict(), 'weights.safetensors').",
-        )
-    try:
-        state = load_file(str(path))
-        module.load_state_dict(state)
-    except (SafetensorError, OSError) as error:
-        raise TrainingError(f"{path.name} cannot be read: {error}.") from error
-    except RuntimeError as error:
-        raise TrainingError(f"{path.name} does not fit the student: {error}") from error
-
-
-def pretrained_student(
-    spec: str,
-    images: NDArray[Any],
-    n_classes: int,
-    *,
-    weights: str | Path | None = None,
-    size: tuple[int, int] | None = None,
-    channels: int | None = None,
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
-) -> Student:
-    """A student from a pre-trained network, with a fresh head.
-
-    Parameters
-    ----------
-    spec:
-        `package.module:factory` of a torch module (its last linear layer is cut off), or a TorchScript file
-        (kept whole: the head goes on top of its output).
-    images:
-        (N, ...) rows of the service's tensor.
-    weights:
-        A ``.safetensors`` state dict for the factory's module.
-    size, channels, mean, std:
-        What the network was trained with, see `Student`.
-
-    Raises
-    ------
-    TrainingError
-        If the network cannot be loaded, or does not run on the images.
-    """
-    path = Path(spec)
-
-    def load() -> nn.Module:
-        if path.suffix in (".pt", ".pth", ".ts", ".torchscript"):
-            return load_torchscript(path)
-        module = load_factory(spec)
-        if weights is not None:
-            load_weights(module, Path(weights))
-        return without_last_linear(module)
-
-    student = Student(path.stem.partition(":")[2] or path.stem, load, size, channels, mean, std, pretrained=True)
-    probe = student.model(images[:2], 0)
-    probe.eval()
-    try:
-        with torch.no_grad():
-            y = probe(torch.from_numpy(np.ascontiguousarray(images[:2])))
-    except (RuntimeError, ValueError) as error:
-        raise TrainingError(
-            f"The student {spec} does not run on the service's input: {str(error).splitlines()[0]}",
-            "State the size and the channels that it takes.",
-        ) from error
-    n_features = int(y.shape[1])
-
-    def build() -> nn.Module:
-        return PretrainedNetwork(load(), n_features, n_classes)
-
-    return Student(student.name, build, size, channels, mean, std, pretrained=True)
-
-
-def without_last_linear(module: nn.Module) -> nn.Module:
-    """The module with its last `nn.Linear` replaced by the identity, so that it gives features; in place."""
-    names = [n for n, m in module.named_modules() if isinstance(m, nn.Linear)]
-    if isinstance(module, nn.Linear) or not names:
-        return module
-    parent_name, _, child = names[-1].rpartition(".")
-    setattr(module.get_submodule(parent_name), child, nn.Identity())
-    return module

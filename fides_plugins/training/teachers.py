@@ -214,7 +214,7 @@ def load_teacher(
         except OSError as error:
             raise TrainingError(f"{path.name} cannot be read: {error.strerror}.", "Check the path.") from error
         return OnnxTeacher(data, path.name, input_name, output_name)
-    from fides_plugins.training.students import load_factory, load_torchscript
+    from fides_plugins.training.torch_modules import load_factory, load_torchscript
 
     if path.suffix in (".pt", ".pth", ".ts", ".torchscript"):
         return TorchTeacher(load_torchscript(path), path.name, input_name or "input")

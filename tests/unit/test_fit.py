@@ -17,7 +17,8 @@ from fides_plugins.errors import BundleError, FidesError, TrainingError
 from fides_plugins.onnx_model import OnnxModel
 from fides_plugins.training.data import Dataset
 from fides_plugins.training.export import export_onnx
-from fides_plugins.training.fit import FitOptions, FitReport, fit_service
+from fides_plugins.training.fit import FitOptions, fit_service
+from fides_plugins.training.fit_report import FitReport
 from fides_plugins.training.teachers import OnnxTeacher
 
 QUICK = FitOptions(agreement=0.9, epochs=6, transfer_rows=3000, false_alarm_rate=0.05)

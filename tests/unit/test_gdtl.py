@@ -21,7 +21,8 @@ from fides_plugins.training.distillation import (
     training_mode,
 )
 from fides_plugins.training.gdtl import GdtlSettings, certain, divergence, layer_groups, search
-from fides_plugins.training.students import PretrainedNetwork, Student
+from fides_plugins.training.pretrained import PretrainedNetwork
+from fides_plugins.training.students import Student
 
 RNG = np.random.default_rng(0)
 CENTRES = RNG.normal(0, 1.5, (3, 6)).astype(np.float32)

@@ -1,0 +1,70 @@
+"""What a fit made and how well it does: printed at its end, passed between workers, written as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fides_plugins.training.costs import Cost
+from fides_plugins.training.gdtl import Step
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What was made, and how well it does on rows that no training saw.
+
+    Attributes
+    ----------
+    bundle, digest:
+        Folder and digest of the bundle.
+    service, service_cost, verification_cost:
+        Name of the service, and both models' parameters and multiply-adds (None where unknown).
+    student, steps, reached:
+        The chosen student, the trade-off table, and whether the wanted agreement was reached on the
+        selection rows.
+    agreement:
+        On the detection rows, which had no part in distillation or selection.
+    service_accuracy, verification_accuracy:
+        On the detection rows, where labels are known.
+    rows:
+        Number of rows in each part.
+    asked, remembered:
+        Rows the service answered, and rows found in the cache of an earlier run.
+    scale:
+        Factor that was applied to the pixel values.
+    seconds:
+        By stage.
+    """
+
+    bundle: str
+    digest: str
+    service: str
+    service_cost: Cost | None
+    verification_cost: Cost
+    student: str
+    steps: tuple[Step, ...]
+    reached: bool
+    agreement: float
+    service_accuracy: float | None
+    verification_accuracy: float | None
+    rows: dict[str, int]
+    asked: int
+    remembered: int
+    scale: float
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> FitReport:
+        """What `as_dict` gave, perhaps by way of JSON."""
+        service = values["service_cost"]
+        parts = {
+            "service_cost": None if service is None else Cost(**service),
+            "verification_cost": Cost(**values["verification_cost"]),
+            "steps": tuple(Step(**s) for s in values["steps"]),
+        }
+        return cls(**{**values, **parts})
