@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from fides_plugins.conformal import Calibration
-from fides_plugins.monitor import EProcess
 from fides_plugins.training.attacks import default_registry
 from fides_plugins.training.detection import train_on
 from fides_plugins.training.evaluation import Judge
+from fides_plugins.training.monitor_study import first_alarms
 from fides_plugins.training.predictions import load_predictions
 from fides_plugins.training.synthetic import synthetic_pair
 
@@ -28,20 +28,10 @@ def p_values(
 ) -> np.ndarray:
     """(length, sequences) p-values, each sequence against calibration rows of its own."""
     rng = np.random.default_rng(seed)
-    p = np.empty((length, sequences), dtype=np.float32)
+    p = np.empty((length, sequences))
     for s in range(sequences):
         p[:, s] = Calibration(rng.choice(benign, calibration)).p_value(rng.choice(traffic, length))
     return p
-
-
-def first_alarm(p: np.ndarray, calibration: int, error: float) -> np.ndarray:
-    """(sequences,) requests until the alarm, infinite without one."""
-    process = EProcess(calibration, p.shape[1])
-    delays = np.full(p.shape[1], np.inf)
-    for t, row in enumerate(p):
-        alarmed = process.step(row.astype(np.float64)) >= 1.0 / error
-        delays[alarmed & np.isinf(delays)] = t + 1
-    return delays
 
 
 def fixed_alarms(p: np.ndarray, error: float) -> int:
@@ -50,7 +40,7 @@ def fixed_alarms(p: np.ndarray, error: float) -> int:
     wealth = np.zeros((p.shape[1], len(k)))
     top = np.zeros(p.shape[1])
     for row in p:
-        wealth += np.log(k) + (k - 1) * np.log(row.astype(np.float64))[:, None]
+        wealth += np.log(k) + (k - 1) * np.log(row)[:, None]
         top = np.maximum(top, np.exp(np.minimum(wealth, 700)).mean(axis=1))
     return int((top >= 1.0 / error).sum())
 
@@ -71,10 +61,11 @@ def main() -> None:
     attacked = judge.score(lies, held_out.verification)
     n, sequences = arguments.calibration, arguments.sequences
     quiet = p_values(benign, benign, n, sequences, arguments.length, arguments.seed)
-    alarms = int(np.isfinite(first_alarm(quiet, n, 1e-3)).sum())
+    alarms = int(np.isfinite(first_alarms(quiet, n, sequences, 1e-3)).sum())
     print(f"{sequences:,} benign sequences of {arguments.length:,} rows at 1e-3: {alarms} alarmed", end="; ")
     print(f"bets against the fixed calibration: {fixed_alarms(quiet, 1e-3)}")
-    delays = first_alarm(p_values(benign, attacked, n, sequences, 200, arguments.seed + 1), n, 1e-6)
+    lied = p_values(benign, attacked, n, sequences, 200, arguments.seed + 1)
+    delays = first_alarms(lied, n, sequences, 1e-6)
     print(f"`switch` at 1e-6: median {np.median(delays):.0f} requests, 95% within {np.percentile(delays, 95):.0f}")
 
 

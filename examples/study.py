@@ -25,12 +25,12 @@ from fides_plugins.onnx_model import OnnxModel
 from fides_plugins.training.attacks import default_registry
 from fides_plugins.training.data import Dataset
 from fides_plugins.training.distillation import Augmentation, augment
+from fides_plugins.training.evaluate_service import attack_from_inside
 from fides_plugins.training.evaluation import evaluate
 from fides_plugins.training.export import export_onnx
 from fides_plugins.training.fit import FitOptions, fit_service
 from fides_plugins.training.fit_report import FitReport
-from fides_plugins.training.input_attacks import input_attacks
-from fides_plugins.training.model_attacks import Victim, model_attacks
+from fides_plugins.training.model_attacks import Victim
 from fides_plugins.training.predictions import Predictions
 from fides_plugins.training.report import render
 from fides_plugins.training.teachers import TorchTeacher
@@ -201,10 +201,10 @@ def run(example: Example, out: Path, seed: int, quiet: bool = False) -> dict[str
             split.service.images,
             split.service.labels,
         )
-        extra = [attack.run(victim, seed) for attack in (*input_attacks().values(), *model_attacks().values())]
-        bar.update(task, completed=1, total=1)
-        # An attack that changed no row's class has nothing to catch.
-        extra = [attacked for attacked in extra if len(attacked.rows)]
+        extra, _ = attack_from_inside(
+            victim, seed, tell=lambda what, share: bar.update(task, description=what, completed=share, total=1.0)
+        )
+        bar.update(task, completed=1.0, total=1.0)
         tasks["evaluate"] = bar.add_task("evaluate", total=None)
         found = evaluate(
             bundle,

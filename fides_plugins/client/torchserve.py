@@ -29,11 +29,12 @@ from fides_plugins.attestation.wire import (
     REQUEST_HEADER,
 )
 from fides_plugins.bundle import Bundle
+from fides_plugins.client.calls import AsyncCalls, Calls, Watched
 from fides_plugins.client.core import ClientCore, Reply
 from fides_plugins.client.judge import Answer
 from fides_plugins.client.receipts import Pending
 from fides_plugins.errors import InputError, ServerError
-from fides_plugins.types import Query, Verdict
+from fides_plugins.types import Query
 
 Encode = Callable[[Mapping[str, NDArray[Any]]], tuple[bytes, str]]
 Decode = Callable[[bytes], NDArray[Any]]
@@ -53,7 +54,7 @@ def decode_json(body: bytes) -> NDArray[Any]:
     return array[None] if array.ndim == 1 else array
 
 
-class _TorchServeBase:
+class _TorchServeBase(Watched):
     """Configuration and message building of both TorchServe clients."""
 
     def __init__(
@@ -86,16 +87,6 @@ class _TorchServeBase:
             )
         name = quote(self.core.judge.bundle.manifest.name, safe="")
         self._verifier_url = f"{verifier_url.rstrip('/')}/v2/models/{name}/infer"
-
-    @property
-    def alarm(self) -> Any:
-        """The service alarm of the monitor, or None."""
-        return self.core.judge.alarm
-
-    @property
-    def refusals(self) -> Mapping[str, int]:
-        """Refused receipts by code."""
-        return self.core.judge.refusals
 
     def _service_call(self, query: Query, pending: Pending) -> dict[str, Any]:
         body, kind = self._encode(query.inputs)
@@ -140,7 +131,7 @@ class _TorchServeBase:
             return None
 
 
-class TorchServeClient(_TorchServeBase):
+class TorchServeClient(_TorchServeBase, Calls):
     """A client of one served model; each call carries one row.
 
     Parameters
@@ -165,23 +156,6 @@ class TorchServeClient(_TorchServeBase):
         super().__init__(*args, **options)
         self._client = httpx.Client(timeout=self._timeout_s)
 
-    def infer(self, inputs: Mapping[str, NDArray[Any]]) -> Verdict:
-        """Ask the service and give the verdict on its answer.
-
-        Raises
-        ------
-        ServerError
-            If the service gave no answer. An answer that may not be used is no error but a verdict.
-        Refusal
-            If no verifier is trusted.
-        """
-        return self.ask(inputs).verdict
-
-    def ask(self, inputs: Mapping[str, NDArray[Any]]) -> Answer:
-        """Like `infer`, with the raw response and the reference beside the verdict."""
-        answer = self._once(inputs)
-        return self._once(inputs) if self.core.worth_repeating(answer) else answer
-
     def _once(self, inputs: Mapping[str, NDArray[Any]]) -> Answer:
         query, tensor = self.core.prepare(inputs)
         pending = self.core.checker.begin(tensor)
@@ -202,30 +176,13 @@ class TorchServeClient(_TorchServeBase):
         self._client.close()
         self.core.judge.close()
 
-    def __enter__(self) -> TorchServeClient:
-        return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-
-class AsyncTorchServeClient(_TorchServeBase):
+class AsyncTorchServeClient(_TorchServeBase, AsyncCalls):
     """`TorchServeClient` for asyncio: many requests may be under way at once."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._client = httpx.AsyncClient(timeout=self._timeout_s)
-
-    async def infer(self, inputs: Mapping[str, NDArray[Any]]) -> Verdict:
-        """See `TorchServeClient.infer`."""
-        return (await self.ask(inputs)).verdict
-
-    async def ask(self, inputs: Mapping[str, NDArray[Any]]) -> Answer:
-        """See `TorchServeClient.ask`."""
-        answer = await self._once(inputs)
-        if answer.refusal is not None and await asyncio.to_thread(self.core.worth_repeating, answer):
-            return await self._once(inputs)
-        return answer
 
     async def _once(self, inputs: Mapping[str, NDArray[Any]]) -> Answer:
         query, tensor = self.core.prepare(inputs)
@@ -247,9 +204,3 @@ class AsyncTorchServeClient(_TorchServeBase):
         """Close the connections."""
         await self._client.aclose()
         self.core.judge.close()
-
-    async def __aenter__(self) -> AsyncTorchServeClient:
-        return self
-
-    async def __aexit__(self, *exception: object) -> None:
-        await self.close()

@@ -21,11 +21,11 @@ from fides_plugins.attestation.policy import EvidencePolicy
 from fides_plugins.attestation.tensors import oip_type
 from fides_plugins.attestation.wire import COMMITMENT_PARAMETER, PARAMETER, RECEIPT_OUTPUT
 from fides_plugins.bundle import Bundle
+from fides_plugins.client.calls import AsyncCalls, Calls, Watched
 from fides_plugins.client.core import ClientCore, Reply
 from fides_plugins.client.judge import Answer
 from fides_plugins.client.receipts import Pending
 from fides_plugins.errors import InputError, ServerError
-from fides_plugins.types import Verdict
 
 Protocol = Literal["http", "grpc"]
 ReceiptFrom = Literal["host", "verifier"]
@@ -34,7 +34,7 @@ ReceiptFrom = Literal["host", "verifier"]
 _UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError, struct.error)
 
 
-class _TritonBase:
+class _TritonBase(Watched):
     """Configuration and message building of both Triton clients."""
 
     def __init__(
@@ -68,16 +68,6 @@ class _TritonBase:
         self._verifier_url = verifier_url.removeprefix("http://").rstrip("/")
         self._verifier_model = self.core.judge.bundle.manifest.name
         self._connections: dict[str, Any] = {}
-
-    @property
-    def alarm(self) -> Any:
-        """The service alarm of the monitor, or None."""
-        return self.core.judge.alarm
-
-    @property
-    def refusals(self) -> Mapping[str, int]:
-        """Refused receipts by code."""
-        return self.core.judge.refusals
 
     def _library(self, protocol: Protocol) -> Any:
         if protocol == "grpc":
@@ -140,7 +130,7 @@ class _TritonBase:
         return str(service[0])
 
 
-class TritonClient(_TritonBase):
+class TritonClient(_TritonBase, Calls):
     """A client of one served model. Use one per thread, or the asynchronous one.
 
     Parameters
@@ -165,28 +155,6 @@ class TritonClient(_TritonBase):
     >>> client = TritonClient("localhost:8000", "digits__fides", "bundle", policy, verifier_url=...)  # doctest: +SKIP
     >>> client.infer({"image": images}).label                                                         # doctest: +SKIP
     """
-
-    def infer(self, inputs: Mapping[str, NDArray[Any]]) -> Verdict:
-        """Ask the service and give the verdict on its answer.
-
-        Parameters
-        ----------
-        inputs:
-            Name to tensor, rows first.
-
-        Raises
-        ------
-        ServerError
-            If the service gave no answer. An answer that may not be used is no error but a verdict.
-        Refusal
-            If no verifier is trusted.
-        """
-        return self.ask(inputs).verdict
-
-    def ask(self, inputs: Mapping[str, NDArray[Any]]) -> Answer:
-        """Like `infer`, with the raw response and the reference beside the verdict."""
-        answer = self._once(inputs)
-        return self._once(inputs) if self.core.worth_repeating(answer) else answer
 
     def _once(self, inputs: Mapping[str, NDArray[Any]]) -> Answer:
         query, tensor = self.core.prepare(inputs)
@@ -231,14 +199,8 @@ class TritonClient(_TritonBase):
         self._connections.clear()
         self.core.judge.close()
 
-    def __enter__(self) -> TritonClient:
-        return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-
-class AsyncTritonClient(_TritonBase):
+class AsyncTritonClient(_TritonBase, AsyncCalls):
     """`TritonClient` for asyncio: many requests may be under way at once.
 
     Example
@@ -246,17 +208,6 @@ class AsyncTritonClient(_TritonBase):
     >>> async with AsyncTritonClient("localhost:8001", "digits", "bundle", policy, protocol="grpc") as client:
     ...     verdict = await client.infer({"image": images})                                  # doctest: +SKIP
     """
-
-    async def infer(self, inputs: Mapping[str, NDArray[Any]]) -> Verdict:
-        """See `TritonClient.infer`."""
-        return (await self.ask(inputs)).verdict
-
-    async def ask(self, inputs: Mapping[str, NDArray[Any]]) -> Answer:
-        """See `TritonClient.ask`."""
-        answer = await self._once(inputs)
-        if answer.refusal is not None and await asyncio.to_thread(self.core.worth_repeating, answer):
-            return await self._once(inputs)
-        return answer
 
     async def _once(self, inputs: Mapping[str, NDArray[Any]]) -> Answer:
         query, tensor = self.core.prepare(inputs)
@@ -307,12 +258,6 @@ class AsyncTritonClient(_TritonBase):
             await connection.close()
         self._connections.clear()
         self.core.judge.close()
-
-    async def __aenter__(self) -> AsyncTritonClient:
-        return self
-
-    async def __aexit__(self, *exception: object) -> None:
-        await self.close()
 
 
 def receipt_text(result: Any) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -114,16 +114,39 @@ def _attack(victim: Victim, seed: int, tell: Callable[[str, float], None]) -> tu
     # A substitute and a backdoor have to be trained; the attacker uses rows of the same kind, never the attacked ones.
     training = rest if len(rest) >= MIN_ATTACKER_ROWS else None
     some = replace(victim, images=victim.images[:ATTACKED_ROWS], training_images=training)
-    made: list[AttackedRows] = []
-    skipped: dict[str, str] = {}
-    attacks = {**input_attacks(), **model_attacks()}
+    names = None
     if not isinstance(victim.teacher, TorchTeacher):
         # Only a torch module has gradients and can be trained further; asking an endpoint would be in vain.
-        attacks = {name: a for name, a in attacks.items() if name in ("bit_flips", "label_permutation")}
+        names = ("bit_flips", "label_permutation")
+    return attack_from_inside(some, seed, names, tell)
+
+
+def attack_from_inside(
+    victim: Victim,
+    seed: int,
+    names: Collection[str] | None = None,
+    tell: Callable[[str, float], None] = lambda what, share: None,
+) -> tuple[list[AttackedRows], dict[str, str]]:
+    """Run the attacks on inputs and on the model.
+
+    Parameters
+    ----------
+    names:
+        Of the attacks to run; all by default.
+    tell:
+        Told which attack is run, and the share of the work done.
+
+    Returns
+    -------
+    The attacks that changed some row's class, and name and reason of each one that could not be made.
+    """
+    made: list[AttackedRows] = []
+    skipped: dict[str, str] = {}
+    attacks = {n: a for n, a in {**input_attacks(), **model_attacks()}.items() if names is None or n in names}
     for i, (name, attack) in enumerate(attacks.items()):
         tell(f"attack {name}", i / len(attacks))
         try:
-            found = attack.run(some, seed)
+            found = attack.run(victim, seed)
         except TrainingError as error:
             skipped[name] = error.cause_text
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,16 +58,20 @@ def study_monitor(
     included. None where more than half (or 5%) of the sequences never alarmed.
     """
     rng = np.random.default_rng(study.seed)
+
+    def delays_at(fraction: float, sequences: int, length: int) -> Float64Array:
+        traffic = _traffic(clean, attacked, fraction, sequences, length, rng)
+        return first_alarms(traffic, n_calibration, sequences, study.error)
+
     result: dict[str, Any] = {}
     for fraction in study.fractions:
-        delays = _delays(clean, attacked, fraction, n_calibration, study.error, study.sequences, study.length, rng)
+        delays = delays_at(fraction, study.sequences, study.length)
         result[str(fraction)] = {
             **_quantile(delays, 50.0, rng).to_json("median"),
             **_quantile(delays, 95.0, rng).to_json("p95"),
             "alarmed": float(np.isfinite(delays).mean()),
         }
-    quiet = _delays(clean, attacked, 0.0, n_calibration, study.error, study.clean_sequences, study.clean_length, rng)
-    alarms = np.isfinite(quiet)
+    alarms = np.isfinite(delays_at(0.0, study.clean_sequences, study.clean_length))
     draws = np.array([alarms.sum(), *(rng.choice(alarms, len(alarms)).sum() for _ in range(400))], np.float64)
     result["false_alarms"] = int(alarms.sum())
     result["false_alarms_interval"] = Estimate.of(draws).to_json("n")["n_interval"]
@@ -74,29 +79,42 @@ def study_monitor(
     return result
 
 
-def _delays(
-    clean: Float64Array,
-    attacked: Float64Array,
-    fraction: float,
-    n_calibration: int,
-    error: float,
-    sequences: int,
-    length: int,
-    rng: np.random.Generator,
-) -> Float64Array:
-    """(sequences,) requests until the alarm, infinite where there was none."""
+def first_alarms(p_values: Iterable[Float64Array], n_calibration: int, sequences: int, error: float) -> Float64Array:
+    """Requests until the sequence test alarms, the alarming one included.
+
+    Parameters
+    ----------
+    p_values:
+        At each step (sequences,) conformal p-values, one for each sequence.
+    n_calibration:
+        Calibration rows behind them.
+    error:
+        Of the test.
+
+    Returns
+    -------
+    (sequences,) float64, infinite where there was no alarm.
+    """
     process = EProcess(n_calibration, sequences)
     delays = np.full(sequences, np.inf)
-    for t in range(length):
-        p = clean[rng.integers(len(clean), size=sequences)]
-        if fraction > 0:
-            lies: IntArray = rng.integers(len(attacked), size=sequences)
-            p = np.where(rng.random(sequences) < fraction, attacked[lies], p)
+    for t, p in enumerate(p_values):
         alarmed = process.step(p) >= 1.0 / error
         delays[alarmed & np.isinf(delays)] = t + 1
         if np.isfinite(delays).all():
             break
     return delays
+
+
+def _traffic(
+    clean: Float64Array, attacked: Float64Array, fraction: float, sequences: int, length: int, rng: np.random.Generator
+) -> Iterator[Float64Array]:
+    """`length` times (sequences,) p-values drawn with replacement, a fraction of them from attacked rows."""
+    for _ in range(length):
+        p = clean[rng.integers(len(clean), size=sequences)]
+        if fraction > 0:
+            lies: IntArray = rng.integers(len(attacked), size=sequences)
+            p = np.where(rng.random(sequences) < fraction, attacked[lies], p)
+        yield p
 
 
 def _quantile(delays: Float64Array, q: float, rng: np.random.Generator) -> Estimate:

@@ -1,0 +1,110 @@
+"""What every client offers, whatever server it asks: `infer`, `ask`, the alarm, and closing, in two ways of waiting.
+
+A client of a server says how one question is put and answered (`_once`) and how its connections are closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from fides_plugins.client.core import ClientCore
+from fides_plugins.client.judge import Answer
+from fides_plugins.monitor import Alarm
+from fides_plugins.types import Verdict
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Watched:
+    """What a client has seen so far."""
+
+    core: ClientCore
+
+    @property
+    def alarm(self) -> Alarm | None:
+        """The service alarm of the monitor, or None."""
+        return self.core.judge.alarm
+
+    @property
+    def refusals(self) -> Mapping[str, int]:
+        """Refused receipts by code."""
+        return self.core.judge.refusals
+
+
+class Calls(Watched, ABC):
+    """A client that waits."""
+
+    def infer(self, inputs: Mapping[str, NDArray[Any]]) -> Verdict:
+        """Ask the service and give the verdict on its answer.
+
+        Parameters
+        ----------
+        inputs:
+            Name to tensor, rows first.
+
+        Raises
+        ------
+        ServerError
+            If the service gave no answer. An answer that may not be used is no error but a verdict.
+        Refusal
+            If no verifier is trusted.
+        """
+        return self.ask(inputs).verdict
+
+    def ask(self, inputs: Mapping[str, NDArray[Any]]) -> Answer:
+        """Like `infer`, with the raw response and the reference beside the verdict."""
+        answer = self._once(inputs)
+        return self._once(inputs) if self.core.worth_repeating(answer) else answer
+
+    @abstractmethod
+    def _once(self, inputs: Mapping[str, NDArray[Any]]) -> Answer: ...
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the connections."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AsyncCalls(Watched, ABC):
+    """A client for asyncio: many requests may be under way at once."""
+
+    async def infer(self, inputs: Mapping[str, NDArray[Any]]) -> Verdict:
+        """See `Calls.infer`."""
+        return (await self.ask(inputs)).verdict
+
+    async def ask(self, inputs: Mapping[str, NDArray[Any]]) -> Answer:
+        """See `Calls.ask`."""
+        answer = await self._once(inputs)
+        # Fetching evidence again blocks, so it happens in a thread; it is rare.
+        if answer.refusal is not None and await asyncio.to_thread(self.core.worth_repeating, answer):
+            return await self._once(inputs)
+        return answer
+
+    @abstractmethod
+    async def _once(self, inputs: Mapping[str, NDArray[Any]]) -> Answer: ...
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Close the connections."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
