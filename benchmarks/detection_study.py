@@ -1,4 +1,5 @@
-"""Detection on somebody's predictions, over several splits: `python benchmarks/detection_study.py P.npz`.
+"""Detection on somebody's predictions, over several splits: `python benchmarks/detection_study.py P.npz`, or on a
+made-up pair: `python benchmarks/detection_study.py --made-up 100 --seeds 1`.
 
 Half of the rows fit a bundle, half judge it, for each seed; every attack is also judged by a detector that was
 trained without it. Prints the means over seeds, beside plain disagreement and a threshold on KL at equal
@@ -21,8 +22,11 @@ from fides_plugins.training.attacks import default_registry
 from fides_plugins.training.detection import fit_predictions
 from fides_plugins.training.evaluation import evaluate
 from fides_plugins.training.predictions import Predictions, load_predictions
+from fides_plugins.training.synthetic import synthetic_pair
 
 MEASURES = ("accuracy", "auroc", "tpr_at_fpr_0.01", "tpr_at_fpr_0.05", "recovered_service", "recovered_truth")
+#: Made-up pairs: classes to rows and signal.
+MADE_UP = {2: (3000, 2.0), 10: (6000, 4.0), 100: (8000, 5.0), 1000: (3000, 6.5)}
 
 
 def one_seed(rows: Predictions, seed: int, unseen: bool) -> dict[str, Any]:
@@ -64,14 +68,21 @@ def table(results: list[dict[str, Any]], which: str) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("predictions", type=Path)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("predictions", type=Path, nargs="?")
+    source.add_argument("--made-up", type=int, choices=MADE_UP, help="classes of a made-up pair")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--seen-only", action="store_true", help="do not train again without each attack")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    rows = load_predictions(arguments.predictions)
+    if arguments.made_up:
+        n_rows, signal = MADE_UP[arguments.made_up]
+        rows = synthetic_pair(n_rows, arguments.made_up, signal=signal, seed=5)
+    else:
+        rows = load_predictions(arguments.predictions)
     results = []
-    for seed in range(arguments.seeds):
+    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         results.append(one_seed(rows, seed, not arguments.seen_only))
         monitor = results[-1]["monitor"]
         print(f"seed {seed}: fit {results[-1]['fit_seconds']} s, clean {results[-1]['clean']}")
