@@ -12,7 +12,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from fides_plugins.audit.verify import LogReport, read_anchors, verify_log
 from fides_plugins.audit.writer import LaneWriter
 from fides_plugins.errors import InputError, SettingsError
 from fides_plugins.pipeline import Pipeline
+from fides_plugins.serving.process import wait_until
 from fides_plugins.settings import Settings
 from fides_plugins.testing import fake_logits, fake_query, fake_service, make_bundle, switch_top_two
 from fides_plugins.types import Prediction
@@ -114,7 +115,7 @@ def test_two_processes_write_two_lanes(tmp_path: Path) -> None:
     second = LaneWriter(tmp_path / "log", {})
     for log in (first, second):
         log.put(1, lambda: [{"kind": "row"}])
-    wait_until(lambda: first.line_counts["written"] + second.line_counts["written"] == 2)
+    wait_until(lambda: first.line_counts["written"] + second.line_counts["written"] == 2, 10, "The writer")
     first.close()
     second.close()
     report = verify_log(tmp_path / "log")
@@ -248,13 +249,6 @@ def test_a_wrong_option_is_named(tmp_path: Path) -> None:
             Pipeline.from_settings(settings(tmp_path, **options), tmp_path)
 
 
-def wait_until(ready: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not ready():
-        assert time.monotonic() < deadline, "not ready in time"
-        time.sleep(0.01)
-
-
 def test_a_full_disk_never_blocks_and_the_loss_is_in_the_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ENOSPC in the middle of a line, then space again."""
     full, real = threading.Event(), os.write
@@ -269,13 +263,13 @@ def test_a_full_disk_never_blocks_and_the_loss_is_in_the_chain(tmp_path: Path, m
     monkeypatch.setattr(writer_module, "RETRY_S", 0.05)
     log = LaneWriter(tmp_path / "log", {})
     log.put(1, lambda: [{"kind": "row", "request_id": "before"}])
-    wait_until(lambda: log.line_counts["written"] == 1)
+    wait_until(lambda: log.line_counts["written"] == 1, 10, "The writer")
     full.set()
     start = time.monotonic()
     for _ in range(50):
         log.put(1, lambda: [{"kind": "row", "request_id": "lost"}])
     assert time.monotonic() - start < 1.0
-    wait_until(lambda: log.line_counts["failed"] == 50)
+    wait_until(lambda: log.line_counts["failed"] == 50, 10, "The writer")
     full.clear()
     time.sleep(0.06)
     log.put(1, lambda: [{"kind": "row", "request_id": "after"}])
@@ -303,7 +297,7 @@ def test_a_hanging_disk_never_blocks_and_memory_is_bounded(tmp_path: Path, monke
     assert accepted <= 100
     assert log.line_counts["dropped"] == 1000 - accepted
     slow.set()
-    wait_until(lambda: log.line_counts["written"] == accepted)
+    wait_until(lambda: log.line_counts["written"] == accepted, 10, "The writer")
     log.put(1, lambda: [{"kind": "row"}])
     log.close()
     report = verify_log(tmp_path / "log")

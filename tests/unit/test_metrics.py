@@ -6,7 +6,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from fides_plugins.alarm import ServiceAlarm
 from fides_plugins.metrics import METRICS, Metric, MetricsRecorder
 from fides_plugins.monitor import SequenceMonitor
 from fides_plugins.pipeline import Pipeline
+from fides_plugins.serving.process import wait_until
 from fides_plugins.settings import Settings
 from fides_plugins.testing import fake_logits, fake_query, fake_service, make_bundle, switch_top_two
 from fides_plugins.types import Prediction
@@ -122,13 +123,6 @@ def test_counts_add_up(tmp_path: Path) -> None:
         assert all(0 < s < 5 for s in seconds)
 
 
-def wait_until(ready: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not ready():
-        assert time.monotonic() < deadline, "not ready in time"
-        time.sleep(0.01)
-
-
 def test_the_service_alarm_feeds_the_gauges(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     memory = Memory()
     recorder = MetricsRecorder(memory, "digits")
@@ -138,7 +132,7 @@ def test_the_service_alarm_feeds_the_gauges(tmp_path: Path, caplog: pytest.LogCa
     # Benign traffic exchangeable with the fake bundle's calibration rows.
     logits = fake_logits(300, seed=17)
     pipeline.run(fake_query(logits), fake_service(logits, seed=18))
-    wait_until(lambda: raised in memory.gauges)
+    wait_until(lambda: raised in memory.gauges, 10, "The gauge")
     assert memory.gauges[raised] == 0.0
     assert memory.gauges[evidence] < 5.0
 
@@ -146,14 +140,14 @@ def test_the_service_alarm_feeds_the_gauges(tmp_path: Path, caplog: pytest.LogCa
     honest = fake_service(logits, seed=20)
     lie = Prediction(switch_top_two(honest.probabilities), honest.valid)
     pipeline.run(fake_query(logits, request_ids=tuple(f"r{i}" for i in range(60))), lie)
-    wait_until(lambda: memory.gauges[raised] == 1.0)
+    wait_until(lambda: memory.gauges[raised] == 1.0, 10, "The gauge")
     assert memory.gauges[evidence] >= -math.log(pipeline.settings.monitor_error)
     assert "'digits' is under attack" in caplog.text
     assert ", request r" in caplog.text
 
     assert recorder.alarm is not None
     recorder.alarm.reset()
-    wait_until(lambda: memory.gauges[raised] == 0.0)
+    wait_until(lambda: memory.gauges[raised] == 0.0, 10, "The gauge")
     pipeline.close()
 
 

@@ -39,6 +39,7 @@ from fides_plugins.client.trust import EvidenceUrl, Trust
 from fides_plugins.enclave.http import ServerLimits, WorkQueue
 from fides_plugins.enclave.providers import DevelopmentProvider
 from fides_plugins.enclave.verifier import Verifier, VerifierOptions
+from fides_plugins.serving.process import wait_until
 from tests.verifiers import IDENTITY, IDENTITY_PUBLIC, IMAGE_28, RunningVerifier, digits_bundle
 
 pytestmark = [
@@ -372,12 +373,22 @@ def test_it_stops_gracefully_and_finishes_what_runs(folder: Path, bundle: Bundle
     process = Process(folder)
     receipts = checker(process, bundle)
     results: list[bool] = []
+    begun, stopping = threading.Barrier(5), threading.Event()
 
     def ask(seed: int) -> None:
         tensor = np.repeat(image(seed), 256, axis=0)
         pending = receipts.begin(tensor)
         data, headers = body(pending.text, tensor)
-        reply = httpx.post(f"http://{process.http}/v2/models/digits/infer", content=data, headers=headers, timeout=60)
+
+        def halves() -> Iterator[bytes]:
+            yield data[:1000]
+            begun.wait(30)
+            stopping.wait(30)
+            yield data[1000:]
+
+        headers["Content-Length"] = str(len(data))
+        url = f"http://{process.http}/v2/models/digits/infer"
+        reply = httpx.post(url, content=halves(), headers=headers, timeout=60)
         receipts.check(pending, receipt_in(reply), tensor)
         results.append(True)
 
@@ -385,7 +396,10 @@ def test_it_stops_gracefully_and_finishes_what_runs(folder: Path, bundle: Bundle
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
     for thread in threads:
         thread.start()
-    time.sleep(0.15)
+    begun.wait(30)
+    # Connections are taken in their order: once this one is answered, the server has the other four.
+    assert httpx.get(f"http://{process.http}/v2/health/live").status_code == 200
+    threading.Timer(0.3, stopping.set).start()  # the rest of the bodies comes when it has been told to stop
     assert process.stop() == 0
     for thread in threads:
         thread.join(60)
@@ -394,9 +408,8 @@ def test_it_stops_gracefully_and_finishes_what_runs(folder: Path, bundle: Bundle
 
 
 def test_it_warns_where_nothing_is_protected(server: Process) -> None:
-    httpx.get(f"http://{server.http}/v2")  # the warnings follow the line that says where it listens
-    time.sleep(0.2)
-    assert any("no hardware protects this verifier" in line for line in server.errors)
+    # The warnings follow the line that says where it listens.
+    wait_until(lambda: any("no hardware protects this verifier" in line for line in server.errors), 10, "The warning")
     assert not any("host can ask" in line for line in server.errors)
 
 
