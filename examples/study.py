@@ -201,7 +201,7 @@ def run(example: Example, out: Path, seed: int, quiet: bool = False) -> dict[str
             split.service.images,
             split.service.labels,
         )
-        extra, _ = attack_from_inside(
+        extra, skipped = attack_from_inside(
             victim, seed, tell=lambda what, share: bar.update(task, description=what, completed=share, total=1.0)
         )
         bar.update(task, completed=1.0, total=1.0)
@@ -216,7 +216,7 @@ def run(example: Example, out: Path, seed: int, quiet: bool = False) -> dict[str
             progress=lambda what, done: bar.update(tasks["evaluate"], description=what),
         )
         seconds["evaluate"] = time.perf_counter() - began
-    numbers = summary(report, rows, found.result, seconds)
+    numbers = {**summary(report, rows, found.result, seconds), "skipped": skipped}
     (out / "result.json").write_text(json.dumps({"summary": numbers, "evaluation": found.result}, indent=1))
     (out / "report.html").write_text(render(bundle, rows, found, split.test.images), encoding="utf-8")
     if not quiet:
@@ -273,6 +273,8 @@ def tell(numbers: dict[str, Any]) -> None:
             for name, v in numbers["attacks"].items()
         ],
     )
+    for name, reason in numbers["skipped"].items():
+        screen.print(f"Not tried: {name}. {reason}")
     screen.print(f"Seconds: {numbers['seconds']}")
 
 

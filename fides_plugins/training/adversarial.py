@@ -278,7 +278,7 @@ class _Trainer:
         """Measure the lists and divide the budget between them; the regrets that are left, see `_regrets`."""
         lists = self.detector.lists
         benign = self._held_out(self.benign)
-        lists.measure(benign.double().numpy(), self.benign.agrees.numpy() > 0.5, says)
+        lists.measure(benign.double().numpy(), self.benign.agrees[:, 0].numpy(), says)
         attacked = [self._held_out(pool) for pool in self.pools]
         worst = []
         for share in SHARES:
@@ -302,12 +302,12 @@ class _Trainer:
             (N, 4) scores.
         """
         lists = self.detector.lists
-        ranks = lists(benign, self.benign.agrees[:, None] > 0.5).numpy()
-        own_rate = 1.0 - float(self.benign.agrees.mean())
+        ranks = lists(benign, self.benign.agrees).numpy()
+        own_rate = 1.0 - float(self.benign.agrees.float().mean())
         regrets = []
         for pool, scores in zip(self.pools, attacked, strict=True):
-            lies = lists(scores, pool.agrees[:, None] > 0.5).numpy()
-            of = [1.0 - float(pool.agrees.mean()) - _caught(ranks, lies, own_rate)]
+            lies = lists(scores, pool.agrees).numpy()
+            of = [1.0 - float(pool.agrees.float().mean()) - _caught(ranks, lies, own_rate)]
             of += [_caught(self.benign.kl, pool.kl, rate) - _caught(ranks, lies, rate) for rate in RULE_RATES]
             counts = CHANGED_CLASS_COUNTS if pool.lies else 1.0
             regrets.append([counts * regret for regret in of])

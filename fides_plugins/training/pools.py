@@ -15,13 +15,16 @@ from fides_plugins.training.attacks import GENERATOR, OutputAttack
 from fides_plugins.training.features import CLASS_FEATURES, Pair, Temper
 from fides_plugins.training.networks import Generator
 from fides_plugins.training.predictions import Predictions
-from fides_plugins.training.replays import REPLAYS
+from fides_plugins.training.replays import REPLAYS, Answers
 from fides_plugins.types import Float32Array, Float64Array, IntArray
 
 
 @dataclass
 class Pool:
-    """Features of one attack's rows (or the benign ones), ready for batches."""
+    """Features of one attack's rows (or the benign ones), ready for batches.
+
+    `agrees` is (P, 1) bool, as `Lists` takes it.
+    """
 
     name: str
     lies: bool
@@ -71,7 +74,7 @@ class Pools:
     ) -> None:
         self.rows, self.attacks, self.temper, self.rng = rows, attacks, temper, rng
         self.replay_weight, self.class_limit = replay_weight, class_limit
-        self.own = rows.service.argmax(axis=1)
+        self.answers = Answers(rows.service)
         self.fold = torch.from_numpy(rng.permutation(rows.n_rows) % folds)
 
     def benign(self) -> Pool:
@@ -86,7 +89,7 @@ class Pools:
             rows = np.flatnonzero(changed)
             pools.append(self._pool(attack.name, attacked[rows], rows, attack.weight, attack.changes_label))
         for replay in REPLAYS:
-            replayed, rows = replay.apply(self.rows.service, self.rng)
+            replayed, rows = replay.apply(self.answers, self.rng)
             pools.append(self._pool(replay.name, replayed, rows, self.replay_weight, replay.changes_label, True))
         if generator is not None:
             with torch.no_grad():
@@ -109,15 +112,14 @@ class Pools:
             verification = torch.from_numpy(self.rows.verification[index])
             claimed = torch.from_numpy(np.array(service[start : start + piece]))
             pair = Pair(self.temper, claimed, verification)
-            own = torch.from_numpy(self.own[index])
+            own = torch.from_numpy(self.answers.own[index])
             truth = own if self.rows.labels is None else torch.from_numpy(self.rows.labels[index])
             columns, offset = self._candidates(pair, own, truth)
             class_features = pair.class_features().gather(1, columns[:, :, None].expand(-1, -1, CLASS_FEATURES))
             at = [(columns == wanted[:, None]).to(torch.int64).argmax(dim=1) for wanted in (own, truth)]
-            agrees = pair.agreement[:, 0]
             # Where the models differ anyway, an answer that keeps its class has nothing to teach.
-            weights = weight * (torch.ones(len(index)) if lies else agrees)
-            parts.append((pair.features(), class_features, offset, at[0], at[1], weights, agrees))
+            weights = weight * (torch.ones(len(index)) if lies else pair.agreement[:, 0])
+            parts.append((pair.features(), class_features, offset, at[0], at[1], weights, pair.agrees))
             kl.append(divergences.kl(claimed.numpy(), verification.numpy()))
         if not parts:
             empty = torch.empty(0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -18,8 +19,25 @@ _LEAST_CHANGE = 0.2
 #: A careful liar's answer is drawn from so many of those nearest in confidence, as a share of all that would do.
 _NEAREST = 0.1
 
-#: From (N, K) answers and a generator to the row whose answer each row gets, (N,).
-_Draw = Callable[[Float32Array, np.random.Generator], IntArray]
+
+class Answers:
+    """The service's answers (N, K), and what the kinds of replays ask of them, computed once for all draws."""
+
+    def __init__(self, probabilities: Float32Array) -> None:
+        self.probabilities = probabilities
+        self.own: IntArray = probabilities.argmax(axis=1)
+        self.confidence: Float32Array = probabilities.max(axis=1)
+        #: Rows rising in confidence, so that neighbours are alike.
+        self.rising: IntArray = np.argsort(self.confidence, kind="stable")
+
+    @cached_property
+    def first_two(self) -> IntArray:
+        """(N, 2): class and runner-up."""
+        return np.asarray(np.argsort(-self.probabilities, axis=1)[:, :2])
+
+
+#: From answers and a generator to the row whose answer each row gets, (N,).
+_Draw = Callable[[Answers, np.random.Generator], IntArray]
 
 
 @dataclass(frozen=True)
@@ -38,43 +56,35 @@ class Replay:
     changes_label: bool
     draw: _Draw
 
-    def apply(self, service: Float32Array, rng: np.random.Generator) -> tuple[Float32Array, IntArray]:
-        """Replayed answers (P, K), and the rows (P,) of `service` (N, K) that get them."""
-        replayed = service[self.draw(service, rng)]
+    def apply(self, service: Answers, rng: np.random.Generator) -> tuple[Float32Array, IntArray]:
+        """Replayed answers (P, K), and the rows (P,) that get them."""
+        replayed = service.probabilities[self.draw(service, rng)]
         if self.changes_label:
-            changed = replayed.argmax(axis=1) != service.argmax(axis=1)
+            changed = replayed.argmax(axis=1) != service.own
         else:
-            changed = np.abs(replayed - service).max(axis=1) > _LEAST_CHANGE
+            changed = np.abs(replayed - service.probabilities).max(axis=1) > _LEAST_CHANGE
         return replayed[changed], np.flatnonzero(changed)
 
 
-def _any(service: Float32Array, rng: np.random.Generator) -> IntArray:
-    return np.asarray(rng.permutation(len(service)))
+def _any(service: Answers, rng: np.random.Generator) -> IntArray:
+    return np.asarray(rng.permutation(len(service.own)))
 
 
-def _runner_up(service: Float32Array, rng: np.random.Generator) -> IntArray:
-    order = np.argsort(-service, axis=1)
-    return _by_class(service, order[:, 0], order[:, 1], rng, nearest=False)
+def _runner_up(service: Answers, rng: np.random.Generator, nearest: bool) -> IntArray:
+    own, second = service.first_two.T
+    return _by_class(service, own, second, rng, nearest)
 
 
-def _runner_up_as_sure(service: Float32Array, rng: np.random.Generator) -> IntArray:
-    order = np.argsort(-service, axis=1)
-    return _by_class(service, order[:, 0], order[:, 1], rng, nearest=True)
-
-
-def _same_class(service: Float32Array, rng: np.random.Generator) -> IntArray:
-    own = service.argmax(axis=1)
-    return _by_class(service, own, own, rng, nearest=False)
+def _same_class(service: Answers, rng: np.random.Generator) -> IntArray:
+    return _by_class(service, service.own, service.own, rng, nearest=False)
 
 
 def _by_class(
-    service: Float32Array, wanted: IntArray, offered: IntArray, rng: np.random.Generator, nearest: bool
+    service: Answers, wanted: IntArray, offered: IntArray, rng: np.random.Generator, nearest: bool
 ) -> IntArray:
     """For each row, one that offers the class it wants; any row where none does."""
-    chosen = np.asarray(rng.permutation(len(service)))
-    confidence = service.max(axis=1)
-    # Rising in confidence, so that neighbours are alike.
-    rising = np.argsort(confidence, kind="stable")
+    chosen = _any(service, rng)
+    confidence, rising = service.confidence, service.rising
     for c in np.unique(wanted):
         rows, sources = np.flatnonzero(wanted == c), rising[offered[rising] == c]
         if not len(sources):
@@ -91,7 +101,7 @@ def _by_class(
 #: besides; and one of the same class, which changes nothing but the confidence.
 REPLAYS = (
     Replay("replay", True, _any),
-    Replay("replay-near", True, _runner_up),
-    Replay("replay-like", True, _runner_up_as_sure),
+    Replay("replay-near", True, partial(_runner_up, nearest=False)),
+    Replay("replay-like", True, partial(_runner_up, nearest=True)),
     Replay("replay-alike", False, _same_class),
 )
