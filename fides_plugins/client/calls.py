@@ -1,4 +1,4 @@
-"""What every client offers, whatever server it asks: `infer`, `ask`, the alarm, and closing, in two ways of waiting.
+"""What every client is and offers, whatever server it asks: `infer`, `ask`, the alarm, closing, in two ways of waiting.
 
 A client of a server says how one question is put and answered (`_once`) and how its connections are closed.
 """
@@ -8,13 +8,17 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from numpy.typing import NDArray
 
+from fides_plugins.attestation.policy import EvidencePolicy
+from fides_plugins.bundle import Bundle
 from fides_plugins.client.core import ClientCore
 from fides_plugins.client.judge import Answer
+from fides_plugins.errors import InputError
 from fides_plugins.monitor import Alarm
 from fides_plugins.types import Verdict
 
@@ -22,10 +26,32 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class Watched:
-    """What a client has seen so far."""
+ReceiptFrom = Literal["host", "verifier"]
 
-    core: ClientCore
+
+class Client:
+    """What a client judges with, where its receipts come from, and what it has seen so far."""
+
+    #: Why this kind of host cannot commit to its output before it is verified.
+    _no_commitment: str
+
+    def __init__(
+        self,
+        bundle: Bundle | str | Path,
+        policy: EvidencePolicy,
+        *,
+        receipt_from: ReceiptFrom,
+        verifier_url: str,
+        timeout_s: float,
+        **core: Any,
+    ) -> None:
+        self.core = ClientCore(bundle, policy, verifier_url=verifier_url, timeout_s=timeout_s, **core)
+        self.receipt_from: ReceiptFrom = receipt_from
+        self._timeout_s = timeout_s
+        if receipt_from == "verifier" and not verifier_url:
+            raise InputError("The verifier's address is needed to ask it.", "Give verifier_url.")
+        if receipt_from == "host" and self.core.checker.scheme == "commitment":
+            raise InputError(self._no_commitment, 'Use receipt_from="verifier" with this scheme, or the scheme "hpke".')
 
     @property
     def alarm(self) -> Alarm | None:
@@ -38,7 +64,7 @@ class Watched:
         return self.core.judge.refusals
 
 
-class Calls(Watched, ABC):
+class Calls(Client, ABC):
     """A client that waits."""
 
     def infer(self, inputs: Mapping[str, NDArray[Any]]) -> Verdict:
@@ -79,7 +105,7 @@ class Calls(Watched, ABC):
         self.close()
 
 
-class AsyncCalls(Watched, ABC):
+class AsyncCalls(Client, ABC):
     """A client for asyncio: many requests may be under way at once."""
 
     async def infer(self, inputs: Mapping[str, NDArray[Any]]) -> Verdict:

@@ -12,7 +12,7 @@ import asyncio
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import quote
 
 import httpx
@@ -29,8 +29,8 @@ from fides_plugins.attestation.wire import (
     REQUEST_HEADER,
 )
 from fides_plugins.bundle import Bundle
-from fides_plugins.client.calls import AsyncCalls, Calls, Watched
-from fides_plugins.client.core import ClientCore, Reply
+from fides_plugins.client.calls import AsyncCalls, Calls, Client, ReceiptFrom
+from fides_plugins.client.core import Reply
 from fides_plugins.client.judge import Answer
 from fides_plugins.client.receipts import Pending
 from fides_plugins.errors import InputError, ServerError
@@ -54,8 +54,10 @@ def decode_json(body: bytes) -> NDArray[Any]:
     return array[None] if array.ndim == 1 else array
 
 
-class _TorchServeBase(Watched):
+class _TorchServeBase(Client):
     """Configuration and message building of both TorchServe clients."""
+
+    _no_commitment = "TorchServe's host verifies while the model runs, so it cannot commit to its output beforehand."
 
     def __init__(
         self,
@@ -64,7 +66,7 @@ class _TorchServeBase(Watched):
         bundle: Bundle | str | Path,
         policy: EvidencePolicy,
         *,
-        receipt_from: Literal["host", "verifier"] = "host",
+        receipt_from: ReceiptFrom = "host",
         encode: Encode = encode_json,
         decode: Decode = decode_json,
         headers: Mapping[str, str] | None = None,
@@ -72,19 +74,12 @@ class _TorchServeBase(Watched):
         timeout_s: float = 10.0,
         **core: Any,
     ) -> None:
-        self.core = ClientCore(bundle, policy, verifier_url=verifier_url, timeout_s=timeout_s, **core)
+        super().__init__(
+            bundle, policy, receipt_from=receipt_from, verifier_url=verifier_url, timeout_s=timeout_s, **core
+        )
         self._url = f"{url.rstrip('/')}/predictions/{quote(model, safe='')}"
         self._encode, self._decode = encode, decode
         self._headers = dict(headers or {})
-        self._timeout_s = timeout_s
-        self.receipt_from = receipt_from
-        if receipt_from == "verifier" and not verifier_url:
-            raise InputError("The verifier's address is needed to ask it.", "Give verifier_url.")
-        if receipt_from == "host" and self.core.checker.scheme == "commitment":
-            raise InputError(
-                "TorchServe's host verifies while the model runs, so it cannot commit to its output beforehand.",
-                'Use receipt_from="verifier" with this scheme, or the scheme "hpke".',
-            )
         name = quote(self.core.judge.bundle.manifest.name, safe="")
         self._verifier_url = f"{verifier_url.rstrip('/')}/v2/models/{name}/infer"
 

@@ -21,21 +21,22 @@ from fides_plugins.attestation.policy import EvidencePolicy
 from fides_plugins.attestation.tensors import oip_type
 from fides_plugins.attestation.wire import COMMITMENT_PARAMETER, PARAMETER, RECEIPT_OUTPUT
 from fides_plugins.bundle import Bundle
-from fides_plugins.client.calls import AsyncCalls, Calls, Watched
-from fides_plugins.client.core import ClientCore, Reply
+from fides_plugins.client.calls import AsyncCalls, Calls, Client, ReceiptFrom
+from fides_plugins.client.core import Reply
 from fides_plugins.client.judge import Answer
 from fides_plugins.client.receipts import Pending
 from fides_plugins.errors import InputError, ServerError
 
 Protocol = Literal["http", "grpc"]
-ReceiptFrom = Literal["host", "verifier"]
 
 #: What tritonclient raises where a host's lengths, shapes and types do not fit together.
 _UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError, struct.error)
 
 
-class _TritonBase(Watched):
+class _TritonBase(Client):
     """Configuration and message building of both Triton clients."""
+
+    _no_commitment = "Triton answers service and verifier at once, so the host cannot commit to its output beforehand."
 
     def __init__(
         self,
@@ -51,20 +52,13 @@ class _TritonBase(Watched):
         timeout_s: float = 10.0,
         **core: Any,
     ) -> None:
-        self.core = ClientCore(bundle, policy, verifier_url=verifier_url, timeout_s=timeout_s, **core)
+        super().__init__(
+            bundle, policy, receipt_from=receipt_from, verifier_url=verifier_url, timeout_s=timeout_s, **core
+        )
         self.url = url.removeprefix("http://").removeprefix("grpc://").rstrip("/")
         self.model = model
         self.protocol: Protocol = protocol
-        self.receipt_from: ReceiptFrom = receipt_from
-        self._timeout_s = timeout_s
         self._output = output or self.core.judge.settings.output
-        if receipt_from == "verifier" and not verifier_url:
-            raise InputError("The verifier's address is needed to ask it.", "Give verifier_url.")
-        if receipt_from == "host" and self.core.checker.scheme == "commitment":
-            raise InputError(
-                "Triton answers service and verifier at once, so the host cannot commit to its output beforehand.",
-                'Use receipt_from="verifier" with this scheme, or the scheme "hpke".',
-            )
         self._verifier_url = verifier_url.removeprefix("http://").rstrip("/")
         self._verifier_model = self.core.judge.bundle.manifest.name
         self._connections: dict[str, Any] = {}
