@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fides_freivalds import NAME, Freivalds, LinearCheck
+from fides_freivalds import NAME, POOL, Freivalds, LinearCheck
 
 from fides_plugins import Prediction, Query, SettingsError
 from fides_plugins.testing import check_plugin, memory_bundle, switch_top_two
@@ -40,6 +40,7 @@ class Anything:
 
 
 def run(pipeline, x, service, **more):
+    """The verdict on rows `x`. The projections are secret and differ in every run: see `miss_bound`."""
     return pipeline.run(Query({"features": x, **more}), service)
 
 
@@ -49,12 +50,26 @@ def test_it_keeps_the_contract(tmp_path):
         check_plugin(Freivalds, name=NAME, class_counts=(k,), options={"weights": str(tmp_path / "w.npz")})
 
 
+def relative_change(x, lie):
+    """(N,) |e| / |z| of a lie in the logits that its probabilities give away, both up to a constant per row."""
+    z = np.log(answer(x).probabilities.astype(float))
+    error = np.log(lie.probabilities.astype(float)) - z
+    norms = [np.linalg.norm(part - part.mean(axis=1, keepdims=True), axis=1) for part in (error, z)]
+    return norms[0] / norms[1]
+
+
 def test_honest_answers_are_trusted_and_switched_ones_found(fides_pipeline, weights):
-    x = RNG.normal(0, 1, (500, D)).astype(np.float32)
+    x = np.random.default_rng(6).normal(0, 1, (500, D)).astype(np.float32)
     honest = answer(x)
     rows = list(range(0, 500, 3))
     lie = Prediction(switch_top_two(honest.probabilities, rows=rows), honest.valid)
-    pipeline = fides_pipeline(Freivalds, Anything, mode="flag", **settings(weights, input="features"))
+    # The closest two classes of a row differ by little, and little may pass: with two repetitions one of
+    # these rows does so in 1% of runs, with eight in none of 10^8.
+    check = LinearCheck(WEIGHT.astype(float), BIAS.astype(float), repetitions=8, up_to_constant=True)
+    assert check.miss_bound(relative_change(x, lie)[rows], 1e-4).sum() < 1e-8
+    pipeline = fides_pipeline(
+        Freivalds, Anything, mode="flag", **settings(weights, input="features", tolerance=1e-4, repetitions=8)
+    )
     attacked = run(pipeline, x, lie).status == 1
     assert attacked[rows].all()
     assert attacked.sum() == len(rows)
@@ -112,12 +127,23 @@ def test_the_miss_probability_is_the_stated_one():
     error = np.zeros(K)
     error[0] = 0.02 * np.linalg.norm(z)
     tolerance = 1e-2
+    bound = check.miss_bound(np.array([0.02]), tolerance)[0]
     missed = 0
     for _ in range(300):
         fresh = LinearCheck(WEIGHT.astype(float), BIAS.astype(float), repetitions=1)
         missed += sum(fresh.residual(x, z + error)[0] <= tolerance for _ in range(8))
-    # P(|N(0, 0.02 |z|)| <= 0.01 |z|) = 0.383, below the stated bound sqrt(2/pi) / 2 = 0.399.
+    # P(|N(0, 0.02 |z|)| <= 0.01 |z|) = 0.383, below the stated bound sqrt(2/pi) / 2 = 0.399; five standard
+    # errors of 2,400 draws are 0.05.
+    assert abs(bound - 0.399) < 0.001
     assert 0.33 < missed / 2400 < 0.44
+
+
+def test_no_projection_is_drawn_twice_for_a_request():
+    # With as many repetitions as there are projections every one is used, so the largest is always among them.
+    check = LinearCheck(WEIGHT.astype(float), BIAS.astype(float), repetitions=POOL)
+    x = np.random.default_rng(7).normal(0, 1, (1, D))
+    wrong = x @ check.weight + check.bias + 0.1
+    assert len({float(check.residual(x, wrong)[0]) for _ in range(20)}) == 1
 
 
 def test_weights_that_cannot_be_used_stop_the_start(fides_manager, weights, tmp_path):
@@ -129,6 +155,8 @@ def test_weights_that_cannot_be_used_stop_the_start(fides_manager, weights, tmp_
         ({"weights": str(tmp_path / "text.npz")}, "no .npz"),
         ({"weights": str(tmp_path / "thin.npz")}, "3 classes"),
         ({"weights": weights, "sha256": "0" * 64}, "were changed"),
+        ({"weights": weights, "repetitions": 0}, "repetitions is 0"),
+        ({"weights": weights, "repetitions": 65}, "from 1 to 64"),
     ]:
         with pytest.raises(SettingsError, match=text):
             fides_manager(Freivalds, plugins={"options": {NAME: options}})

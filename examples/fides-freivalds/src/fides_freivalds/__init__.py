@@ -46,17 +46,24 @@ class LinearCheck:
     bias:
         (K,).
     repetitions:
-        Projections per request; a wrong row must be near-orthogonal to all of them to pass.
+        Different projections per request, 1 to `POOL`; a wrong row must be near-orthogonal to all to pass.
     up_to_constant:
         Whether z is known only up to a constant per row.
 
     Notes
     -----
     Entries of r are Gaussian, so the residual of a row with error e is N(0, |e|^2): it lies within
-    tolerance t |z| with probability at most sqrt(2 / pi) t |z| / |e| per repetition.
+    tolerance t |z| with probability at most sqrt(2 / pi) t |z| / |e| per repetition (`miss_bound`).
+
+    Raises
+    ------
+    SettingsError
+        If `repetitions` is outside 1 to `POOL`.
     """
 
     def __init__(self, weight: Float64, bias: Float64, repetitions: int = 2, up_to_constant: bool = False) -> None:
+        if not 1 <= repetitions <= POOL:
+            raise SettingsError(f"{NAME}: repetitions is {repetitions}.", f"Give a number from 1 to {POOL}.")
         self.weight, self.bias = weight, bias
         self.repetitions = repetitions
         self.up_to_constant = up_to_constant
@@ -69,7 +76,8 @@ class LinearCheck:
 
     def residual(self, x: Float64, z: Float64) -> Float64:
         """(N,) largest |z.r - x.(W r) - b.r| over the repetitions, relative to |z|; x (N, D), z (N, K)."""
-        chosen = np.random.default_rng().integers(0, POOL, self.repetitions)
+        # Without replacement: a projection drawn twice would check nothing new.
+        chosen = np.random.default_rng().choice(POOL, self.repetitions, replace=False)
         difference = np.abs(z @ self._r[:, chosen] - x @ self._wr[:, chosen] - self._br[chosen]).max(axis=1)
         centred = z - z.mean(axis=1, keepdims=True) if self.up_to_constant else z
         return np.asarray(difference / np.maximum(np.linalg.norm(centred, axis=1), 1e-12))
@@ -78,6 +86,11 @@ class LinearCheck:
         """(N,) the same residual by recomputing the layer, for rows that cannot be projected."""
         expected = x @ self.weight + self.bias
         return np.asarray(np.abs(z - expected).max(axis=1) / np.maximum(np.linalg.norm(expected, axis=1), 1e-12))
+
+    def miss_bound(self, change: Float64, tolerance: float) -> Float64:
+        """(N,) upper bound of the chance that an error of relative size `change` (N,), |e| / |z|, passes."""
+        per_repetition = np.sqrt(2 / np.pi) * tolerance / np.maximum(change, np.finfo(np.float64).tiny)
+        return np.asarray(np.minimum(per_repetition, 1.0) ** self.repetitions)
 
 
 class Freivalds:
