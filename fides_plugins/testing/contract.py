@@ -124,7 +124,7 @@ def check_plugin(
     make_query:
         (n_rows, n_classes) -> Query, for plug-ins that need other inputs than the fake's.
     limits_ms:
-        Milliseconds per call by hook, over `TIME_LIMITS_MS`.
+        Milliseconds per call by hook, over `TIME_LIMITS_MS`. A call that takes longer is made once more.
     raises:
         Raise when there are problems; otherwise look at the report.
 
@@ -253,7 +253,13 @@ def _stop(manager: FidesPluginManager, report: CheckReport) -> None:
 
 
 def _check_call(
-    manager: FidesPluginManager, hook: str, arguments: Mapping[str, Any], k: int, report: CheckReport, limit_ms: float
+    manager: FidesPluginManager,
+    hook: str,
+    arguments: Mapping[str, Any],
+    k: int,
+    report: CheckReport,
+    limit_ms: float,
+    again: bool = False,
 ) -> None:
     query: Query = arguments["query"]
     where = f"{hook} with N={query.n_rows}, K={k}"
@@ -270,6 +276,10 @@ def _check_call(
             if _digest(value) != before[argument]:
                 report.add(f"{where} changed its argument `{argument}`.")
     spent = (time.perf_counter() - start) * 1000.0
+    if spent > limit_ms and not again:
+        # Other work on the machine can hold up one call; a slow plug-in is slow twice.
+        _check_call(manager, hook, arguments, k, report, limit_ms, again=True)
+        return
     report.calls.append(CallTime(hook, query.n_rows, k, bool(results), spent))
     if spent > limit_ms:
         report.add(f"{where} took {spent:.0f} ms; at most {limit_ms:.0f} ms are allowed.")

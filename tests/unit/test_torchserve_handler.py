@@ -94,12 +94,15 @@ def test_verification_runs_while_inference_runs(work: Callable[..., Worker], mon
     for concurrent in (True, False):
         worker = work(source, {"slow.py": slow}, mode="flag", plugins=plugins, concurrent=concurrent)
         worker.send(items(1))
-        start = time.perf_counter()
-        worker.send(items(1))
-        seconds[concurrent] = time.perf_counter() - start
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            worker.send(items(1))
+            times.append(time.perf_counter() - start)
+        seconds[concurrent] = min(times)
         assert worker.headers()["x-fides-status"] == "trusted"
         sys.modules.pop("slow")
-    # One after the other takes both times; a busy machine adds to both alike.
+    # One after the other takes both times; other work on the machine only adds, so the best of three counts.
     assert seconds[False] >= 0.8
     assert seconds[True] < seconds[False] - 0.2
 
