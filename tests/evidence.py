@@ -91,6 +91,7 @@ def policy(tee: str, **changes: Any) -> EvidencePolicy:
     values: dict[str, Any] = {
         "measurements": [measurement_of(tee)],
         "bundle_digests": ["22" * 32],
+        "allow_any_client": True,
         "snp_minimum_tcb": SnpTcb(bootloader=3, tee=0, snp=20, microcode=209),
     }
     return EvidencePolicy.model_validate({**values, **changes})

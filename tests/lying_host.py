@@ -66,7 +66,10 @@ class Message:
             value = self.tensors.get(entry["name"])
             if value is None:
                 continue
-            entry.pop("data", None)
+            as_json = entry.pop("data", None) is not None
+            if isinstance(value, str) and as_json:
+                entry["data"] = [value]
+                continue
             if isinstance(value, str):
                 data = value.encode("latin-1")
                 raw = len(data).to_bytes(4, "little") + data

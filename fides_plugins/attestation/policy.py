@@ -113,6 +113,9 @@ class EvidencePolicy(_Section):
     allow_smt: bool = Field(False, description="Accept hyperthreading.")
     allow_snp_debug: bool = Field(False, description="Accept SEV-SNP guests that the host can read.")
     allow_snp_migration: bool = Field(False, description="Accept SEV-SNP guests with a migration agent.")
+    allow_any_client: bool = Field(
+        False, description="Accept a verifier that may answer anybody, so that the host can ask it for references."
+    )
     allow_unbound_report_data: bool = Field(False, description="Accept a bare report that vouches for no key.")
 
     @classmethod

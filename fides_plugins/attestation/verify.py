@@ -52,13 +52,14 @@ class TrustedEvidence:
         What the hardware said.
     statement:
         What the report data bound; None for a bare report that the policy accepts.
-    verified_at:
-        Seconds since 1970 of the check.
+    dated_at:
+        Seconds since 1970 from which its age counts: the check's, where a challenge proved it fresh; else
+        what it says itself.
     """
 
     facts: ReportFacts
     statement: Statement | None
-    verified_at: float
+    dated_at: float
 
     @property
     def development(self) -> bool:
@@ -202,7 +203,9 @@ def verify_evidence(
         _check_bare(facts, policy)
     else:
         _check_statement(facts, statement, policy, now, challenge)
-    return TrustedEvidence(facts, statement, now)
+    # Without a challenge, how old the evidence was when it came here is part of its age.
+    dated_at = float(statement.issued_at) if statement is not None and not challenge else now
+    return TrustedEvidence(facts, statement, dated_at)
 
 
 def _check_bare(facts: ReportFacts, policy: EvidencePolicy) -> None:
@@ -238,6 +241,12 @@ def _check_statement(
     version = settings.get("bundle_version")
     if not isinstance(version, int) or version < policy.minimum_bundle_version:
         raise Refusal("evidence-bundle-version", f"The verifier's bundle has version {version}: too old.")
+    if not policy.clients and not policy.allow_any_client:
+        raise Refusal(
+            "policy-empty",
+            "The policy names no client, so the verifier may answer the host and show it every reference.",
+            "Add the clients' public keys as `clients`, or set allow_any_client.",
+        )
     if policy.clients and sorted(settings.get("clients") or ()) != sorted(policy.clients):
         raise Refusal(
             "evidence-clients",

@@ -12,12 +12,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
+import httpx
 from numpy.typing import NDArray
 
 from fides_plugins.attestation.policy import EvidencePolicy
 from fides_plugins.bundle import Bundle
 from fides_plugins.client.core import ClientCore
 from fides_plugins.client.judge import Answer
+from fides_plugins.client.receipts import Brought, Pending
+from fides_plugins.client.verifier_call import VerifierCall
 from fides_plugins.errors import InputError
 from fides_plugins.monitor import Alarm
 from fides_plugins.types import Verdict
@@ -45,11 +48,16 @@ class Client:
         timeout_s: float,
         **core: Any,
     ) -> None:
+        if receipt_from == "verifier" and not verifier_url:
+            raise InputError("The verifier's address is needed to ask it.", "Give verifier_url.")
         self.core = ClientCore(bundle, policy, verifier_url=verifier_url, timeout_s=timeout_s, **core)
         self.receipt_from: ReceiptFrom = receipt_from
         self._timeout_s = timeout_s
-        if receipt_from == "verifier" and not verifier_url:
-            raise InputError("The verifier's address is needed to ask it.", "Give verifier_url.")
+        self._verifier: VerifierCall | None = None
+        if receipt_from == "verifier":
+            manifest = self.core.judge.bundle.manifest
+            name = manifest.input.name if manifest.input is not None else "input"
+            self._verifier = VerifierCall(verifier_url, manifest.name, name, self.core.checker)
         if receipt_from == "host" and self.core.checker.scheme == "commitment":
             raise InputError(self._no_commitment, 'Use receipt_from="verifier" with this scheme, or the scheme "hpke".')
 
@@ -66,6 +74,10 @@ class Client:
 
 class Calls(Client, ABC):
     """A client that waits."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._http = httpx.Client(timeout=self._timeout_s)
 
     def infer(self, inputs: Mapping[str, NDArray[Any]]) -> Verdict:
         """Ask the service and give the verdict on its answer.
@@ -92,9 +104,17 @@ class Calls(Client, ABC):
     @abstractmethod
     def _once(self, inputs: Mapping[str, NDArray[Any]]) -> Answer: ...
 
-    @abstractmethod
+    def _receipt(self, verifier: VerifierCall, tensor: NDArray[Any], pending: Pending, output: NDArray[Any]) -> Brought:
+        """What the verifier brings when the client asks it."""
+        try:
+            return verifier.read(self._http.post(**verifier.request(tensor, pending, output)))
+        except httpx.HTTPError as error:
+            return verifier.no_answer(error)
+
     def close(self) -> None:
         """Close the connections."""
+        self._http.close()
+        self.core.judge.close()
 
     def __enter__(self) -> Self:
         return self
@@ -107,6 +127,10 @@ class Calls(Client, ABC):
 
 class AsyncCalls(Client, ABC):
     """A client for asyncio: many requests may be under way at once."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._http = httpx.AsyncClient(timeout=self._timeout_s)
 
     async def infer(self, inputs: Mapping[str, NDArray[Any]]) -> Verdict:
         """See `Calls.infer`."""
@@ -123,9 +147,19 @@ class AsyncCalls(Client, ABC):
     @abstractmethod
     async def _once(self, inputs: Mapping[str, NDArray[Any]]) -> Answer: ...
 
-    @abstractmethod
+    async def _receipt(
+        self, verifier: VerifierCall, tensor: NDArray[Any], pending: Pending, output: NDArray[Any] | None
+    ) -> Brought:
+        """What the verifier brings when the client asks it."""
+        try:
+            return verifier.read(await self._http.post(**verifier.request(tensor, pending, output)))
+        except httpx.HTTPError as error:
+            return verifier.no_answer(error)
+
     async def close(self) -> None:
         """Close the connections."""
+        await self._http.aclose()
+        self.core.judge.close()
 
     async def __aenter__(self) -> Self:
         return self

@@ -16,7 +16,7 @@ from fides_plugins.attestation.request import Scheme
 from fides_plugins.attestation.verify import TrustRoots
 from fides_plugins.bundle import Bundle
 from fides_plugins.client.judge import Answer, ClientJudge
-from fides_plugins.client.receipts import Pending, ReceiptChecker
+from fides_plugins.client.receipts import Brought, Pending, ReceiptChecker
 from fides_plugins.client.trust import EvidenceFile, EvidenceUrl, Trust
 from fides_plugins.errors import InputError, ServerError
 from fides_plugins.settings import Settings
@@ -28,10 +28,10 @@ _RESTARTED = frozenset(("receipt-missing", "receipt-key", "receipt-start"))
 
 @dataclass(frozen=True)
 class Reply:
-    """The service's class output, the receipt's text, and the library's own object."""
+    """The service's class output, what came as its receipt, and the library's own object."""
 
     output: NDArray[Any]
-    receipt: str | None
+    brought: Brought
     raw: Any
 
 
@@ -86,16 +86,24 @@ class ClientCore:
     def finish(self, query: Query, pending: Pending, reply: Reply) -> Answer:
         """Check the receipt and judge the answer."""
         try:
-            reference: Float32Array = self.checker.check(pending, reply.receipt, reply.output)
+            reference: Float32Array = self.checker.check(
+                pending, reply.brought.receipt, reply.output, reply.brought.excuse
+            )
         except Refusal as refusal:
             return self.judge.refuse(query, reply.output, refusal, reply.raw)
         return self.judge.judge(query, reply.output, reference, reply.raw)
 
     def worth_repeating(self, answer: Answer) -> bool:
-        """Whether the verifier was started again since its evidence was fetched."""
+        """Whether the verifier was started again since its evidence was fetched, and asking again is safe.
+
+        It is not in the scheme "commitment": the reference comes in the clear, so a host that read it, dropped
+        the receipt and started the verifier again would shape its second answer by it. The next request finds
+        the new verifier.
+        """
         if answer.refusal is None or answer.refusal.code not in _RESTARTED:
             return False
         try:
-            return self.checker.trust.renew()
+            restarted = self.checker.trust.renew()
         except (Refusal, ServerError):
             return False
+        return restarted and self.checker.scheme != "commitment"

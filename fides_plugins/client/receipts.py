@@ -32,6 +32,22 @@ _MAX_PENDING = 100_000
 
 
 @dataclass(frozen=True)
+class Brought:
+    """What came back for a signed request.
+
+    Attributes
+    ----------
+    receipt:
+        Its text; None where none came.
+    excuse:
+        What was said instead of a receipt. Nobody signed it, so it explains and proves nothing.
+    """
+
+    receipt: str | None
+    excuse: str = ""
+
+
+@dataclass(frozen=True)
 class Pending:
     """A request under way.
 
@@ -120,7 +136,7 @@ class ReceiptChecker:
         """The digest of a service output as text: what a host commits to, and what is compared with it."""
         return to_text(tensor_digest(output))
 
-    def check(self, pending: Pending, text: str | None, output: NDArray[Any]) -> Float32Array:
+    def check(self, pending: Pending, text: str | None, output: NDArray[Any], excuse: str = "") -> Float32Array:
         """Check a receipt and give the reference in it, (N, K) float32. A request is checked once.
 
         Parameters
@@ -131,6 +147,8 @@ class ReceiptChecker:
             The receipt as the host passed it on; None or empty where it did not.
         output:
             The service's output as it arrived; compared with the host's commitment in that scheme.
+        excuse:
+            What was said instead of a receipt, for people to read.
 
         Raises
         ------
@@ -139,7 +157,9 @@ class ReceiptChecker:
         """
         self._spend(pending.request.nonce)
         if not text:
-            raise Refusal("receipt-missing", "The host passed no receipt on.")
+            # Whoever keeps the verifier from answering gets no better verdict for its words.
+            instead = f" Instead came, unsigned: {excuse}" if excuse else ""
+            raise Refusal("receipt-missing", f"The host passed no receipt on.{instead}")
         data = from_text(text, "receipt")
         receipt = open_receipt(data, self.trust.keys(), development=pending.evidence.development)
         self._compare(pending, receipt)

@@ -19,16 +19,18 @@ from numpy.typing import NDArray
 
 from fides_plugins.attestation.policy import EvidencePolicy
 from fides_plugins.attestation.tensors import oip_type
-from fides_plugins.attestation.wire import COMMITMENT_PARAMETER, PARAMETER, RECEIPT_OUTPUT
+from fides_plugins.attestation.wire import PARAMETER, RECEIPT_OUTPUT
 from fides_plugins.bundle import Bundle
 from fides_plugins.client.calls import AsyncCalls, Calls, Client, ReceiptFrom
 from fides_plugins.client.core import Reply
 from fides_plugins.client.judge import Answer
-from fides_plugins.client.receipts import Pending
+from fides_plugins.client.receipts import Brought, Pending
 from fides_plugins.errors import InputError, ServerError
 
 Protocol = Literal["http", "grpc"]
 
+#: Whether an address speaks TLS, by what stands before "://".
+_TLS = {"": False, "http": False, "grpc": False, "https": True, "grpcs": True}
 #: What tritonclient raises where a host's lengths, shapes and types do not fit together.
 _UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError, struct.error)
 
@@ -55,23 +57,25 @@ class _TritonBase(Client):
         super().__init__(
             bundle, policy, receipt_from=receipt_from, verifier_url=verifier_url, timeout_s=timeout_s, **core
         )
-        self.url = url.removeprefix("http://").removeprefix("grpc://").rstrip("/")
+        scheme, _, rest = url.rpartition("://")
+        if scheme not in _TLS or not rest:
+            raise InputError(f"{url!r} is no address of Triton.", "Give it as host:port, or https://host:port for TLS.")
+        self.url = rest.rstrip("/")
+        self._tls = _TLS[scheme]
         self.model = model
         self.protocol: Protocol = protocol
         self._output = output or self.core.judge.settings.output
-        self._verifier_url = verifier_url.removeprefix("http://").rstrip("/")
-        self._verifier_model = self.core.judge.bundle.manifest.name
-        self._connections: dict[str, Any] = {}
+        self._connection: Any = None
 
-    def _library(self, protocol: Protocol) -> Any:
-        if protocol == "grpc":
+    def _library(self) -> Any:
+        if self.protocol == "grpc":
             import tritonclient.grpc as library
         else:
             import tritonclient.http as library
         return library
 
-    def _tensors(self, protocol: Protocol, inputs: Mapping[str, NDArray[Any]]) -> list[Any]:
-        library = self._library(protocol)
+    def _tensors(self, inputs: Mapping[str, NDArray[Any]]) -> list[Any]:
+        library = self._library()
         tensors = []
         for name, array in inputs.items():
             tensor = library.InferInput(name, list(array.shape), oip_type(array.dtype))
@@ -83,27 +87,15 @@ class _TritonBase(Client):
         return [self._output, RECEIPT_OUTPUT] if self.receipt_from == "host" else [self._output]
 
     def _service_call(self, inputs: Mapping[str, NDArray[Any]], pending: Pending) -> dict[str, Any]:
-        library = self._library(self.protocol)
+        library = self._library()
         call: dict[str, Any] = {
             "model_name": self.model,
-            "inputs": self._tensors(self.protocol, inputs),
+            "inputs": self._tensors(inputs),
             "outputs": [library.InferRequestedOutput(name) for name in self._wanted()],
         }
         if self.receipt_from == "host":
             call["parameters"] = {PARAMETER: pending.text}
         return call
-
-    def _verifier_call(self, tensor: NDArray[Any], pending: Pending, output: NDArray[Any] | None) -> dict[str, Any]:
-        spec = self.core.judge.bundle.manifest.input
-        parameters = {PARAMETER: pending.text}
-        if output is not None:
-            parameters[COMMITMENT_PARAMETER] = self.core.checker.commitment(output)
-        return {
-            "model_name": self._verifier_model,
-            "inputs": self._tensors("http", {spec.name if spec is not None else "input": tensor}),
-            "outputs": [self._library("http").InferRequestedOutput(RECEIPT_OUTPUT)],
-            "parameters": parameters,
-        }
 
     def _reply(self, result: Any) -> Reply:
         try:
@@ -112,16 +104,24 @@ class _TritonBase(Client):
             output = None
         if output is None:
             raise ServerError(f"The model {self.model} gave no output {self._output!r}.", "Name its class output.")
-        return Reply(output, receipt_text(result) if self.receipt_from == "host" else None, result)
+        return Reply(output, Brought(receipt_text(result) if self.receipt_from == "host" else None), result)
 
     def _choose_output(self, metadata: Any) -> str:
         """The one output that is no verdict of ours, from the server's description of the model."""
-        outputs = metadata["outputs"] if isinstance(metadata, dict) else metadata.outputs
-        names = [o["name"] if isinstance(o, dict) else o.name for o in outputs]
+        try:
+            outputs = metadata["outputs"] if isinstance(metadata, dict) else metadata.outputs
+            names = [str(o["name"] if isinstance(o, dict) else o.name) for o in outputs]
+        except _UNREADABLE:
+            raise ServerError(f"{self.url} describes {self.model} in another form than Triton's.") from None
         service = [n for n in names if not n.startswith("FIDES_")]
         if len(service) != 1:
             raise InputError(f"The model {self.model} has the outputs {service}.", "Name its class output as `output`.")
-        return str(service[0])
+        return service[0]
+
+    def _no_answer(self, error: Exception) -> ServerError:
+        late = isinstance(error, asyncio.TimeoutError)
+        what = "gave no answer in time." if late else f"gave no answer: {_message(error)}"
+        return ServerError(f"{self.model} at {self.url} {what}")
 
 
 class TritonClient(_TritonBase, Calls):
@@ -130,7 +130,7 @@ class TritonClient(_TritonBase, Calls):
     Parameters
     ----------
     url:
-        `host:port` of Triton.
+        `host:port` of Triton; `https://host:port` or `grpcs://host:port` where it is reached by TLS.
     model:
         The served model; with `receipt_from="host"` one that has the output FIDES_RECEIPT.
     bundle, policy, verifier_url, evidence, identity, scheme, settings, roots, insecure_development:
@@ -154,44 +154,34 @@ class TritonClient(_TritonBase, Calls):
         query, tensor = self.core.prepare(inputs)
         pending = self.core.checker.begin(tensor)
         if not self._output:
-            self._output = self._choose_output(self._connect(self.url, self.protocol).get_model_metadata(self.model))
-        reply = self._reply(self._infer(self.url, self.protocol, self._service_call(query.inputs, pending)))
-        if self.receipt_from == "verifier":
-            committed = reply.output if self.core.checker.scheme == "commitment" else None
-            call = self._verifier_call(tensor, pending, committed)
-            try:
-                receipt = receipt_text(self._infer(self._verifier_url, "http", call))
-            except ServerError:
-                receipt = None  # whoever keeps the verifier from answering gets no better verdict for it
-            reply = Reply(reply.output, receipt, reply.raw)
+            self._output = self._choose_output(self._call("get_model_metadata", model_name=self.model))
+        reply = self._reply(self._call("infer", **self._service_call(query.inputs, pending)))
+        if self._verifier is not None:
+            brought = self._receipt(self._verifier, tensor, pending, reply.output)
+            reply = Reply(reply.output, brought, reply.raw)
         return self.core.finish(query, pending, reply)
 
-    def _connect(self, url: str, protocol: Protocol) -> Any:
-        key = f"{protocol}://{url}"
-        if key not in self._connections:
-            library = self._library(protocol)
-            options = (
-                {}
-                if protocol == "grpc"
-                else {"network_timeout": self._timeout_s, "connection_timeout": self._timeout_s}
-            )
-            self._connections[key] = library.InferenceServerClient(url, **options)
-        return self._connections[key]
-
-    def _infer(self, url: str, protocol: Protocol, call: dict[str, Any]) -> Any:
-        options = {"client_timeout": self._timeout_s} if protocol == "grpc" else {}
+    def _call(self, method: str, **call: Any) -> Any:
+        """A method of tritonclient's connection, with a time-out and one kind of error."""
+        options = {"client_timeout": self._timeout_s} if self.protocol == "grpc" else {}
         try:
-            return self._connect(url, protocol).infer(**call, **options)
+            return getattr(self._connect(), method)(**call, **options)
         # tritonclient lets through errors of gevent, gRPC and sockets besides its own, without a common base.
         except Exception as error:
-            raise ServerError(f"{call['model_name']} at {url} gave no answer: {_message(error)}") from None
+            raise self._no_answer(error) from None
+
+    def _connect(self) -> Any:
+        if self._connection is None:
+            timeouts = {"network_timeout": self._timeout_s, "connection_timeout": self._timeout_s}
+            options = {} if self.protocol == "grpc" else timeouts
+            self._connection = self._library().InferenceServerClient(self.url, ssl=self._tls, **options)
+        return self._connection
 
     def close(self) -> None:
         """Close the connections."""
-        for connection in self._connections.values():
-            connection.close()
-        self._connections.clear()
-        self.core.judge.close()
+        if self._connection is not None:
+            self._connection.close()
+        super().close()
 
 
 class AsyncTritonClient(_TritonBase, AsyncCalls):
@@ -208,50 +198,39 @@ class AsyncTritonClient(_TritonBase, AsyncCalls):
         # Fetching and checking evidence blocks, so it happens in a thread; it is rare.
         pending = await asyncio.to_thread(self.core.checker.begin, tensor)
         if not self._output:
-            connection = self._connect(self.url, self.protocol)
-            self._output = self._choose_output(await connection.get_model_metadata(self.model))
-        service = self._infer(self.url, self.protocol, self._service_call(query.inputs, pending))
-        if self.receipt_from == "host":
+            self._output = self._choose_output(await self._call("get_model_metadata", model_name=self.model))
+        service = self._call("infer", **self._service_call(query.inputs, pending))
+        if self._verifier is None:
             return self.core.finish(query, pending, self._reply(await service))
         if self.core.checker.scheme == "commitment":
             reply = self._reply(await service)
-            receipt = await self._receipt(self._verifier_call(tensor, pending, reply.output))
+            brought = await self._receipt(self._verifier, tensor, pending, reply.output)
         else:
-            result, receipt = await asyncio.gather(service, self._receipt(self._verifier_call(tensor, pending, None)))
+            result, brought = await asyncio.gather(service, self._receipt(self._verifier, tensor, pending, None))
             reply = self._reply(result)
-        return self.core.finish(query, pending, Reply(reply.output, receipt, reply.raw))
+        return self.core.finish(query, pending, Reply(reply.output, brought, reply.raw))
 
-    async def _receipt(self, call: dict[str, Any]) -> str | None:
+    async def _call(self, method: str, **call: Any) -> Any:
         try:
-            return receipt_text(await self._infer(self._verifier_url, "http", call))
-        except ServerError:
-            return None  # whoever keeps the verifier from answering gets no better verdict for it
+            return await asyncio.wait_for(getattr(self._connect(), method)(**call), self._timeout_s)
+        # tritonclient lets through errors of aiohttp, gRPC and sockets besides its own, without a common base.
+        except Exception as error:
+            raise self._no_answer(error) from None
 
-    def _connect(self, url: str, protocol: Protocol) -> Any:
-        key = f"{protocol}://{url}"
-        if key not in self._connections:
-            if protocol == "grpc":
+    def _connect(self) -> Any:
+        if self._connection is None:
+            if self.protocol == "grpc":
                 import tritonclient.grpc.aio as library
             else:
                 import tritonclient.http.aio as library
-            self._connections[key] = library.InferenceServerClient(url)
-        return self._connections[key]
-
-    async def _infer(self, url: str, protocol: Protocol, call: dict[str, Any]) -> Any:
-        try:
-            return await asyncio.wait_for(self._connect(url, protocol).infer(**call), self._timeout_s)
-        except asyncio.TimeoutError:
-            raise ServerError(f"{call['model_name']} at {url} gave no answer in time.") from None
-        # tritonclient lets through errors of aiohttp, gRPC and sockets besides its own, without a common base.
-        except Exception as error:
-            raise ServerError(f"{call['model_name']} at {url} gave no answer: {_message(error)}") from None
+            self._connection = library.InferenceServerClient(self.url, ssl=self._tls)
+        return self._connection
 
     async def close(self) -> None:
         """Close the connections."""
-        for connection in self._connections.values():
-            await connection.close()
-        self._connections.clear()
-        self.core.judge.close()
+        if self._connection is not None:
+            await self._connection.close()
+        await super().close()
 
 
 def receipt_text(result: Any) -> str | None:

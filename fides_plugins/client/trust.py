@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import httpx
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from fides_plugins.attestation.evidence import Evidence
@@ -18,6 +17,7 @@ from fides_plugins.attestation.policy import EvidencePolicy
 from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.attestation.request import to_text
 from fides_plugins.attestation.verify import TrustedEvidence, TrustRoots, new_challenge, verify_evidence
+from fides_plugins.client.address import checked_address
 from fides_plugins.errors import InputError, ServerError
 
 _MAX_DOCUMENT = 1 << 20
@@ -43,9 +43,7 @@ class EvidenceUrl:
     challenges = True
 
     def __init__(self, url: str, timeout_s: float = 10.0) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise InputError(f"{url!r} is no address of a verifier.", "Give it as http://host:port.")
-        self._url = f"{url.rstrip('/')}/v2/fides/evidence"
+        self._url = f"{checked_address(url, 'a verifier')}/v2/fides/evidence"
         self._timeout_s = timeout_s
 
     def fetch(self, challenge: bytes) -> Evidence:
@@ -56,15 +54,28 @@ class EvidenceUrl:
         ServerError, Refusal
             If the endpoint cannot be reached, or gives no document.
         """
+        options: dict[str, Any] = {"params": {"challenge": to_text(challenge)}, "timeout": self._timeout_s}
+        # Not compressed: the limit of the document's size is one of what is read.
+        options["headers"] = {"accept-encoding": "identity"}
         try:
-            with urllib.request.urlopen(
-                f"{self._url}?challenge={to_text(challenge)}", timeout=self._timeout_s
-            ) as reply:
-                return Evidence.from_json(reply.read(_MAX_DOCUMENT + 1))
-        except urllib.error.HTTPError as error:
-            raise ServerError(f"The evidence at {self._url} was answered with status {error.code}.") from None
-        except OSError as error:
+            with httpx.stream("GET", self._url, **options) as reply:
+                if reply.status_code != 200:
+                    raise ServerError(f"The evidence at {self._url} was answered with status {reply.status_code}.")
+                return Evidence.from_json(self._document(reply))
+        except httpx.HTTPError as error:
             raise ServerError(f"The evidence at {self._url} cannot be fetched ({type(error).__name__}).") from None
+
+    def _document(self, reply: httpx.Response) -> bytes:
+        """The body, up to where it is too long; the time-out holds for the whole of it."""
+        deadline = time.monotonic() + self._timeout_s
+        data = bytearray()
+        for chunk in reply.iter_raw():
+            data += chunk
+            if len(data) > _MAX_DOCUMENT:
+                break
+            if time.monotonic() > deadline:
+                raise ServerError(f"The evidence at {self._url} did not come in time.")
+        return bytes(data)
 
 
 class EvidenceFile:
@@ -179,7 +190,7 @@ class Trust:
         return trusted
 
     def _expired(self, evidence: TrustedEvidence) -> bool:
-        return self._clock() - evidence.verified_at > self.policy.maximum_age_s
+        return self._clock() - evidence.dated_at > self.policy.maximum_age_s
 
 
 def _key(evidence: TrustedEvidence) -> bytes:

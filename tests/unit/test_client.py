@@ -23,9 +23,9 @@ from fides_plugins.attestation.request import to_text
 from fides_plugins.bundle import Bundle
 from fides_plugins.cli import app
 from fides_plugins.client import TorchServeClient, TritonClient
-from fides_plugins.client.core import ClientCore
+from fides_plugins.client.core import ClientCore, Reply
 from fides_plugins.client.judge import ClientJudge
-from fides_plugins.client.receipts import Pending, ReceiptChecker
+from fides_plugins.client.receipts import Brought, Pending, ReceiptChecker
 from fides_plugins.client.torchserve import decode_json, encode_json
 from fides_plugins.client.trust import EvidenceFile, EvidenceUrl, Trust
 from fides_plugins.enclave.verifier import Verifier
@@ -200,12 +200,43 @@ def test_evidence_from_a_file_has_the_age_of_its_clock(setting: Setting, tmp_pat
     assert Trust(policy, EvidenceFile(path), roots=roots, clock=lambda: NOW_S).current().statement
     late = Trust(policy, EvidenceFile(path), roots=roots, clock=lambda: NOW_S + 90_000)
     assert code(late.current) == "evidence-age"
+    # It was half its life old when it came here; that half is not given again.
+    half = policy.maximum_age_s / 2
+    now = [NOW_S + half]
+    trust = Trust(policy, EvidenceFile(path), roots=roots, clock=lambda: now[0])
+    assert trust.current().statement
+    now[0] += half + 1
+    assert trust.keys() == {}
+    assert code(trust.current) == "evidence-age"
     with pytest.raises(InputError, match="absent"):
         Trust(policy, EvidenceFile(tmp_path / "absent"), roots=roots).current()
     with pytest.raises(InputError, match="no address"):
         EvidenceUrl("ftp://somewhere")
     with pytest.raises(ServerError, match="cannot be fetched"):
         EvidenceUrl("http://127.0.0.1:9").fetch(bytes(32))
+
+
+@pytest.mark.parametrize("scheme", ["hpke", "commitment"])
+def test_asking_again_after_a_restart_is_safe_only_where_the_reference_is_sealed(
+    hardware: Hardware, scheme: str
+) -> None:
+    """Under "commitment" whoever dropped the receipt has read the reference, and could shape a second answer."""
+    setting = Setting(hardware, scheme)
+    core = ClientCore(setting.bundle, setting.trust.policy, trust=setting.trust, identity=IDENTITY, scheme=scheme)  # type: ignore[arg-type]
+    pending = core.checker.begin(ROWS)
+    answer = core.finish(Query({"input": ROWS}), pending, Reply(OUTPUT, Brought(None), None))
+    setting.wire.verifier = hardware.verifier(setting.bundle)
+    assert core.worth_repeating(answer) is (scheme == "hpke")
+    # Either way the next request is made for the new start.
+    assert len(setting.trust.keys()) == 2
+    assert core.checker.begin(ROWS).evidence.statement != pending.evidence.statement
+
+
+def test_what_was_said_instead_of_a_receipt_is_told_and_changes_nothing(setting: Setting) -> None:
+    pending = setting.checker.begin(ROWS)
+    with pytest.raises(Refusal, match="request-rate: Too many rows") as caught:
+        setting.checker.check(pending, None, OUTPUT, "request-rate: Too many rows.")
+    assert caught.value.code == "receipt-missing"
 
 
 # Judging

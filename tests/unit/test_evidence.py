@@ -68,6 +68,10 @@ def test_policies_are_closed_on_empty(tee: str, intel: IntelPki, amd: AmdPki) ->
     assert refusal(evidence, EvidencePolicy(), roots=roots) == "policy-empty"
     assert refusal(evidence, policy(tee, measurements=[]), roots=roots) == "policy-empty"
     assert refusal(evidence, policy(tee, bundle_digests=[]), roots=roots) == "policy-empty"
+    # A policy that names no client would trust a verifier that answers the host.
+    assert refusal(evidence, policy(tee, allow_any_client=False), roots=roots) == "policy-empty"
+    named = policy(tee, allow_any_client=True, clients=["55" * 32])
+    assert refusal(evidence, named, roots=roots) == "evidence-clients"
     bare = dataclasses.replace(evidence, statement=None)
     assert refusal(bare, policy(tee), roots=roots) == "evidence-report-data"
     loose = verify_evidence(bare, policy(tee, allow_unbound_report_data=True), NOW_S, roots=roots)
@@ -120,7 +124,8 @@ def test_out_of_date_platforms_need_a_named_relaxation(amd: AmdPki) -> None:
     assert refusal(evidence, allowed, roots=roots) == "evidence-quote"  # five months old, 30 days allowed
     relaxed = policy("tdx", allowed_tcb_status=["OutOfDate"], out_of_date_grace_days=365)
     assert verify_evidence(evidence, relaxed, NOW_S, roots=roots).facts.tcb == "OutOfDate"
-    assert relaxed.relaxations() == ("out_of_date_grace_days:365", "allowed_tcb_status:OutOfDate")
+    names = ("allow_any_client", "out_of_date_grace_days:365", "allowed_tcb_status:OutOfDate")
+    assert relaxed.relaxations() == names
 
 
 @pytest.mark.parametrize(
@@ -171,7 +176,7 @@ def test_snp_platforms_and_chains_are_checked(intel: IntelPki, amd: AmdPki) -> N
 def test_development_evidence_needs_the_insecure_flag_and_warns() -> None:
     what = statement()
     evidence = Evidence("development", development.make_report(what.report_data()), what)
-    trusting = EvidencePolicy(bundle_digests=("22" * 32,))
+    trusting = EvidencePolicy(bundle_digests=("22" * 32,), allow_any_client=True)
     assert refusal(evidence, trusting) == "evidence-development"
     with pytest.warns(InsecureEvidenceWarning, match="nothing is protected"):
         assert verify_evidence(evidence, trusting, NOW_S, insecure_development=True).development

@@ -236,6 +236,32 @@ def test_without_encryption_the_commitment_binds_the_host(world: World) -> None:
         assert caught.value.code == "request-commitment"
 
 
+def test_without_encryption_no_input_is_asked_about_twice(world: World) -> None:
+    """The host reads the reference, drops the receipt and shows another start of the verifier: a second answer to
+    the same input would be shaped by what it knows by then."""
+    query, _ = near_tie()
+    asked: list[Message] = []
+
+    def count(message: Message) -> Message:
+        asked.append(message)
+        return message
+
+    with RunningVerifier(world.hardware.verifier(world.bundle)) as second, world.direct("commitment") as client:
+
+        def drop(message: Message) -> Message:
+            world.back.target = second.http
+            message.tensors.clear()
+            return message
+
+        world.front.on_request, world.back.on_response = count, drop
+        assert refused(client, query) == "receipt-missing"
+        assert len(asked) == 1
+        # The next request is made for the new start.
+        world.back.on_response = None
+        assert client.infer({"image": rows(1)}).status_text.tolist() == ["trusted"]
+        assert len(asked) == 2
+
+
 def test_a_commitment_changed_by_the_host_is_refused(world: World) -> None:
     def recommit(message: Message) -> Message:
         message.parameters[COMMITMENT_PARAMETER] = to_text(tensor_digest(np.zeros((1, 10), np.float32)))

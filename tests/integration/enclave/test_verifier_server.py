@@ -114,7 +114,9 @@ def image(seed: int) -> np.ndarray[Any, np.dtype[np.float32]]:
 
 def checker(server: Process, bundle: Bundle) -> ReceiptChecker:
     source = EvidenceUrl(f"http://{server.http}", timeout_s=60)
-    trust = Trust(EvidencePolicy(bundle_digests=(bundle.digest,)), source, insecure_development=True)
+    trust = Trust(
+        EvidencePolicy(bundle_digests=(bundle.digest,), allow_any_client=True), source, insecure_development=True
+    )
     return ReceiptChecker(trust, IDENTITY, "hpke", 10)
 
 
@@ -420,7 +422,9 @@ def test_it_warns_where_nothing_is_protected(server: Process) -> None:
 
 
 def test_its_development_receipts_need_the_flag(server: Process, bundle: Bundle) -> None:
-    trust = Trust(EvidencePolicy(bundle_digests=(bundle.digest,)), EvidenceUrl(f"http://{server.http}"))
+    trust = Trust(
+        EvidencePolicy(bundle_digests=(bundle.digest,), allow_any_client=True), EvidenceUrl(f"http://{server.http}")
+    )
     with pytest.raises(Refusal) as caught:
         ReceiptChecker(trust, IDENTITY, "hpke", 10).begin(image(1))
     assert caught.value.code == "evidence-development"
