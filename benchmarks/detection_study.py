@@ -54,8 +54,10 @@ def table(results: list[dict[str, Any]], which: str) -> list[str]:
     for name in results[0][which]:
         cells = [np.mean([r[which][name][m] for r in results if r[which][name][m] is not None]) for m in MEASURES]
         rules = [r["comparison"][side][name] for r in results]
-        differences = [np.mean([c[rule]["difference"] for c in rules]) for rule in rules[0]]
-        worse = sum(not c[rule]["no_worse"] for c in rules for rule in c)
+        differences = [
+            np.mean([c[rule]["difference"] for c in rules if c[rule]["difference"] is not None]) for rule in rules[0]
+        ]
+        worse = sum(c[rule]["no_worse"] is False for c in rules for rule in c)
         lines.append(
             f"| {name} | "
             + " | ".join(f"{c:.3f}" for c in cells)

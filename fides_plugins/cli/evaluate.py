@@ -178,12 +178,14 @@ def _show(result: dict[str, Any], report: Path | None) -> None:
         f"{clean['rows']:,} rows, {clean['classes']} classes, agreement {clean['agreement']:.4f}. "
         f"False alarms {clean['false_alarm_rate']:.4f} ({low:.4f} to {high:.4f}) at a budget of {clean['budget']:g}."
     )
+    for note in result["notes"]:
+        screen.print(f"[yellow]{note}[/]")
     for section, title in (("attacks", "Attacks"), ("unseen", "The same attacks, each left out of training")):
         if result[section]:
             print_table(title, ("attack", *MEASURES), [_line(n, v, MEASURES) for n, v in result[section].items()])
     rules = result["comparison"]
     lines = [
-        (f"{name} ({section})", *(f"{c['difference']:+.3f}{'' if c['no_worse'] else ' worse'}" for c in table.values()))
+        (f"{name} ({section})", *map(_difference, table.values()))
         for section in ("seen", "unseen")
         for name, table in rules[section].items()
     ]
@@ -196,9 +198,10 @@ def _show(result: dict[str, Any], report: Path | None) -> None:
         ("requests attacked", "median", "p95"),
         [(f, *_delays(v)) for f, v in monitor.items() if isinstance(v, dict)],
     )
+    low, high = monitor["false_alarms_interval"]
     screen.print(
-        f"False alarms of the monitor: {monitor['false_alarms']} in {monitor['clean_sequences']} benign sequences "
-        f"of {monitor['clean_rows']:,} rows."
+        f"False alarms of the monitor: {monitor['false_alarms']} ({low:.1f} to {high:.1f}) in "
+        f"{monitor['clean_sequences']} benign sequences of {monitor['clean_rows']:,} rows."
     )
     for name, reason in result.get("skipped", {}).items():
         screen.print(f"Not tried: {name}. {reason}")
@@ -208,6 +211,12 @@ def _show(result: dict[str, Any], report: Path | None) -> None:
 
 def _line(name: str, values: dict[str, Any], measures: tuple[str, ...]) -> tuple[str, ...]:
     return (name, *("n/a" if values[m] is None else f"{values[m]:.3f}" for m in measures))
+
+
+def _difference(cell: dict[str, Any]) -> str:
+    if cell["no_worse"] is None:
+        return "n/a"
+    return f"{cell['difference']:+.3f}{'' if cell['no_worse'] else ' worse'}"
 
 
 def _delays(values: dict[str, Any]) -> tuple[str, str]:

@@ -4,7 +4,8 @@ Definitions (JSON keys):
 
 - `accuracy`, `f1`: benign and attacked rows 1 : 1, attacked when the score is above 0.5, the balanced
   threshold that was chosen on calibration rows for the mean of the label-changing attacks.
-- `auroc`; `tpr_at_fpr_x`: true alarms at the lowest threshold with at most a share x of false alarms here.
+- `auroc`; `tpr_at_fpr_x`: true alarms at the lowest threshold with at most a share x of false alarms here;
+  None with fewer than 1/x benign rows, of which not one could be a false alarm.
 - `detected`: true alarms at the calibrated threshold, that is p-value <= false-alarm rate.
 - `recovered_service`: of all attacked rows, those whose corrected class (top of the re-classifier's
   `probabilities`) is the one the un-attacked service chose.
@@ -12,7 +13,9 @@ Definitions (JSON keys):
   service is not always right, so one answer can't be both; `recovered_truth_by_service` says how often
   the first output is the label.
 - `unseen`: the same after training again without that attack.
-- `comparison`: learned minus rule of thumb at equal false-alarm rate, paired by row.
+- `comparison`: learned minus rule of thumb at equal false-alarm rate, paired by row; `no_worse` unless the
+  interval of the difference lies below zero, None where there is nothing to compare.
+- `notes`: what the rows were too few for.
 """
 
 from __future__ import annotations
@@ -23,20 +26,19 @@ from typing import Any
 
 import numpy as np
 
-from fides_plugins import divergences
 from fides_plugins.bundle import Bundle
-from fides_plugins.conformal import Calibration
-from fides_plugins.errors import TrainingError
+from fides_plugins.conformal import Calibration, rows_needed
+from fides_plugins.errors import InputError, TrainingError
 from fides_plugins.onnx_model import OnnxModel
 from fides_plugins.training.attacks import DEFAULT_OUTPUT_ATTACKS, GENERATOR, AttackRegistry, OutputAttack
-from fides_plugins.training.calibration import LEARNED, run_graph
-from fides_plugins.training.detection import GENERATOR_FILE, DetectionArtifacts, train_on
+from fides_plugins.training.calibration import LEARNED, require_rows, run_graph
+from fides_plugins.training.comparison import FPR_LEVELS, compare, rule_scores
+from fides_plugins.training.detection import CALIBRATION_FRACTION, GENERATOR_FILE, DetectionArtifacts, train_on
 from fides_plugins.training.monitor_study import MonitorStudy, study_monitor
 from fides_plugins.training.predictions import Predictions
-from fides_plugins.training.statistics import Estimate, Scores, bootstrap_weights, mean
-from fides_plugins.types import Float32Array, Float64Array, IntArray
+from fides_plugins.training.statistics import Estimate, Scores, bootstrap_weights
+from fides_plugins.types import Float32Array, IntArray
 
-FPR_LEVELS = (0.01, 0.05)
 MEASURES = (
     "accuracy",
     "f1",
@@ -193,19 +195,28 @@ def evaluate(
 
     Raises
     ------
+    InputError
+        If the rows are too few to measure any false-alarm rate, or the budget needs more calibration rows.
     TrainingError
-        If the rows' class count is not the bundle's, or the budget needs more calibration rows.
+        If the rows' class count is not the bundle's, or the rows are too few to train again on.
     """
     if rows.n_classes != bundle.n_classes:
         raise TrainingError(
             f"The predictions have {rows.n_classes} classes, the bundle {bundle.n_classes}.",
             "Evaluate with predictions of the very models that the bundle protects.",
         )
+    notes = check_rows("attacks", rows.n_rows)
     tell = progress or (lambda what, done: None)
     judge = Judge.of_bundle(bundle)
     spec = bundle.manifest.calibration
     rate = false_alarm_rate if false_alarm_rate is not None else (spec.false_alarm_rate if spec else 0.01)
     bundle.calibration(LEARNED, rate)
+    training, judged = (fit_rows, rows) if fit_rows is not None else rows.split(UNSEEN_TRAINING_SHARE, seed)
+    if unseen:
+        # Before anything is measured: training would refuse these rows only after all else was done.
+        share = 1.0 if fit_rows is not None else 1.0 - UNSEEN_TRAINING_SHARE
+        require_rows(int(CALIBRATION_FRACTION * training.n_rows), CALIBRATION_FRACTION * share, rate)
+        notes += check_rows("unseen", judged.n_rows)
     outputs = [registry.output(name) for name in registry.names("output")]
     if GENERATOR_FILE in bundle.file_names:
         outputs.append(generator_attack(bundle.file(GENERATOR_FILE)))
@@ -217,10 +228,11 @@ def evaluate(
         "rows": rows.n_rows,
         "classes": rows.n_classes,
         "budget": rate,
-        **Estimate.of(mean(judge.calibration.p_value(clean_scores) <= rate, weights)).to_json("false_alarm_rate"),
-        **agreement_measures(rows, weights),
+        **Estimate.share(judge.calibration.p_value(clean_scores) <= rate).to_json("false_alarm_rate"),
+        **agreement_measures(rows),
     }
-    result: dict[str, Any] = {"clean": clean, "attacks": {}, "unseen": {}, "comparison": {"seen": {}, "unseen": {}}}
+    result: dict[str, Any] = {"clean": clean, "notes": notes, "attacks": {}, "unseen": {}}
+    result["comparison"] = {"seen": {}, "unseen": {}}
     details: dict[str, Details] = {}
     for i, attack in enumerate(attacked):
         tell(f"attack {attack.name}", i / len(attacked))
@@ -229,7 +241,7 @@ def evaluate(
         result["comparison"]["seen"][attack.name] = measured.comparison
         details[attack.name] = measured.details
     if unseen:
-        _unseen(result, rows, fit_rows, outputs, registry, rate, seed, tell)
+        _unseen(result, training, judged, outputs, registry, rate, seed, tell)
     tell("monitor", 0.0)
     switched = next((a for a in attacked if a.name == "switch"), attacked[0])
     result["monitor"] = study_monitor(
@@ -240,6 +252,30 @@ def evaluate(
     )
     result["monitor"]["attack"] = switched.name
     return Evaluation(result, details)
+
+
+def check_rows(section: str, n: int) -> list[str]:
+    """A sentence for each measure of a section for which its `n` benign rows are too few.
+
+    Raises
+    ------
+    InputError
+        If a single false alarm would be above the highest of `FPR_LEVELS`.
+    """
+    # One row more than calibration needs: there the row that is judged counts, too.
+    needed = {level: rows_needed(level) + 1 for level in FPR_LEVELS}
+    least, most = min(needed.values()), max(needed.values())
+    if n < least:
+        raise InputError(
+            f"A false-alarm rate of {max(FPR_LEVELS):g} needs at least {least} benign rows to be measured; "
+            f"`{section}` is judged on {n}.",
+            f"Give at least {least} of them, {most} for every measure.",
+        )
+    return [
+        f"tpr_at_fpr_{level:g} of `{section}` needs at least {rows} benign rows; it is judged on {n}."
+        for level, rows in needed.items()
+        if n < rows
+    ]
 
 
 def generator_attack(graph: bytes) -> OutputAttack:
@@ -282,26 +318,27 @@ def measure(judge: Judge, clean: Predictions, attack: AttackedRows, weights: Any
     attacked_score = judge.score(attack.service, attack.verification)
     scores = Scores(benign_score, attacked_score, attack.rows, weights)
     false_alarms, true_alarms = scores.above(0.5)
-    own_weights = scores.attacked_weight
-    estimates: dict[str, Float64Array] = {
-        "accuracy": 0.5 * (1.0 - false_alarms + true_alarms),
-        "f1": 2.0 * true_alarms / (1.0 + true_alarms + false_alarms),
-        "auroc": scores.auroc(),
-        **{f"tpr_at_fpr_{level:g}": scores.tpr_at(level) for level in FPR_LEVELS},
-        "detected": mean(judge.calibration.p_value(attacked_score) <= rate, own_weights),
+    m = len(attack.rows)
+    estimates = {
+        "accuracy": Estimate.of(0.5 * (1.0 - false_alarms + true_alarms), m),
+        # Half as many independent trials: AUROC compares two rows, and F1 moves twice as fast as its true alarms.
+        "f1": Estimate.of(2.0 * true_alarms / (1.0 + true_alarms + false_alarms), m / 2),
+        "auroc": Estimate.of(scores.auroc(), m / 2),
+        **{f"tpr_at_fpr_{level:g}": Estimate.of(scores.tpr_at(level), m) for level in FPR_LEVELS},
+        "detected": Estimate.share(judge.calibration.p_value(attacked_score) <= rate),
     }
     inputs = {"service": attack.service, "verification": attack.verification}
     answer = run_graph(judge.reclassifier, "probabilities", **inputs).argmax(axis=1)
-    estimates["recovered_service"] = mean(answer == clean.service.argmax(axis=1)[attack.rows], own_weights)
+    estimates["recovered_service"] = Estimate.share(answer == clean.service.argmax(axis=1)[attack.rows])
     if clean.labels is not None:
         truth = clean.labels[attack.rows]
         outputs = [o.name for o in judge.reclassifier.outputs]
         guess = run_graph(judge.reclassifier, "truth", **inputs).argmax(axis=1) if "truth" in outputs else answer
-        estimates["recovered_truth"] = mean(guess == truth, own_weights)
-        estimates["recovered_truth_by_service"] = mean(answer == truth, own_weights)
-    values: dict[str, Any] = {"rows": len(attack.rows)}
-    for name, draws in estimates.items():
-        values.update(Estimate.of(draws).to_json(name))
+        estimates["recovered_truth"] = Estimate.share(guess == truth)
+        estimates["recovered_truth_by_service"] = Estimate.share(answer == truth)
+    values: dict[str, Any] = {"rows": m}
+    for name, estimate in estimates.items():
+        values.update(estimate.to_json(name))
     if clean.labels is None:
         values.update({"recovered_truth": None, "recovered_truth_interval": [None, None]})
     rules = rule_scores(clean, attack, weights)
@@ -320,54 +357,20 @@ def measure(judge: Judge, clean: Predictions, attack: AttackedRows, weights: Any
     )
 
 
-def rule_scores(clean: Predictions, attack: AttackedRows, weights: Any) -> dict[str, Scores]:
-    """The rules of thumb that a learned detector has to beat: plain disagreement, and KL with a threshold."""
-
-    def disagree(s: Float32Array, v: Float32Array) -> Float64Array:
-        return np.asarray(s.argmax(axis=1) != v.argmax(axis=1), np.float64)
-
-    return {
-        name: Scores(
-            rule(clean.service, clean.verification), rule(attack.service, attack.verification), attack.rows, weights
-        )
-        for name, rule in (("disagreement", disagree), ("kl", divergences.kl))
-    }
-
-
-def compare(learned: Scores, disagreement: Scores, kl: Scores) -> dict[str, Any]:
-    """Learned minus rule at equal false-alarm rate: disagreement at its own, KL at every level of `FPR_LEVELS`."""
-    own_fpr, own_tpr = disagreement.above(0.5)
-    table = {"disagreement": _difference(learned.tpr_at(own_fpr), own_tpr, float(own_fpr[0]))}
-    for level in FPR_LEVELS:
-        table[f"kl_at_fpr_{level:g}"] = _difference(learned.tpr_at(level), kl.tpr_at(level), level)
-    return table
-
-
-def _difference(learned: Float64Array, rule: Float64Array, fpr: float) -> dict[str, Any]:
-    difference = Estimate.of(learned - rule)
-    return {
-        "false_alarm_rate": round(fpr, 6),
-        "learned": round(float(learned[0]), 6),
-        "rule": round(float(rule[0]), 6),
-        **difference.to_json("difference"),
-        "no_worse": bool(difference.high >= 0.0),
-    }
-
-
-def agreement_measures(rows: Predictions, weights: Any) -> dict[str, Any]:
+def agreement_measures(rows: Predictions) -> dict[str, Any]:
     """How often the clean models agree, and are right where there are labels."""
     service, verification = rows.service.argmax(axis=1), rows.verification.argmax(axis=1)
-    measures = Estimate.of(mean(service == verification, weights)).to_json("agreement")
+    measures = Estimate.share(service == verification).to_json("agreement")
     if rows.labels is not None:
-        measures.update(Estimate.of(mean(service == rows.labels, weights)).to_json("service_accuracy"))
-        measures.update(Estimate.of(mean(verification == rows.labels, weights)).to_json("verification_accuracy"))
+        measures.update(Estimate.share(service == rows.labels).to_json("service_accuracy"))
+        measures.update(Estimate.share(verification == rows.labels).to_json("verification_accuracy"))
     return measures
 
 
 def _unseen(
     result: dict[str, Any],
-    rows: Predictions,
-    fit_rows: Predictions | None,
+    training: Predictions,
+    judged: Predictions,
     outputs: Sequence[OutputAttack],
     registry: AttackRegistry,
     rate: float,
@@ -375,7 +378,6 @@ def _unseen(
     tell: Progress,
 ) -> None:
     """Train again without each attack and measure it then."""
-    training, judged = (fit_rows, rows) if fit_rows is not None else rows.split(UNSEEN_TRAINING_SHARE, seed)
     weights = bootstrap_weights(judged.n_rows, seed)
     attacked = attack_all(judged, outputs, seed)
     # Attacks of plug-ins are judged too, though the bundle may never have trained on them.

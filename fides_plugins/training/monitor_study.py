@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fides_plugins.monitor import EProcess
-from fides_plugins.training.statistics import Estimate
+from fides_plugins.training.statistics import DRAWS, LEVELS, Estimate, wilson
 from fides_plugins.types import Float64Array, IntArray
 
 
@@ -55,7 +55,8 @@ def study_monitor(
     Returns
     -------
     {"1.0": {"median", "p95", "alarmed"}, ..., "false_alarms"}: requests until the alarm, the alarming one
-    included. None where more than half (or 5%) of the sequences never alarmed.
+    included. None where more than half (or 5%) of the sequences never alarmed. `false_alarms` and its interval
+    count sequences; intervals of counts and shares are Wilson's, and tell of more sequences from these rows.
     """
     rng = np.random.default_rng(study.seed)
 
@@ -69,12 +70,11 @@ def study_monitor(
         result[str(fraction)] = {
             **_quantile(delays, 50.0, rng).to_json("median"),
             **_quantile(delays, 95.0, rng).to_json("p95"),
-            "alarmed": float(np.isfinite(delays).mean()),
+            **Estimate.share(np.isfinite(delays)).to_json("alarmed"),
         }
     alarms = np.isfinite(delays_at(0.0, study.clean_sequences, study.clean_length))
-    draws = np.array([alarms.sum(), *(rng.choice(alarms, len(alarms)).sum() for _ in range(400))], np.float64)
     result["false_alarms"] = int(alarms.sum())
-    result["false_alarms_interval"] = Estimate.of(draws).to_json("n")["n_interval"]
+    result["false_alarms_interval"] = [round(len(alarms) * x, 6) for x in wilson(alarms.sum(), len(alarms))]
     result.update(error=study.error, clean_sequences=study.clean_sequences, clean_rows=study.clean_length)
     return result
 
@@ -119,10 +119,10 @@ def _traffic(
 
 def _quantile(delays: Float64Array, q: float, rng: np.random.Generator) -> Estimate:
     """A quantile of delays with its bootstrap interval; NaN where it is infinite."""
-    picks = rng.integers(len(delays), size=(400, len(delays)))
-    values = np.concatenate([[np.percentile(delays, q, method="higher")], _percentiles(delays[picks], q)])
-    return Estimate.of(np.where(np.isinf(values), np.nan, values))
-
-
-def _percentiles(samples: Float64Array, q: float) -> Float64Array:
-    return np.asarray(np.percentile(samples, q, axis=1, method="higher"))
+    picks = rng.integers(len(delays), size=(DRAWS, len(delays)))
+    draws = np.percentile(delays[picks], q, axis=1, method="higher")
+    # Draws that never alarm count: without them the interval would end where the study happened to.
+    low = np.percentile(draws, LEVELS[0], method="lower")
+    high = np.percentile(draws, LEVELS[1], method="higher")
+    found = (np.percentile(delays, q, method="higher"), low, high)
+    return Estimate(*(float(x) if np.isfinite(x) else float("nan") for x in found))

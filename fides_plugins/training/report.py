@@ -79,6 +79,7 @@ def render(bundle: Bundle, rows: Predictions, evaluation: Evaluation, images: ND
         version=__version__,
         bundle=bundle,
         clean=result["clean"],
+        notes=result["notes"],
         facts=_facts(bundle, result["clean"]),
         headings=[_HEADINGS[m] for m in MEASURES],
         seen=_measures(result["attacks"]),
@@ -135,32 +136,34 @@ def _comparison(table: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]
     for name, rules in table.items():
         cells = []
         for rule in rules.values():
-            low, high = rule["difference_interval"]
-            cells.append(
-                {
+            cell = {"rate": _percent(rule["false_alarm_rate"]), "verdict": ""}
+            if rule["no_worse"] is not None:
+                low, high = rule["difference_interval"]
+                cell |= {
                     "learned": _percent(rule["learned"]),
                     "rule": _percent(rule["rule"]),
-                    "rate": _percent(rule["false_alarm_rate"]),
                     "difference": f"{100 * rule['difference']:+.1f}",
                     "interval": f"{100 * low:+.1f} to {100 * high:+.1f}",
                     "verdict": "better" if low > 0 else "no worse" if rule["no_worse"] else "worse",
                 }
-            )
+            cells.append(cell)
         lines.append((name, cells))
     return lines
 
 
-def _monitor(table: dict[str, Any]) -> list[tuple[str, list[str]]]:
+def _monitor(table: dict[str, Any]) -> list[tuple[str, list[Cell]]]:
     lines = []
     for fraction, values in table.items():
         if isinstance(values, dict):
-            texts = []
-            for name in ("median", "p95"):
-                value, (low, high) = values[name], values[f"{name}_interval"]
-                interval = "" if low is None or high is None else f" ({low:.0f} to {high:.0f})"
-                texts.append("not reached" if value is None else f"{value:.0f}{interval}")
-            lines.append((_percent(float(fraction), 0), [*texts, _percent(values["alarmed"])]))
+            delays = [_delay(values[name], *values[f"{name}_interval"]) for name in ("median", "p95")]
+            lines.append((_percent(float(fraction), 0), [*delays, _cell(values, "alarmed")]))
     return lines
+
+
+def _delay(value: float | None, low: float | None, high: float | None) -> Cell:
+    """Requests until the alarm; an end that some sequences never came to is not reached."""
+    text, first, last = ("not reached" if x is None else f"{x:.0f}" for x in (value, low, high))
+    return Cell(text, "" if low is None else f"{first} to {last}")
 
 
 def _x(rate: float) -> float:

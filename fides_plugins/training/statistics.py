@@ -1,11 +1,17 @@
-"""Measures of a detector and their bootstrap intervals.
+"""Measures of a detector and their 95% intervals.
 
-A bootstrap draw weighs *input rows*: a row's clean and attacked answers go in or out together, because
-they are not independent. All measures are computed for all draws at once from sorted scores.
+A share of independent rows has Wilson's interval (Wilson 1927; Brown, Cai, DasGupta, "Interval Estimation
+for a Binomial Proportion", Statistical Science 16, 2001). Everything else has a bootstrap interval. A draw
+weighs *input rows*: a row's clean and attacked answers go in or out together, because they are not
+independent. All measures are computed for all draws at once from sorted scores.
+
+Where no draw differs, a bootstrap says that the measure is certain, and it is not: what would change it was
+only not among the rows. There the interval reaches as far as Wilson's for something seen in none of them.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,26 +21,58 @@ from numpy.typing import ArrayLike, NDArray
 from fides_plugins.types import Float64Array, IntArray
 
 DRAWS = 400
-_LEVELS = (2.5, 97.5)
+#: Percentiles of the draws at which an interval ends.
+LEVELS = (2.5, 97.5)
+_Z = 1.959964  # of the standard normal distribution, 95% two-sided
 #: Weights take draws x rows bytes; with more rows fewer draws are made.
 _MAX_WEIGHTS = 40_000_000
 
 
+def wilson(hits: float, rows: float) -> tuple[float, float]:
+    """The 95% interval of a share of independent rows: those with which `hits` of `rows` is no surprise."""
+    share, spread = hits / rows, _Z**2 / rows
+    middle = share + spread / 2.0
+    half = math.sqrt(spread * (share * (1.0 - share) + spread / 4.0))
+    # Rounding must not push the share itself out of its interval.
+    low, high = (middle - half) / (1.0 + spread), (middle + half) / (1.0 + spread)
+    return max(0.0, min(low, share)), min(1.0, max(high, share))
+
+
 @dataclass(frozen=True)
 class Estimate:
-    """A measure with its bootstrap 95% interval."""
+    """A measure with its 95% interval."""
 
     value: float
     low: float
     high: float
 
     @classmethod
-    def of(cls, draws: Float64Array) -> Estimate:
-        """From the values of all draws; the first is the one of the rows themselves."""
-        if np.isnan(draws[0]):
-            return cls(float("nan"), float("nan"), float("nan"))
-        low, high = np.nanpercentile(draws[1:], _LEVELS)
-        return cls(float(draws[0]), float(low), float(high))
+    def of(cls, draws: Float64Array, rows: float = 0, bounds: tuple[float, float] = (0.0, 1.0)) -> Estimate:
+        """A bootstrap estimate.
+
+        Parameters
+        ----------
+        draws:
+            The values of all draws; the first is the one of the rows themselves.
+        rows:
+            Independent rows behind it; 0 leaves an interval alone that no draw widens.
+        bounds:
+            Smallest and largest value the measure can have.
+        """
+        value = float(draws[0])
+        if np.isnan(value):
+            return cls(value, value, value)
+        low, high = (float(x) for x in np.nanpercentile(draws[1:], LEVELS))
+        if rows and (low == high or value in bounds):
+            unseen = wilson(0, rows)[1]
+            low, high = max(bounds[0], min(low, value - unseen)), min(bounds[1], max(high, value + unseen))
+        return cls(value, low, high)
+
+    @classmethod
+    def share(cls, hits: ArrayLike) -> Estimate:
+        """The share of independent rows (n,) that are hits, with Wilson's interval."""
+        found = np.asarray(hits)
+        return cls(float(found.mean()), *wilson(float(found.sum()), len(found)))
 
     def to_json(self, name: str) -> dict[str, Any]:
         """{name: value, name_interval: [low, high]}; NaN becomes None."""
@@ -91,14 +129,18 @@ class Scores:
         self._attacked_total = self.attacked_weight.sum(axis=1, dtype=np.float64)
 
     def tpr_at(self, fpr: float | Float64Array) -> Float64Array:
-        """(draws,) share of attacked rows above the lowest threshold whose false-alarm rate is at most `fpr`."""
+        """(draws,) share of attacked rows above the lowest threshold whose false-alarm rate is at most `fpr`.
+
+        NaN where the benign rows are too few for one of them to be above it: the rate would be 0, not `fpr`.
+        """
         allowed = np.floor(np.asarray(fpr) * self._benign_total + 1e-6)
         # The threshold is the first benign score that no longer fits into the budget: it must be exceeded.
         first_out = np.array([np.searchsorted(c, a, side="right") for c, a in self._pairs(allowed)])
         first_out = np.minimum(first_out, len(self._benign_sorted) - 1)
         threshold = self._benign_sorted[first_out]
         caught = np.searchsorted(-self._attacked_sorted, -threshold, side="left")
-        return self._share(self._attacked_above, caught, self._attacked_total)
+        share = self._share(self._attacked_above, caught, self._attacked_total)
+        return np.where((np.asarray(fpr) > 0) & (allowed < 1), np.nan, share)
 
     def auroc(self) -> Float64Array:
         """(draws,) area under the ROC curve; ties count one half."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import re
 import shutil
@@ -17,6 +18,7 @@ from fides_plugins.training.detection import fit_predictions
 from fides_plugins.training.evaluation import evaluate
 from fides_plugins.training.report import picture, render
 from fides_plugins.training.synthetic import synthetic_pair
+from tests.docs_blocks import REPOSITORY
 
 BROWSER = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
 SECTIONS = ("attacks", "comparison", "monitor", "curves", "scores", "agreement", "cost", "worst")
@@ -45,6 +47,19 @@ def test_every_section_is_there_and_nothing_comes_from_elsewhere(page: Path):
     sources = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)""", text) + re.findall(r"url\(([^)]*)\)", text)
     assert sources
     assert all(s.startswith("data:image/png;base64,") for s in sources)
+
+
+def test_the_how_to_explains_every_part_and_column(page: Path):
+    guide = (REPOSITORY / "docs" / "how-to" / "evaluation-report.md").read_text()
+    text = html.unescape(page.read_text(encoding="utf-8"))
+    headings = re.findall(r"<h2[^>]*>([^<]+)</h2>", text)
+    assert len(headings) == len(SECTIONS)
+    for heading in (*headings, "The same attacks, each left out of training"):
+        assert f"\n## {heading}\n" in guide
+    columns = re.search(r"<tr><th>attack</th><th>rows</th>(.*?)</tr>", text)
+    assert columns is not None
+    for column in re.findall(r"<th>([^<]+)</th>", columns[1]):
+        assert column in guide, column
 
 
 def test_class_names_are_text_not_markup(page: Path):
