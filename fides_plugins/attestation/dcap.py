@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import get_args
 
 from fides_plugins.attestation.evidence import ReportFacts
-from fides_plugins.attestation.policy import EvidencePolicy
+from fides_plugins.attestation.policy import EvidencePolicy, TcbStatus
 from fides_plugins.attestation.refusal import Refusal
 
 _HEADER_BYTES = 48
@@ -20,6 +21,16 @@ _TDX_BODY_BYTES = 584
 _V5_DESCRIPTOR_BYTES = 6  # body type (2), body size (4)
 _SGX_DEBUG = 0x02
 _TD_DEBUG = 0x01
+#: Part of dcap-qvl's message to what can be done in the policy about it.
+_REMEDIES = {
+    "Dynamic platform is not allowed": "Or set `allow_dynamic_platform`.",
+    "Cached keys are not allowed": "Or set `allow_cached_keys`.",
+    "SMT (hyperthreading) is not allowed": "Or set `allow_smt`.",
+    "TCB too old": "`out_of_date_grace_days` says for how long it is accepted.",
+    "is rejected by policy": "It is among `rejected_advisories`.",
+    "TCB eval data number": "`minimum_tcb_evaluation` asks for newer collateral.",
+    **{f"TCB status {status} is": f"Or list {status} in `allowed_tcb_status`." for status in get_args(TcbStatus)},
+}
 
 
 def signed_part(quote: bytes) -> bytes:
@@ -95,8 +106,11 @@ def verify_quote(
         claims = dcap_qvl.QuoteVerifier(root).verify_with_policy(quote, given, seconds, demands)
         facts = json.loads(claims.to_json())
     except ValueError as error:
-        code = "evidence-debug" if "Debug mode" in str(error) else "evidence-quote"
-        raise Refusal(code, f"The quote does not verify: {str(error).removeprefix('Verification failed: ')}.") from None
+        why = str(error).removeprefix("Verification failed: ")
+        code = "evidence-debug" if "Debug mode" in why else "evidence-quote"
+        # Other messages are about the quote or its signatures; no policy accepts those.
+        remedy = next((text for part, text in _REMEDIES.items() if part in why), "")
+        raise Refusal(code, f"The quote does not verify: {why}.", remedy) from None
 
     if parsed.is_tdx():
         debug = report.td_attributes[0] & _TD_DEBUG

@@ -135,7 +135,7 @@ class EvidencePolicy(_Section):
             where = ".".join(str(p) for p in first["loc"]) or "policy"
             raise SettingsError(
                 f"The evidence policy is wrong at `{where}`: {first['msg']}.",
-                "See docs/explanation/threat-model.md for what a policy holds.",
+                "docs/reference/evidence-policy.md lists what a policy holds.",
             ) from None
 
     def relaxations(self) -> tuple[str, ...]:

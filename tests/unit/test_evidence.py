@@ -128,6 +128,40 @@ def test_out_of_date_platforms_need_a_named_relaxation(amd: AmdPki) -> None:
     assert relaxed.relaxations() == names
 
 
+def test_a_refusal_names_the_field_of_the_policy_that_would_accept_it(amd: AmdPki) -> None:
+    cloud = IntelPki(dynamic_platform=True)
+    evidence, roots = evidence_for("tdx", cloud, amd, statement()), roots_of(cloud, amd)
+    given: dict[str, bool] = {}
+    for field in ("allow_dynamic_platform", "allow_cached_keys", "allow_smt"):
+        with pytest.raises(Refusal) as caught:
+            verify_evidence(evidence, policy("tdx", **given), NOW_S, roots=roots)
+        assert f"`{field}`" in caught.value.remedy
+        given[field] = True
+    verify_evidence(evidence, policy("tdx", **given), NOW_S, roots=roots)
+
+
+@pytest.mark.parametrize(
+    ("status", "changes", "field"),
+    [
+        ("OutOfDate", {}, "allowed_tcb_status"),
+        ("ConfigurationNeeded", {}, "allowed_tcb_status"),
+        ("OutOfDate", {"allowed_tcb_status": ["OutOfDate"], "out_of_date_grace_days": 30}, "out_of_date_grace_days"),
+        ("UpToDate", {"minimum_tcb_evaluation": 18}, "minimum_tcb_evaluation"),
+        ("Revoked", {}, ""),
+    ],
+)
+def test_a_refusal_of_the_platforms_firmware_names_the_field(
+    status: str, changes: dict[str, Any], field: str, amd: AmdPki
+) -> None:
+    intel = IntelPki(tcb_status=status)
+    with pytest.raises(Refusal) as caught:
+        verify_evidence(
+            evidence_for("tdx", intel, amd, statement()), policy("tdx", **changes), NOW_S, roots=roots_of(intel, amd)
+        )
+    assert caught.value.code == "evidence-quote"
+    assert (f"`{field}`" in caught.value.remedy) if field else caught.value.remedy == ""
+
+
 @pytest.mark.parametrize(
     ("options", "code"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from typer.testing import CliRunner
 
 from fides_plugins.attestation import development
 from fides_plugins.attestation.evidence import Evidence
-from fides_plugins.attestation.policy import EvidencePolicy
+from fides_plugins.attestation.policy import EvidencePolicy, Measurement, SnpTcb
 from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.attestation.verify import verify_evidence
 from fides_plugins.cli import app
 from fides_plugins.errors import SettingsError
+from tests.docs_blocks import REPOSITORY, blocks
 from tests.evidence import SAMPLES, SGX, SNP, TDX, evidence_for, needs_samples, policy, refusal, statement
 from tests.pki import NOW_S, AmdPki, IntelPki, measurement_of, register, roots_of
 
@@ -71,10 +73,54 @@ def test_a_signer_is_trusted_from_a_security_version_on(svn: int, trusted: bool,
 def test_policies_refuse_unknown_keys(tmp_path: Path) -> None:
     path = tmp_path / "policy.toml"
     path.write_text("[evidence]\nallow_everything = true\n")
-    with pytest.raises(SettingsError, match="allow_everything"):
+    with pytest.raises(SettingsError, match=r"allow_everything.*reference/evidence-policy\.md"):
         EvidencePolicy.from_toml(path)
     path.write_text('[evidence]\nbundle_digests = ["AB CD"]\n')
     assert EvidencePolicy.from_toml(path).bundle_digests == ("abcd",)
+
+
+PAGE = REPOSITORY / "docs" / "reference" / "evidence-policy.md"
+
+
+def documented(*sections: str) -> dict[str, str]:
+    """Field to its third column, the default where there is one, of the tables in these sections of the page."""
+    text = PAGE.read_text()
+    found: dict[str, str] = {}
+    for section in sections:
+        part = text.split(f"\n## {section}\n")[1].split("\n## ")[0]
+        found |= dict(re.findall(r"^\| `(\w+)` \|[^|]*\| ([^|]*) \|", part, re.MULTILINE))
+    return found
+
+
+def test_the_page_names_every_field_with_its_default() -> None:
+    fields = {**documented("Demands"), **documented("Relaxations")}
+    assert set(fields) == {*EvidencePolicy.model_fields, "allow_any_client"}
+    for name, field in EvidencePolicy.model_fields.items():
+        default = field.default
+        shown = "none" if default is None else json.dumps(int(default) if isinstance(default, float) else default)
+        assert fields[name].strip("`") == shown, name
+    rest = PAGE.read_text().split("## A measurement")[1]
+    measurement, tcb = rest.split("## Patch levels")
+    for part, model in ((measurement, Measurement), (tcb, SnpTcb)):
+        assert set(re.findall(r"^\| `(\w+)` \|", part, re.MULTILINE)) == set(model.model_fields)
+
+
+def test_the_page_lists_as_relaxations_what_the_policy_reports_as_such() -> None:
+    relaxed = {name: True for name in EvidencePolicy.model_fields if name.startswith("allow_")}
+    given = {**relaxed, "out_of_date_grace_days": 1, "allowed_tcb_status": ["OutOfDate"]}
+    reported = {r.split(":")[0] for r in EvidencePolicy.model_validate(given).relaxations()}
+    assert set(documented("Relaxations")) == {*reported, "allow_any_client"}
+
+
+def test_the_example_on_the_page_is_a_policy(tmp_path: Path) -> None:
+    (block,) = (b for b in blocks(PAGE) if b.language == "toml")
+    path = tmp_path / "policy.toml"
+    path.write_text(block.text)
+    example = EvidencePolicy.from_toml(path)
+    assert {m.tee for m in example.measurements} == {"sgx", "tdx", "sev-snp"}
+    assert example.relaxations() == ("allow_dynamic_platform", "allow_cached_keys", "allow_smt")
+    assert example.bundle_digests
+    assert example.clients
 
 
 # The command line

@@ -9,6 +9,7 @@ import pytest
 
 from fides_plugins.attestation.evidence import Evidence
 from fides_plugins.attestation.policy import EvidencePolicy
+from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.attestation.verify import TrustRoots, sniff, verify_evidence
 from tests.evidence import SAMPLES, SGX, SNP, TDX, at, needs_samples, refusal
 
@@ -86,7 +87,8 @@ def test_sgx_sample_needs_its_tcb_status_allowed() -> None:
     policy = EvidencePolicy.model_validate({**SGX, "allowed_tcb_status": []})
     assert refusal(sample("sgx"), policy, at("2025-07-01")) == "evidence-quote"
     rejecting = EvidencePolicy.model_validate({**SGX, "rejected_advisories": ["INTEL-SA-00615"]})
-    assert refusal(sample("sgx"), rejecting, at("2025-07-01")) == "evidence-quote"
+    with pytest.raises(Refusal, match="`rejected_advisories`"):
+        verify_evidence(sample("sgx"), rejecting, at("2025-07-01"))
 
 
 @needs_samples
