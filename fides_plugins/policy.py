@@ -7,7 +7,7 @@ and no plug-in failed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,8 +31,8 @@ COMBINED = "combined"
 
 def combine_detections(
     detections: Sequence[Detection], n_rows: int, rule: Combine, false_alarm_rate: float
-) -> Detection:
-    """One detection from several, whatever their order.
+) -> tuple[Detection, BoolArray]:
+    """One detection from several, whatever their order, and which of them raised its alarms, (D, N) bool.
 
     The combined score is the highest. The combined p-value is m times the smallest of m (Bonferroni),
     which is valid under any dependence between the detectors.
@@ -40,10 +40,14 @@ def combine_detections(
     Rules: `bonferroni` calls a row attacked if the combined p-value is within the budget, or if a
     detector without p-values says so; `any`, `all`, `majority` count each detector's own decision
     (its p-value against the whole budget where it has one).
+
+    A detector raised an alarm if what the rule counts of it says so: under `bonferroni` m times its own
+    p-value is within the budget, elsewhere its p-value is, and without p-values its decision is. The
+    combined p-value is that of its lowest detector, so every attacked row has one that raised the alarm.
     """
     if not detections:
         nothing = np.zeros(n_rows, dtype=np.bool_)
-        return Detection(np.zeros(n_rows), nothing, COMBINED, valid=nothing)
+        return Detection(np.zeros(n_rows), nothing, COMBINED, valid=nothing), np.zeros((0, n_rows), dtype=np.bool_)
     valid = np.stack([d.valid for d in detections])
     score = np.stack([np.where(d.valid, d.score, -1.0) for d in detections]).max(axis=0)
     p = np.stack([np.where(d.valid, d.p_value, np.nan) for d in detections]).astype(np.float64)
@@ -52,18 +56,15 @@ def combine_detections(
     smallest = np.where(calibrated, p, np.inf).min(axis=0)
     combined = np.where(count > 0, np.minimum(1.0, smallest * np.maximum(count, 1)), np.nan)
     own = np.stack([d.attacked for d in detections]) & valid
-    decided = np.where(calibrated, p <= false_alarm_rate, own)
+    raised = np.where(calibrated, p * (count if rule == "bonferroni" else 1) <= false_alarm_rate, own)
     some = valid.any(axis=0)
-    if rule == "bonferroni":
-        with np.errstate(invalid="ignore"):
-            attacked = (combined <= false_alarm_rate) | (own & ~calibrated).any(axis=0)
-    elif rule == "any":
-        attacked = decided.any(axis=0)
-    elif rule == "all":
-        attacked = (decided | ~valid).all(axis=0) & some
+    if rule == "all":
+        attacked = (raised | ~valid).all(axis=0) & some
+    elif rule == "majority":
+        attacked = 2 * raised.sum(axis=0) > valid.sum(axis=0)
     else:
-        attacked = 2 * decided.sum(axis=0) > valid.sum(axis=0)
-    return Detection(np.where(some, score, 0.0), attacked & some, COMBINED, p_value=combined, valid=some)
+        attacked = raised.any(axis=0)
+    return Detection(np.where(some, score, 0.0), attacked, COMBINED, p_value=combined, valid=some), raised
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,20 @@ class _Reasons:
         self.texts = [""]
 
     def mark(self, rows: BoolArray, status: Status, text: str) -> None:
-        self.status = np.where(rows, status, self.status)
-        self.codes = np.where(rows, len(self.texts), self.codes)
-        self.texts.append(text)
+        self.mark_by(rows, status, np.zeros((0, len(rows)), dtype=np.bool_), lambda _: text)
+
+    def mark_by(self, rows: BoolArray, status: Status, parts: BoolArray, text: Callable[[BoolArray], str]) -> None:
+        """Mark rows whose text depends on their column of `parts` (P, N): one text for each distinct column."""
+        if not rows.any():
+            return
+        chosen = parts[:, rows]
+        pattern = np.zeros(chosen.shape[1], dtype=np.int64)
+        for byte in np.packbits(chosen, axis=0):
+            pattern = np.unique(256 * pattern + byte, return_inverse=True)[1]
+        _, example, pattern = np.unique(pattern, return_index=True, return_inverse=True)
+        self.status[rows] = status
+        self.codes[rows] = len(self.texts) + pattern
+        self.texts += [text(chosen[:, row]) for row in example]
 
 
 def decide(
@@ -105,23 +117,31 @@ def decide(
     """Status of every row.
 
     An attack that a working detector found outranks a failure elsewhere; a failure outranks trust; a
-    service row that is no distribution is an error whatever anyone says.
+    service row that is no distribution is an error whatever anyone says. The reason of an attacked row
+    names the detectors that raised its alarm, and no other.
     """
     n = service.n_rows
-    combined = combine_detections(detections, n, settings.combine, settings.false_alarm_rate)
+    every = np.ones(n, dtype=np.bool_)
+    combined, raised = combine_detections(detections, n, settings.combine, settings.false_alarm_rate)
+    failed = np.ones((len(failures), n), dtype=np.bool_)
     rows = _Reasons(n)
-    failed = "; ".join(f.text for f in failures)
     rows.mark(~combined.valid, Status.INDETERMINATE, "no detector judged this row")
     if verification is None:
-        rows.mark(np.ones(n, dtype=np.bool_), Status.INDETERMINATE, "no verification answered")
+        rows.mark(every, Status.INDETERMINATE, "no verification answered")
     else:
         rows.mark(~verification.valid, Status.INDETERMINATE, "no reference for this row")
-    if failures:
-        rows.mark(np.ones(n, dtype=np.bool_), Status.ERROR, failed)
-    attacked = combined.attacked & combined.valid
-    names = ", ".join(sorted(d.source for d in detections))
-    text = f"suspicious at a false-alarm rate of {settings.false_alarm_rate:g} ({names})"
-    rows.mark(attacked, Status.ATTACKED, f"{text}; {failed}" if failed else text)
+
+    def failure(which: BoolArray) -> str:
+        return "; ".join(f.text for f, here in zip(failures, which, strict=True) if here)
+
+    def alarm(which: BoolArray) -> str:
+        m = len(detections)
+        names = ", ".join(sorted({d.source for d, here in zip(detections, which[:m], strict=True) if here}))
+        text = f"suspicious at a false-alarm rate of {settings.false_alarm_rate:g} ({names})"
+        return "; ".join(t for t in (text, failure(which[m:])) if t)
+
+    rows.mark_by(failed.any(axis=0), Status.ERROR, failed, failure)
+    rows.mark_by(combined.attacked, Status.ATTACKED, np.concatenate([raised, failed]), alarm)
     rows.mark(~service.valid, Status.ERROR, "the service's output is not a finite class distribution")
     return Decision(rows.status, combined, rows.codes, tuple(rows.texts))
 

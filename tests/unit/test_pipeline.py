@@ -122,6 +122,17 @@ def test_a_detector_that_breaks_the_contract_is_an_error(folder: Path, answer: A
     assert "broke the contract" in verdict.reason[0]
 
 
+def test_an_alarm_is_not_put_down_to_a_detector_that_found_nothing(folder: Path):
+    class Calm:
+        @hookimpl
+        def fides_detect(self, service: Prediction) -> Detection:
+            zero = np.zeros(service.n_rows)
+            return Detection(zero, zero > 0, "calm", p_value=zero + 1)
+
+    verdict = make(folder, Calm(), false_alarm_rate=0.02).run(QUERY, LIE)
+    assert verdict.reason[1] == "suspicious at a false-alarm rate of 0.02 (learned)"
+
+
 def test_a_verifier_with_another_class_count_is_an_error(folder: Path):
     class Narrow:
         @hookimpl

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +18,16 @@ def calibrated(p: list[float], source: str = "a") -> Detection:
     return Detection(1 - np.array(p), np.array(p) <= RATE, source, p_value=p)
 
 
+def combine(*arguments: Any) -> Detection:
+    return combine_detections(*arguments)[0]
+
+
 def test_order_of_detectors_does_not_matter():
     rng = np.random.default_rng(0)
     detections = [calibrated(rng.random(50).tolist(), str(i)) for i in range(3)]
     detections.append(Detection(rng.random(50), rng.random(50) > 0.8, "plain"))
     for rule in ("bonferroni", "any", "all", "majority"):
-        results = [combine_detections(list(o), 50, rule, RATE) for o in itertools.permutations(detections)]
+        results = [combine(list(o), 50, rule, RATE) for o in itertools.permutations(detections)]
         for other in results[1:]:
             np.testing.assert_array_equal(results[0].attacked, other.attacked)
             np.testing.assert_array_equal(results[0].score, other.score)
@@ -31,8 +36,8 @@ def test_order_of_detectors_does_not_matter():
 
 def test_bonferroni_pays_for_several_detectors():
     p = calibrated([0.008])
-    assert combine_detections([p], 1, "bonferroni", RATE).attacked.tolist() == [True]
-    both = combine_detections([p, calibrated([0.9])], 1, "bonferroni", RATE)
+    assert combine([p], 1, "bonferroni", RATE).attacked.tolist() == [True]
+    both = combine([p, calibrated([0.9])], 1, "bonferroni", RATE)
     assert both.attacked.tolist() == [False]
     assert both.p_value[0] == pytest.approx(0.016)
 
@@ -41,7 +46,7 @@ def test_bonferroni_keeps_the_budget_with_dependent_detectors():
     rng = np.random.default_rng(1)
     p = rng.random(20000)
     same = [Detection(1 - p, p <= 0.05, str(i), p_value=p) for i in range(4)]
-    assert combine_detections(same, len(p), "bonferroni", 0.05).attacked.mean() <= 0.05
+    assert combine(same, len(p), "bonferroni", 0.05).attacked.mean() <= 0.05
 
 
 def test_rules_count_votes():
@@ -50,18 +55,18 @@ def test_rules_count_votes():
         Detection([0.0, 1.0, 0.0], [False, True, False], "b"),
     ]
     votes.append(Detection([0.0, 1.0, 0.0], [False, True, False], "c"))
-    attacked = {r: combine_detections(votes, 3, r, RATE).attacked.tolist() for r in ("any", "all", "majority")}  # type: ignore[arg-type]
+    attacked = {r: combine(votes, 3, r, RATE).attacked.tolist() for r in ("any", "all", "majority")}
     assert attacked == {"any": [True, True, False], "all": [False, True, False], "majority": [False, True, False]}
 
 
 def test_rows_without_an_opinion_do_not_vote():
     silent = Detection([0.9], [True], "silent", valid=[False])
     for rule in ("bonferroni", "any", "all", "majority"):
-        combined = combine_detections([silent, calibrated([0.5])], 1, rule, RATE)
+        combined = combine([silent, calibrated([0.5])], 1, rule, RATE)
         assert combined.attacked.tolist() == [False]
         assert combined.p_value[0] == pytest.approx(0.5)
-        assert not combine_detections([silent], 1, rule, RATE).valid.any()
-        assert not combine_detections([], 1, rule, RATE).attacked.any()
+        assert not combine([silent], 1, rule, RATE).valid.any()
+        assert not combine([], 1, rule, RATE).attacked.any()
 
 
 def sound(n: int = 1) -> tuple[Prediction, Verification]:
@@ -90,6 +95,49 @@ def test_nothing_is_trusted_by_default():
     bad = Prediction.from_output([[np.nan, 1]], "logits")
     decision = decide(Settings(), bad, verification, [alarm], [])
     assert decision.status[0] == Status.ERROR
+
+
+def reasons(rule: str, detections: list[Detection], failures: list[Failure]) -> list[str]:
+    n = detections[0].n_rows
+    settings = Settings.from_mapping({"combine": rule})
+    decision = decide(settings, *sound(n), detections, failures)
+    return [
+        decision.reasons[code].removeprefix("suspicious at a false-alarm rate of ") for code in decision.reason_codes
+    ]
+
+
+def test_a_reason_names_the_detectors_that_raised_the_alarm_of_its_row():
+    # Rows: only a within its share, a and c, b without p-values, nobody, b alone with a and c out of opinions.
+    a = calibrated([0.001, 0.004, 0.9, 0.9, 0.001], "a")
+    c = calibrated([0.008, 0.005, 1.0, 1.0, 1.0], "c")
+    a = Detection(a.score, a.attacked, "a", p_value=a.p_value, valid=[True] * 4 + [False])
+    b = Detection([0.0, 0.0, 1.0, 0.0, 1.0], [False, False, True, False, True], "b")
+    for order in itertools.permutations([a, b, c]):
+        assert reasons("bonferroni", list(order), []) == ["0.01 (a)", "0.01 (a, c)", "0.01 (b)", "", "0.01 (b)"]
+        # Here the whole budget is each one's own, so c's 0.008 counts in the first row.
+        assert reasons("any", list(order), []) == ["0.01 (a, c)", "0.01 (a, c)", "0.01 (b)", "", "0.01 (b)"]
+        assert reasons("majority", list(order), []) == ["0.01 (a, c)", "0.01 (a, c)", "", "", ""]
+    assert reasons("all", [a, c], []) == ["0.01 (a, c)", "0.01 (a, c)", "", "", ""]
+
+
+@pytest.mark.parametrize("rule", ["bonferroni", "any", "all", "majority"])
+def test_every_alarm_has_a_name_and_equal_reasons_are_one_text(rule: str):
+    rng = np.random.default_rng(2)
+    n = 500
+    # More detectors than a byte has bits; the last has no p-values.
+    p_values = [*(rng.random((9, n)) ** 6), np.full(n, np.nan)]
+    detections = [
+        Detection(rng.random(n), rng.random(n) > 0.5, str(i), p_value=p, valid=rng.random(n) > 0.5)
+        for i, p in enumerate(p_values)
+    ]
+    decision = decide(Settings.from_mapping({"combine": rule}), *sound(n), detections, [])
+    raised = combine_detections(detections, n, rule, RATE)[1]  # type: ignore[arg-type]
+    codes = decision.reason_codes[decision.attacked]
+    names = [", ".join(map(str, np.flatnonzero(column))) for column in raised.T[decision.attacked]]
+    assert [decision.reasons[code].split(" (")[1][:-1] for code in codes] == names
+    assert "" not in names
+    assert len(set(decision.reasons)) == len(decision.reasons)
+    assert rule == "all" or len(set(names)) > 20
 
 
 @pytest.mark.parametrize("mode", ["observe", "flag", "correct", "reject"])
