@@ -13,12 +13,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pluggy
 
 from fides_plugins.errors import InputError, PluginError
+from fides_plugins.types import BoolArray
 
 logger = logging.getLogger("fides_plugins")
 
@@ -30,12 +31,16 @@ MAX_CONCURRENT_CALLS = 16
 
 @dataclass(frozen=True)
 class Failure:
-    """One plug-in's failure in one call. `text` is safe to show to a client: no path, no traceback."""
+    """One plug-in's failure in one call. `text` is safe to show to a client: no path, no traceback.
+
+    `rows`, (N,) bool, are those that it concerns; None is all of them.
+    """
 
     plugin: str
     hook: str
     kind: FailureKind
     detail: str = ""
+    rows: BoolArray | None = field(default=None, compare=False)
 
     @property
     def text(self) -> str:
@@ -49,6 +54,15 @@ class Failure:
             "input": f"refused the input: {self.detail}",
         }[self.kind]
         return f"plug-in {self.plugin!r} {what} in {self.hook}"
+
+
+@dataclass(frozen=True, eq=False)
+class PartialAnswer:
+    """What a check returns for an answer that breaks the contract in `rows`, (N,) bool, and counts elsewhere."""
+
+    answer: Any
+    rows: BoolArray
+    detail: str
 
 
 class CircuitBreaker:
@@ -148,6 +162,10 @@ class GuardedPlugin:
             self._slots.release()
 
 
+#: What came of one call: the checked answer, or None, and the failure of the call or of some of its rows.
+_Outcome = tuple[Any, Failure | None]
+
+
 class GuardedHook:
     """All implementations of one hook, in the order in which they are to be asked.
 
@@ -158,8 +176,8 @@ class GuardedHook:
     hook:
         Name of the hook.
     check:
-        Turns a raw result that is not None into the checked one, raising `PluginError` or `InputError`
-        if it breaks the contract.
+        Turns a raw result that is not None into the checked one, or into a `PartialAnswer`, raising
+        `PluginError` or `InputError` if it breaks the contract.
     breaker:
         Makes a circuit breaker for one plug-in.
     errors:
@@ -194,29 +212,29 @@ class GuardedHook:
     def call_all(self, arguments: Mapping[str, Any], timeout_s: float) -> tuple[list[Any], list[Failure]]:
         """Ask every plug-in at once; checked answers that are not None, and failures, in plug-in order."""
         outcomes = self._call(self.plugins, arguments, timeout_s)
-        results = [o for o in outcomes if o is not None and not isinstance(o, Failure)]
-        return results, [o for o in outcomes if isinstance(o, Failure)]
+        answers = [answer for answer, _ in outcomes if answer is not None]
+        return answers, [failure for _, failure in outcomes if failure is not None]
 
     def call_first(self, arguments: Mapping[str, Any], timeout_s: float) -> tuple[Any | None, list[Failure]]:
         """Ask one plug-in after the other until one answers, all within one deadline."""
         failures: list[Failure] = []
         deadline = time.monotonic() + timeout_s
         for plugin in self.plugins:
-            (outcome,) = self._call([plugin], arguments, max(0.0, deadline - time.monotonic()))
-            if isinstance(outcome, Failure):
-                failures.append(outcome)
-            elif outcome is not None:
-                return outcome, failures
+            ((answer, failure),) = self._call([plugin], arguments, max(0.0, deadline - time.monotonic()))
+            if failure is not None:
+                failures.append(failure)
+            if answer is not None:
+                return answer, failures
         return None, failures
 
-    def _call(self, plugins: Sequence[GuardedPlugin], arguments: Mapping[str, Any], timeout_s: float) -> list[Any]:
+    def _call(self, plugins: Sequence[GuardedPlugin], arguments: Mapping[str, Any], timeout_s: float) -> list[_Outcome]:
         done: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-        outcomes: dict[int, Any] = {}
+        outcomes: dict[int, _Outcome] = {}
         deadline = time.monotonic() + timeout_s
         for index, plugin in enumerate(plugins):
             failure = plugin.start(arguments, done, index)
             if failure is not None:
-                outcomes[index] = failure
+                outcomes[index] = None, failure
         while len(outcomes) < len(plugins):
             try:
                 # An inline call is already done; `get` must return it even when no time is left.
@@ -225,32 +243,39 @@ class GuardedHook:
                 break
             outcomes[index] = self._outcome(plugins[index], raw, arguments)
         for index, plugin in enumerate(plugins):
-            outcomes.setdefault(index, Failure(plugin.name, self._hook, "timeout"))
-            self._account(plugin, outcomes[index])
+            outcomes.setdefault(index, (None, Failure(plugin.name, self._hook, "timeout")))
+            self._account(plugin, *outcomes[index])
         return [outcomes[i] for i in range(len(plugins))]
 
-    def _outcome(self, plugin: GuardedPlugin, raw: Any, arguments: Mapping[str, Any]) -> Any:
+    def _outcome(self, plugin: GuardedPlugin, raw: Any, arguments: Mapping[str, Any]) -> _Outcome:
         if isinstance(raw, InputError):
-            return Failure(plugin.name, self._hook, "input", str(raw))
+            return None, Failure(plugin.name, self._hook, "input", str(raw))
         if isinstance(raw, BaseException):
             # The class name only: an exception's text may hold a path or a secret. The log has it all.
             logger.error("plug-in %r raised in %s", plugin.name, self._hook, exc_info=raw)
-            return Failure(plugin.name, self._hook, "raised", type(raw).__name__)
+            return None, Failure(plugin.name, self._hook, "raised", type(raw).__name__)
         if raw is None:
-            return None
+            return None, None
         try:
-            return self._check(raw, arguments)
+            checked = self._check(raw, arguments)
         except (PluginError, InputError) as error:
-            logger.error("plug-in %r broke the contract of %s: %s", plugin.name, self._hook, error)
-            return Failure(plugin.name, self._hook, "contract", str(error))
+            return None, self._broken(plugin, str(error))
+        if isinstance(checked, PartialAnswer):
+            return checked.answer, self._broken(plugin, checked.detail, checked.rows)
+        return checked, None
 
-    def _account(self, plugin: GuardedPlugin, outcome: Any) -> None:
-        if not isinstance(outcome, Failure):
+    def _broken(self, plugin: GuardedPlugin, detail: str, rows: BoolArray | None = None) -> Failure:
+        logger.error("plug-in %r broke the contract of %s: %s", plugin.name, self._hook, detail)
+        return Failure(plugin.name, self._hook, "contract", detail, rows)
+
+    def _account(self, plugin: GuardedPlugin, answer: Any, failure: Failure | None) -> None:
+        if failure is not None:
+            self._errors[plugin.name] += 1
+        # Who answers for some rows is well: one client's row must not cost all others their detector.
+        if failure is None or answer is not None:
             plugin.breaker.succeeded()
-            return
-        self._errors[plugin.name] += 1
         # A client's bad input says nothing about the plug-in's health, and a refused call is no new failure.
-        if outcome.kind in ("raised", "timeout", "contract"):
+        elif failure.kind in ("raised", "timeout", "contract"):
             plugin.breaker.failed()
 
 

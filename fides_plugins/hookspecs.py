@@ -10,9 +10,9 @@ Order of a request: `fides_verify` -> `fides_detect` -> policy -> `fides_reclass
 only) -> `fides_record`. Every argument is read-only, arrays included: nothing may be mutated. Rows (N)
 and classes (K) are the same in every argument of one call. A batch may have zero rows.
 
-An exception, a time-out or an answer of the wrong shape never reaches the client and never passes as
-trust: the plug-in is named in the verdict's reason and counted, and rows that would have been trusted
-become `error`.
+An exception, a time-out, an answer of the wrong shape or a score that is no number never reaches the
+client and never passes as trust: the plug-in is named in the verdict's reason and counted, and rows
+that would have been trusted become `error`.
 """
 
 from __future__ import annotations
@@ -120,7 +120,9 @@ def fides_detect(query: Query, service: Prediction, verification: Verification) 
     -------
     `Detection` with `score` (N,) in [0, 1], higher more suspicious, your own decision `attacked` (N,)
     bool, and if you are calibrated `p_value` (N,) in [0, 1]. None means "no opinion on this batch"; if
-    nobody has one, the rows are `indeterminate`. An exception makes rows that would be trusted `error`.
+    nobody has one, the rows are `indeterminate`. Rows you have no opinion on: pass `valid`, (N,) bool,
+    False there. A score that is not a finite number where `valid` is True is a failure in those rows, not
+    an opinion withheld: it makes rows that would be trusted `error`, and so does an exception.
 
     Example
     -------

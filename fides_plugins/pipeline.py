@@ -18,7 +18,7 @@ import numpy as np
 
 from fides_plugins.bundle import Bundle
 from fides_plugins.errors import PluginError, SettingsError
-from fides_plugins.guard import CircuitBreaker, Failure, GuardedHook
+from fides_plugins.guard import CircuitBreaker, Failure, GuardedHook, PartialAnswer
 from fides_plugins.manager import FidesPluginManager, create_plugin_manager
 from fides_plugins.policy import decide, failed_verdict, make_verdict
 from fides_plugins.settings import Settings
@@ -231,7 +231,17 @@ def _expect(
 
 
 _check_verification = _expect(Verification, "query")
-_check_detection = _expect(Detection, "service")
+
+
+def _check_detection(raw: Any, arguments: Mapping[str, Any]) -> Detection | PartialAnswer:
+    """Rows that a detector judged without a score fail, and those alone; with no other row, it has failed."""
+    detection: Detection = _expect(Detection, "service")(raw, arguments)
+    if not detection.unscored.any():
+        return detection
+    detail = "it gave a score that is not a finite number"
+    if detection.unscored.all():
+        raise PluginError(detail)
+    return PartialAnswer(detection, detection.unscored, detail)
 
 
 def _check_reclassification(raw: Any, arguments: Mapping[str, Any]) -> Reclassification:

@@ -116,14 +116,14 @@ def decide(
 ) -> Decision:
     """Status of every row.
 
-    An attack that a working detector found outranks a failure elsewhere; a failure outranks trust; a
-    service row that is no distribution is an error whatever anyone says. The reason of an attacked row
-    names the detectors that raised its alarm, and no other.
+    An attack that a working detector found outranks a failure elsewhere; a failure outranks trust in the
+    rows that failed; a service row that is no distribution is an error whatever anyone says. The reason of
+    an attacked row names the detectors that raised its alarm, and no other.
     """
     n = service.n_rows
     every = np.ones(n, dtype=np.bool_)
     combined, raised = combine_detections(detections, n, settings.combine, settings.false_alarm_rate)
-    failed = np.ones((len(failures), n), dtype=np.bool_)
+    failed = np.array([every if f.rows is None else f.rows for f in failures], np.bool_).reshape(len(failures), n)
     rows = _Reasons(n)
     rows.mark(~combined.valid, Status.INDETERMINATE, "no detector judged this row")
     if verification is None:

@@ -349,6 +349,9 @@ class Detection:
         Name of the detector, for reasons.
     valid:
         (N,) bool: False where the detector has no opinion.
+    unscored:
+        (N,) bool: rows that were given as valid with a score that is not a finite number. They are not
+        `valid`, and the pipeline counts them as failures of the detector: only `valid=False` says "no opinion".
     """
 
     score: Float32Array
@@ -356,6 +359,7 @@ class Detection:
     p_value: Float32Array
     source: str
     valid: BoolArray
+    unscored: BoolArray
 
     def __init__(
         self,
@@ -369,13 +373,13 @@ class Detection:
         n = scores.shape[0] if scores.ndim == 1 else -1
         if n < 0:
             raise InputError(f"The score of {source!r} has shape {scores.shape}; expected (rows,).")
-        ok = _mask(valid, n, "Detection.valid")
+        given = _mask(valid, n, "Detection.valid")
+        ok = given & np.isfinite(scores)
         p = np.full(n, np.nan, dtype=np.float32) if p_value is None else p_value
         p = _column(p, n, np.float32, "Detection.p_value")
         with np.errstate(invalid="ignore"):
             if np.any((p < 0) | (p > 1)):
                 raise InputError(f"A p-value of {source!r} lies outside [0, 1].")
-            ok = ok & np.isfinite(scores)
             if np.any(ok & ((scores < 0) | (scores > 1))):
                 raise InputError(f"A score of {source!r} lies outside [0, 1].")
         _set(self, "score", _frozen(np.where(ok, scores, np.float32(np.nan)).astype(np.float32)))
@@ -383,6 +387,7 @@ class Detection:
         _set(self, "p_value", p)
         _set(self, "source", source)
         _set(self, "valid", _frozen(np.asarray(ok)))
+        _set(self, "unscored", _frozen(np.asarray(given & ~ok)))
 
     @property
     def n_rows(self) -> int:

@@ -296,6 +296,11 @@ def _result_problem(hook: str, result: Any, n: int, k: int) -> str:
         return f"returned {type(result).__name__}; expected {wanted.__name__} or None"
     if result.n_rows != n:
         return f"returned {result.n_rows} rows"
+    if isinstance(result, Detection) and result.unscored.any():
+        return (
+            f"gave {int(result.unscored.sum())} row(s) a score that is not a finite number; "
+            "say `valid=False` where there is no opinion"
+        )
     classes = k
     if isinstance(result, Verification):
         classes = result.n_classes

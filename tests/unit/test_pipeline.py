@@ -122,6 +122,57 @@ def test_a_detector_that_breaks_the_contract_is_an_error(folder: Path, answer: A
     assert "broke the contract" in verdict.reason[0]
 
 
+class Unscored:
+    """A detector that finds nothing, and has no number for some rows though it does not say so."""
+
+    def __init__(self, rows: list[int], value: float = np.nan, silent: tuple[int, ...] = ()) -> None:
+        self.rows, self.value, self.silent = rows, value, silent
+
+    @hookimpl
+    def fides_detect(self, service: Prediction) -> Detection:
+        score, valid = np.zeros(service.n_rows), np.ones(service.n_rows, bool)
+        score[self.rows] = self.value
+        valid[list(self.silent)] = False
+        return Detection(score, score > 0, "unscored", valid=valid)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_score_that_is_no_number_fails_its_rows_and_no_other(folder: Path, value: float):
+    pipeline = make(folder, Unscored([2, 5], value), breaker_failures=1)
+    for calls in (1, 2):  # a row of one client does not open the circuit for the others
+        verdict = pipeline.run(QUERY, LIE)
+        expected = ["trusted", "attacked", "attacked", "trusted", "trusted", "error", "trusted", "trusted"]
+        assert verdict.status_text.tolist() == expected
+        failed = "plug-in 'p0' broke the contract: it gave a score that is not a finite number in fides_detect"
+        assert verdict.reason[5] == failed
+        assert verdict.reason[2].endswith(f"(learned); {failed}")
+        assert failed not in verdict.reason[1]
+        assert pipeline.plugin_errors == {"p0": calls}
+
+
+def test_a_detector_without_any_score_has_failed_as_one_that_raises(folder: Path):
+    pipeline = make(folder, Unscored(list(range(8))), breaker_failures=2)
+    raised = make(folder, raising("fides_detect"), breaker_failures=2)
+    for calls in (1, 2, 3):
+        verdict, other = pipeline.run(QUERY, LIE), raised.run(QUERY, LIE)
+        assert verdict.counts() == other.counts() == {"trusted": 0, "attacked": 2, "indeterminate": 0, "error": 6}
+        assert pipeline.plugin_errors == raised.plugin_errors == {"p0": calls}
+    assert "left alone" in verdict.reason[0]
+    alone = make(folder, Unscored(list(range(8))), plugins={"blocked": ["detector"]}).run(QUERY, HONEST)
+    assert alone.counts()["error"] == 8
+
+
+def test_no_opinion_is_no_failure_whatever_the_score(folder: Path):
+    pipeline = make(folder, Unscored([2, 5], silent=(2, 5)))
+    assert pipeline.run(QUERY, HONEST).counts()["trusted"] == 8
+    assert not pipeline.plugin_errors
+    # The built-in detector's own rows without a reference stay what they were.
+    inputs = LOGITS.copy()
+    inputs[5] = np.nan
+    assert pipeline.run(fake_query(inputs), HONEST).status_text[5] == "indeterminate"
+    assert not pipeline.plugin_errors
+
+
 def test_an_alarm_is_not_put_down_to_a_detector_that_found_nothing(folder: Path):
     class Calm:
         @hookimpl

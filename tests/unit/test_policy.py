@@ -140,6 +140,17 @@ def test_every_alarm_has_a_name_and_equal_reasons_are_one_text(rule: str):
     assert rule == "all" or len(set(names)) > 20
 
 
+def test_a_failure_of_some_rows_counts_in_those_alone():
+    first = Failure("p", "fides_detect", "contract", "it broke", rows=np.array([True, False, True, True]))
+    second = Failure("q", "fides_detect", "contract", "it broke", rows=np.array([False, False, True, False]))
+    benign = calibrated([0.5, 0.5, 0.5, 0.001])
+    decision = decide(Settings(), *sound(4), [benign], [first, second])
+    assert [Status(s).text for s in decision.status] == ["error", "trusted", "error", "attacked"]
+    texts = [decision.reasons[code] for code in decision.reason_codes]
+    assert texts[:3] == [first.text, "", f"{first.text}; {second.text}"]
+    assert texts[3].endswith(f"(a); {first.text}")
+
+
 @pytest.mark.parametrize("mode", ["observe", "flag", "correct", "reject"])
 @pytest.mark.parametrize("on_error", ["open", "closed"])
 def test_what_is_refused(mode: str, on_error: str):

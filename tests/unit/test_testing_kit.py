@@ -184,6 +184,10 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "always ten classes": (_verify(lambda q: Verification.single(np.full((q.n_rows, 10), 0.1), "x")), "10 classes"),
     "score above one": (_detect(lambda q, s, v: Detection(np.full(s.n_rows, 2.0), s.valid, "x")), "outside [0, 1]"),
     "score per class": (_detect(lambda q, s, v: Detection(s.probabilities, s.valid, "x")), "expected (rows,)"),
+    "score that is no number": (
+        _detect(lambda q, s, v: Detection(np.full(s.n_rows, np.nan), s.valid, "x")),
+        "N=1, K=2 gave 1 row(s) a score that is not a finite number",
+    ),
     "empty batch": (_detect(lambda q, s, v: s.probabilities.max() and None), "N=0, K=2 raised ValueError"),
     "no reference": (_detect(lambda q, s, v: [1][int(not v.valid.all())] and None), "raised IndexError"),
     "writes": (_verify(_write), "copy before you write"),

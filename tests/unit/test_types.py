@@ -101,7 +101,13 @@ def test_a_score_or_p_value_outside_its_range_is_refused():
         Detection([1.5], [True], "d")
     with pytest.raises(InputError, match="p-value"):
         Detection([0.5], [True], "d", p_value=[-0.1])
-    assert Detection([np.nan], [True], "d").valid.tolist() == [False]
+
+
+def test_a_score_that_is_no_number_is_told_from_an_opinion_withheld():
+    d = Detection([np.nan, np.inf, np.nan, 0.5], [True] * 4, "d", valid=[True, True, False, True])
+    assert d.valid.tolist() == [False, False, False, True]
+    assert d.unscored.tolist() == [True, True, False, False]
+    assert np.isnan(d.score).tolist() == [True, True, True, False]
 
 
 def test_a_correction_that_is_no_distribution_is_marked():
