@@ -216,7 +216,8 @@ def import_target(target: str) -> Any:
         if error.name is not None and module_name.startswith(error.name):
             raise PluginError(
                 f"There is no module {module_name!r} on the path of {sys.executable.rpartition('/')[2]}.",
-                "Install the package that holds it into the server's environment.",
+                "Install the package that holds it into the server's environment; "
+                "to try a module of the current folder, set PYTHONPATH=. for the command.",
             ) from None
         raise
     if not attribute:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import sysconfig
 import venv
 from pathlib import Path
+
+from tests.docs_blocks import REPOSITORY
 
 
 def make_environment(home: Path, *packages: Path) -> Path:
@@ -30,6 +33,20 @@ def install(python: Path, *packages: Path) -> None:
     pip = [str(python), "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--force-reinstall"]
     done = subprocess.run([*pip, *map(str, packages)], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
+
+
+def fides_script(folder: Path) -> dict[str, str]:
+    """Environment variables under which a shell finds `fides`, as pip installs it, over the code under test.
+
+    Unlike `python -m`, the script does not put the current folder on Python's path.
+    """
+    script = folder / "fides"
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ["import sys", f"sys.path.insert(0, {str(REPOSITORY)!r})", "from fides_plugins.cli import main", "main()"]
+    script.write_text("\n".join([f"#!{sys.executable}", *lines, ""]))
+    script.chmod(0o755)
+    kept = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return {**kept, "COLUMNS": "160", "PATH": os.pathsep.join([str(folder), os.environ.get("PATH", "")])}
 
 
 def search_path(python: Path) -> dict[str, str]:

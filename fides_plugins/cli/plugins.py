@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -98,7 +99,10 @@ def check(
     classes: Annotated[str, typer.Option("--classes", help="Numbers of classes to try.")] = "2,10,1000",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Run a plug-in against the contract of its hooks. Exit status 1 if it breaks it."""
+    """Run a plug-in against the contract of its hooks. Exit status 1 if it breaks it.
+
+    The module may lie in the current folder, as for `python -m`; a server looks only on its own path.
+    """
     from fides_plugins.errors import SettingsError
     from fides_plugins.manager import import_target
     from fides_plugins.testing import check_plugin
@@ -107,19 +111,28 @@ def check(
         counts = tuple(int(part) for part in classes.split(","))
     except ValueError:
         raise SettingsError(f"--classes {classes!r} is no list of numbers.", "Give it as 2,10,1000.") from None
+    _add_current_folder()
     report = check_plugin(import_target(target), class_counts=counts, raises=False)
     slowest = {hook: round(report.slowest_ms(hook), 3) for hook in report.hooks if report.slowest_ms(hook)}
     if as_json:
         print_json({"name": report.name, "hooks": list(report.hooks), "ok": report.ok, "problems": report.problems,
-                    "calls": len(report.calls), "slowest_ms": slowest})  # fmt: skip
+                    "notes": report.notes, "calls": len(report.calls), "slowest_ms": slowest})  # fmt: skip
     else:
         for problem in report.problems:
             typer.echo(f"- {problem}")
+        for note in report.notes:
+            typer.echo(f"Note: {note}")
         times = ", ".join(f"{hook} at most {ms:g} ms" for hook, ms in slowest.items())
         verdict = "keeps its contract" if report.ok else "breaks its contract"
         typer.echo(f"{report.name} {verdict} ({len(report.calls)} calls{'; ' + times if times else ''}).")
     if not report.ok:
         raise typer.Exit(1)
+
+
+def _add_current_folder() -> None:
+    """As `python -m` does, unless Python was told not to (`-P`, PYTHONSAFEPATH)."""
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path.insert(0, "")
 
 
 def _bundle_folder(settings: Path | None, bundle: str) -> Path:

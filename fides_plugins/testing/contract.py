@@ -70,6 +70,8 @@ class CheckReport:
         One sentence for each broken promise; empty when all is well.
     calls:
         Every timed call.
+    notes:
+        What a pass does not say: hooks that could have answered and never did.
     """
 
     name: str
@@ -81,6 +83,16 @@ class CheckReport:
     def ok(self) -> bool:
         """Whether nothing was found."""
         return not self.problems
+
+    @property
+    def notes(self) -> list[str]:
+        """One sentence for each hook whose answers were never seen: allowed, and no proof that they are right."""
+        notes = []
+        for hook in self.hooks:
+            answered = [c.answered for c in self.calls if c.hook == hook]
+            if hook in _RESULT_TYPES and answered and not any(answered):
+                notes.append(f"{hook}: {len(answered)} calls, no answer; nothing was checked by its answers.")
+        return notes
 
     def slowest_ms(self, hook: str) -> float:
         """Milliseconds of the slowest timed call of `hook`; 0 if it was never called."""

@@ -30,6 +30,7 @@ from fides_plugins.cli import app
 from fides_plugins.errors import SettingsError
 from fides_plugins.settings import Settings, nest
 from tests.docs_blocks import REPOSITORY, Block, blocks, fides_commands, pages
+from tests.plugin_environments import fides_script
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -266,6 +267,30 @@ def test_the_plugin_in_the_readme_keeps_the_contract_in_under_twenty_lines(tmp_p
         command = [sys.executable, "-m", "fides_plugins.cli", "plugins", "check", module]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_plugin_from_nothing_is_checked_and_listed_by_the_commands_shown(tmp_path: Path) -> None:
+    from fides_plugins.testing import make_bundle
+
+    page = DOCS / "how-to" / "plugin.md"
+    text = page.read_text()
+    start, end = (text[: text.index(heading)].count("\n") for heading in ("## Or from nothing", "## Put it into"))
+    shown = [b for b in blocks(page) if start < b.line <= end]
+    here = tmp_path / "here"
+    make_bundle(here / "bundle")
+    for block in shown:
+        if block.title:
+            (here / block.title).write_text(block.text)
+    assert sorted(p.name for p in here.iterdir()) == ["bundle", "fides.toml", "night.py"]
+    (shell,) = (b for b in shown if b.language == "sh")
+    assert len(fides_commands(shell)) == 2
+    done = subprocess.run(
+        ["sh", "-e", "-c", shell.text], cwd=here, env=fides_script(tmp_path / "bin"),
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "NightWatch keeps its contract" in done.stdout
+    assert "module night:NightWatch" in done.stdout
 
 
 # --- the site ------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from fides_plugins.cli import app
 from fides_plugins.cli._new_plugin import HOOKS, write_package
 from fides_plugins.errors import InputError, SettingsError
 from fides_plugins.testing import make_bundle
-from tests.plugin_environments import make_environment
+from tests.plugin_environments import fides_script, make_environment
 
 GOOD = """
 from fides_plugins import hookimpl
@@ -184,6 +184,42 @@ def test_check_tells_good_from_broken(tmp_path: Path) -> None:
     assert missing.returncode == 2
     assert missing.stderr.startswith("fides: There is no module 'two'")
     assert "Traceback" not in missing.stderr
+
+
+def test_check_finds_the_current_folder_and_a_server_does_not(tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    make_bundle(here / "bundle")
+    (here / "one.py").write_text(GOOD)
+    (here / "fides.toml").write_text('[fides]\nbundle = "bundle"\n[fides.plugins]\nload = ["one:Good"]\n')
+    environment = fides_script(tmp_path / "bin")
+
+    def fides(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+        command = ["fides", "plugins", *arguments]
+        variables = {**environment, **more}
+        return subprocess.run(command, cwd=here, env=variables, capture_output=True, text=True, timeout=120)
+
+    found = fides("check", "one:Good", "--classes", "2")
+    assert found.returncode == 0, found.stderr
+    shown = fides("--settings", "fides.toml")
+    assert shown.returncode == 1
+    assert "There is no module 'one'" in shown.stdout
+    assert "PYTHONPATH=." in shown.stdout
+    assert fides("--settings", "fides.toml", PYTHONPATH=".").returncode == 0
+    if sys.version_info >= (3, 11):
+        assert fides("check", "one:Good", "--classes", "2", PYTHONSAFEPATH="1").returncode == 2
+
+
+def test_check_says_when_no_answer_was_seen(tmp_path: Path) -> None:
+    silent = GOOD.replace("fides_record(self, verdict)", "fides_detect(self, service)")
+    (tmp_path / "silent.py").write_text(silent)
+    (tmp_path / "observer.py").write_text(GOOD)
+    done = _fides("plugins", "check", "silent:Good", path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Note: fides_detect: 12 calls, no answer; nothing was checked by its answers." in done.stdout
+    noted = json.loads(_fides("plugins", "check", "silent:Good", "--json", path=tmp_path).stdout)
+    assert (noted["ok"], len(noted["notes"])) == (True, 1)
+    assert "Note" not in _fides("plugins", "check", "observer:Good", path=tmp_path).stdout
 
 
 def test_wrong_use_is_a_settings_error() -> None:

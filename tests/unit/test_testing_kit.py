@@ -73,6 +73,7 @@ def test_a_good_plugin_is_checked_through_every_hook_class_count_and_batch_size(
     assert ("fides_reclassify", 7, 1000) in called
     assert plugin.events[:2] == ["configure 2 {'good': {'level': 3}}", "unconfigure"]
     assert all(c.answered for c in report.calls if c.hook != "fides_record")
+    assert report.notes == []
 
 
 def test_a_class_is_made_anew_for_each_number_of_classes() -> None:
@@ -102,6 +103,8 @@ def test_answering_none_everywhere_is_allowed() -> None:
 
     assert report.ok
     assert not any(c.answered for c in report.calls)
+    said = "12 calls, no answer; nothing was checked by its answers."
+    assert report.notes == [f"fides_detect: {said}", f"fides_verify: {said}"]
 
 
 def _verify(answer: Any) -> Any:
