@@ -57,7 +57,12 @@ def test_the_ensemble_declares_exactly_the_original_tensors(repository: Path, bu
     assert [o.name for o in config.output] == ["scores"]
     assert config.output[0].label_filename == "flower_labels.txt"
     assert list(config.version_policy.specific.versions) == [3]
-    assert [s.model_version for s in config.ensemble_scheduling.step] == [3, 1, 1]
+    # Verification first: see the integration test of a service that answers with errors.
+    assert [(s.model_name, s.model_version) for s in config.ensemble_scheduling.step] == [
+        ("flowers__fides_verify", 1),
+        ("flowers__base", 3),
+        ("flowers__fides_validate", 1),
+    ]
     assert not config.HasField("dynamic_batching")
     verdict = parse_text((repository / "flowers__fides" / "config.pbtxt").read_text(), "ensemble")
     assert verdict.output[0].name == "scores"
@@ -197,7 +202,7 @@ def test_a_pinned_version_is_protected_alone(tmp_path: Path, bundle: Path) -> No
     repository = stranger_repository(tmp_path / "repository", _replace("latest { num_versions: 1 }", "all { }"))
     attach(repository, "flowers", AttachOptions(bundle, version=1))
     config = parse_text((repository / "flowers" / "configs" / "fides.pbtxt").read_text(), "ensemble")
-    assert config.ensemble_scheduling.step[0].model_version == 1
+    assert config.ensemble_scheduling.step[1].model_version == 1
     with pytest.raises(ServerError, match="Version 2"):
         attach(repository, "flowers", AttachOptions(bundle, version=2, serve_as="other"))
 

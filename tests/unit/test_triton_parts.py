@@ -132,13 +132,13 @@ def test_generated_inputs_fit_the_declaration() -> None:
 
 
 STEPS: list[dict[str, Any]] = [
-    {"model_name": "m__base", "model_version": "3", "input_map": {"x": "x"}, "output_map": {"y": "service.y"}},
     {
         "model_name": "m__fides_verify",
         "model_version": 1,
         "input_map": {"x": "x"},
         "output_map": {n: n for n in wire.INTERNAL},
     },
+    {"model_name": "m__base", "model_version": "3", "input_map": {"x": "x"}, "output_map": {"y": "service.y"}},
     {
         "model_name": "m__fides_validate",
         "model_version": "1",

@@ -269,9 +269,12 @@ def _ensemble(
     between = {t.name: t.name for t in shapes.internal()}
     judged = {output.name: service[output.name], **(same if pass_inputs else {}), **between}
     answer = {output.name: output.name, **{t.name: t.name for t in verdict}}
+    # The order matters. Steps that wait for nothing are started one after the other, and if the first fails
+    # before the second is started, Triton 2.51 crashes (triton-inference-server/core#483). The service
+    # answers with errors whenever a client's input is bad; `fides_verify` never does.
     steps = [
-        _step(plan.base, info.version, same, service),
         _step(verify, 1, same, between),
+        _step(plan.base, info.version, same, service),
         _step(validate, 1, judged, answer),
     ]
     text = f'platform: "ensemble"\nmax_batch_size: {info.max_batch_size}\n'

@@ -301,9 +301,10 @@ def full_config(item: Protected, verify: Mapping[str, Any], validate: Mapping[st
     steps: list[dict[str, Any]] = []
     for step in steps_of(config):
         if step["model_name"] == item.base:
-            steps.append(step)
             inputs = {k: v for k, v in step["input_map"].items() if k in wanted}
+            # In the order of attach, which keeps an error of the service from ending the server.
             steps.append({"model_name": item.verify, "model_version": 1, "input_map": inputs, "output_map": between})
+            steps.append(step)
         else:
             steps.append({**step, "model_name": item.validate, "input_map": {**step["input_map"], **between}})
     config["ensemble_scheduling"]["step"] = steps
