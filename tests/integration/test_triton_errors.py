@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from fides_plugins.errors import ServerError
 from fides_plugins.serving.triton.api import InferenceRefused, TritonApi
 from fides_plugins.serving.triton.attach import attach
+from fides_plugins.serving.triton.check import check
 from fides_plugins.serving.triton.plan import AttachOptions
 from fides_plugins.serving.triton.server import TritonServer, is_available
 from fides_plugins.testing import fake_logits
-from tests.triton_models import image_bundle, images, stranger_repository
+from tests.triton_models import STRANGER_CONFIG, image_bundle, images, stranger_repository
 
 pytestmark = [
     pytest.mark.integration,
@@ -68,4 +71,61 @@ def test_a_service_that_answers_with_errors_does_not_end_the_server(tmp_path: Pa
     with TritonServer(repository, config_name="fides", auto_complete=False, grace_s=1.0) as server:
         counts = answers(server.api, "flowers", clients=8, requests=600)
         assert counts == {"500 in ensemble 'flowers', no flower": 4800}
+        assert server.api.ready()
+
+
+#: Both leave a protected model that answers: a queue that times out, and a full queue behind an ensemble of one step.
+TIMES_OUT = (
+    "dynamic_batching { max_queue_delay_microseconds: 100 default_queue_policy "
+    "{ timeout_action: REJECT default_timeout_microseconds: 1000 } }\n"
+)
+FULL_QUEUE = "dynamic_batching { default_queue_policy { max_queue_size: 1 } }\n"
+ONE_STEP = """\
+platform: "ensemble"
+max_batch_size: 16
+input [ { name: "pixels_in" data_type: TYPE_FP32 dims: [ 1, 8, 8 ] } ]
+output [ { name: "scores" data_type: TYPE_FP32 dims: [ 10 ] } ]
+ensemble_scheduling { step [ {
+  model_name: "flowers" model_version: 3
+  input_map { key: "pixels_in" value: "pixels_in" } output_map { key: "scores" value: "scores" }
+} ] }
+"""
+
+
+def _slow(batching: str) -> str:
+    config = STRANGER_CONFIG.replace('string_value: "0"', 'string_value: "20"')
+    return re.sub(r"dynamic_batching .*\n", batching, config)
+
+
+def test_the_remedies_for_a_bounded_queue_keep_the_503_and_the_server(tmp_path: Path) -> None:
+    repository = stranger_repository(tmp_path / "repository", _slow(FULL_QUEUE))
+    roses = _slow(TIMES_OUT).replace('"flowers"', '"roses"')
+    stranger_repository(repository, roses, model="roses")
+    (repository / "front" / "1").mkdir(parents=True)
+    (repository / "front" / "config.pbtxt").write_text(ONE_STEP)
+    bundle = AttachOptions(image_bundle(tmp_path / "bundle"))
+    with pytest.raises(ServerError, match="max_queue_size"):
+        attach(repository, "flowers", bundle)
+    attach(repository, "front", bundle)
+    attach(repository, "roses", bundle)
+    with TritonServer(repository, config_name="fides", auto_complete=False, grace_s=1.0) as server:
+        for model, refused in (("front", "Exceeds maximum queue size"), ("roses", "Request timeout expired")):
+            counts = answers(server.api, model, clients=8, requests=20)
+            assert counts["good"] > 0, counts
+            other = [answer for answer in counts if answer != "good"]
+            assert other
+            assert all(answer.startswith("503") and refused in answer for answer in other), counts
+        assert server.api.ready()
+
+
+def test_check_does_not_try_what_could_end_the_server(tmp_path: Path) -> None:
+    repository = stranger_repository(tmp_path / "repository")
+    attach(repository, "flowers", AttachOptions(image_bundle(tmp_path / "bundle")))
+    base = repository / "flowers__base" / "config.pbtxt"
+    # As if the limit had been added after attach.
+    base.write_text(re.sub(r"dynamic_batching .*\n", "sequence_batching { }\n", base.read_text()))
+    with TritonServer(repository, config_name="fides", auto_complete=False, grace_s=1.0) as server:
+        bad = [f for f in check(server.api, "flowers") if not f.good]
+        assert [f.what for f in bad] == ["service model"]
+        assert "sequence_batching" in bad[0].detail
         assert server.api.ready()

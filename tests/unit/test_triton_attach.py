@@ -93,6 +93,7 @@ def _replace(old: str, new: str) -> str:
     return STRANGER_CONFIG.replace(old, new)
 
 
+BATCHING = "dynamic_batching { preferred_batch_size: [ 4, 8 ] max_queue_delay_microseconds: 100 }\n"
 REFUSED = {
     "decoupled": (STRANGER_CONFIG + "model_transaction_policy { decoupled: true }\n", "decoupled"),
     "versions": (_replace("latest { num_versions: 1 }", "all { }"), r"serves the versions \[1, 3\].*--version"),
@@ -109,6 +110,19 @@ REFUSED = {
     "two inputs": (
         _replace("input [ {", 'input [ { name: "mask" data_type: TYPE_FP32 dims: [ 1, 8, 8 ] }, {'),
         r"inputs .*--input",
+    ),
+    "sequences": (_replace(BATCHING, "sequence_batching { }\n"), "sequence_batching.*Protect a model without it"),
+    "full queue": (
+        _replace(BATCHING, "dynamic_batching { default_queue_policy { max_queue_size: 1 } }\n"),
+        "max_queue_size.*timeout_action: REJECT",
+    ),
+    "full queue of a priority": (
+        _replace(
+            BATCHING,
+            "dynamic_batching { priority_levels: 2 default_priority_level: 1 "
+            "priority_queue_policy { key: 2 value { max_queue_size: 8 } } }\n",
+        ),
+        "max_queue_size",
     ),
     "same name": (_replace('name: "scores"', 'name: "pixels_in"'), "cannot tell them apart"),
 }

@@ -29,6 +29,7 @@ from fides_plugins.serving.triton.config import (
     without_name,
 )
 from fides_plugins.serving.triton.plan import CONFIG_NAME, AttachOptions, Plan, make_plan
+from fides_plugins.serving.triton.queues import refuse_at_attach
 
 MANIFEST_FILE = "fides-attach.json"
 _NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
@@ -99,6 +100,7 @@ def attach(
     folder = root / model
     _check_names(root, model, options.serve_as)
     config, text = _read_config(folder, model, from_server or live)
+    refuse_at_attach(model, config)
     info = model_info(model, config, local_versions(folder), options.version)
     plan = make_plan(info, options, label_folder=f"../{model}")
     if plan.takeover:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from fides_plugins.errors import ServerError
 from fides_plugins.serving.triton import wire
 from fides_plugins.serving.triton.api import TritonApi
+from fides_plugins.serving.triton.config import parse_json
 from fides_plugins.serving.triton.probe import (
     ProbeResult,
     Protected,
@@ -22,6 +23,7 @@ from fides_plugins.serving.triton.probe import (
     sample_inputs,
     sample_references,
 )
+from fides_plugins.serving.triton.queues import queue_problem
 from fides_plugins.types import SUM_TOLERANCE
 
 #: Free bytes of /dev/shm below which a step may fail to grow its shared memory.
@@ -96,6 +98,10 @@ def check(
     findings.append(_state(item))
     if api.host in _LOCAL:
         findings.append(_shared_memory())
+    problem, remedy = queue_problem(parse_json(api.config(item.base)))
+    if problem:
+        # Not tried: the inference itself could end the server.
+        return [*findings, Finding("service model", False, float("nan"), f"{item.base!r} {problem} {remedy}")]
     inputs = sample_inputs(api.config(model), data)
     base = probe(api, item.base, inputs, timeout_s)
     findings.append(_finding("service model", base))
