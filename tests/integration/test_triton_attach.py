@@ -54,7 +54,10 @@ def served(tmp_path_factory: pytest.TempPathFactory, bundle: Path) -> Iterator[T
     """The stranger's repository before and after: `flowers` taken over, `roses` protected under other names."""
     root = tmp_path_factory.mktemp("stranger")
     repository = stranger_repository(root / "repository")
-    stranger_repository(repository, STRANGER_CONFIG.replace('"flowers"', '"roses"'), model="roses")
+    roses = STRANGER_CONFIG.replace('"flowers"', '"roses"').replace("flower_labels.txt", "labels/of roses.txt")
+    stranger_repository(repository, roses, model="roses")
+    (repository / "roses" / "labels").mkdir()
+    (repository / "roses" / "flower_labels.txt").rename(repository / "roses" / "labels" / "of roses.txt")
     before = tree_digest(repository)
     attach(repository, "flowers", AttachOptions(bundle))
     for mode in ("flag", "correct", "reject"):

@@ -69,6 +69,23 @@ def test_the_ensemble_declares_exactly_the_original_tensors(repository: Path, bu
     assert {"FIDES_STATUS", "FIDES_SCORE", "FIDES_LABEL", "FIDES_PROBABILITIES"} <= {o.name for o in verdict.output}
 
 
+def test_every_label_file_is_found_wherever_it_lies(tmp_path: Path, bundle: Path) -> None:
+    aux = '{ name: "aux" data_type: TYPE_FP32 dims: [ 3 ] label_filename: "aux/deep/a.txt" }, {'
+    config = _replace("output [ {", f"output [ {aux}").replace("flower_labels.txt", "labels/l.txt")
+    repository = stranger_repository(tmp_path / "repository", config)
+    for name in ("labels/l.txt", "aux/deep/a.txt"):
+        (repository / "flowers" / name).parent.mkdir(parents=True)
+        (repository / "flowers" / name).write_text("a\n")
+    before = tree_digest(repository)
+    attach(repository, "flowers", AttachOptions(bundle))
+    assert [p for p in repository.rglob("*") if p.is_symlink() and not p.exists()] == []
+    for folder in ("flowers", "flowers__base", "flowers__fides", "flowers__fides_validate", "flowers__fides_fallback"):
+        assert (repository / folder / "labels" / "l.txt").read_text() == "a\n"
+    assert (repository / "flowers__fides" / "aux" / "deep" / "a.txt").is_file()
+    detach(repository, "flowers")
+    assert tree_digest(repository) == before
+
+
 def test_under_another_name_nothing_is_linked(repository: Path, bundle: Path) -> None:
     before = tree_digest(repository)
     attached = attach(repository, "flowers", AttachOptions(bundle, serve_as="safe"))

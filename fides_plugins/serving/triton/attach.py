@@ -102,7 +102,7 @@ def attach(
     config, text = _read_config(folder, model, from_server or live)
     refuse_at_attach(model, config)
     info = model_info(model, config, local_versions(folder), options.version)
-    plan = make_plan(info, options, label_folder=f"../{model}")
+    plan = make_plan(info, options)
     if plan.takeover:
         plan.files[f"{plan.base}/{CONFIG_FILE}"] = without_name(text).encode()
         for entry in sorted(folder.iterdir()):

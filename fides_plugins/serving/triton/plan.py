@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from fides_plugins.bundle import MANIFEST_NAME, Bundle
 from fides_plugins.errors import ServerError
@@ -112,13 +112,8 @@ class Plan:
         return f"{self.public}__fides"
 
 
-def make_plan(info: ModelInfo, options: AttachOptions, label_folder: str) -> Plan:
+def make_plan(info: ModelInfo, options: AttachOptions) -> Plan:
     """Work out everything that is written besides the base model.
-
-    Parameters
-    ----------
-    label_folder:
-        The model's own folder as seen from a sibling ("../MODEL"), for links to label files.
 
     Raises
     ------
@@ -164,10 +159,21 @@ def make_plan(info: ModelInfo, options: AttachOptions, label_folder: str) -> Pla
     plan.files[f"{plan.steps[0]}/bundle/{MANIFEST_NAME}"] = (options.bundle / MANIFEST_NAME).read_bytes()
     _add_steps(plan, info, output, shapes, parameters, options, cast)
     _add_ensembles(plan, info, output, shapes, options.pass_inputs)
-    if output.label_file:
-        for folder in (*plan.steps[1:], *(n for n in plan.ensembles if n != plan.model)):
-            plan.links[f"{folder}/{output.label_file}"] = f"{label_folder}/{output.label_file}"
+    for folder in plan.steps[1:]:
+        _link_labels(plan, folder, [output])
+    for folder in plan.ensembles:
+        if folder != plan.model:
+            _link_labels(plan, folder, info.outputs)
     return plan
+
+
+def _link_labels(plan: Plan, folder: str, outputs: Sequence[Tensor]) -> None:
+    """Link the label files that `folder` declares; Triton does not load a model without them."""
+    for label in filter(None, (o.label_file for o in outputs)):
+        depth = PurePosixPath(label).parts
+        # A file beside the model's folder is found from any folder of the repository.
+        if ".." not in depth:
+            plan.links[f"{folder}/{label}"] = "../" * len(depth) + f"{plan.model}/{label}"
 
 
 @dataclass(frozen=True)
