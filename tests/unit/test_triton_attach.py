@@ -110,6 +110,14 @@ def _replace(old: str, new: str) -> str:
     return STRANGER_CONFIG.replace(old, new)
 
 
+def _whole(input_dims: str, output_dims: str) -> str:
+    """A model that declares its tensors whole."""
+    return (
+        f'backend: "python" max_batch_size: 0 input [ {{ name: "pixels_in" data_type: TYPE_FP32 '
+        f'dims: [ {input_dims} ] }} ] output [ {{ name: "scores" data_type: TYPE_FP32 dims: [ {output_dims} ] }} ]'
+    )
+
+
 BATCHING = "dynamic_batching { preferred_batch_size: [ 4, 8 ] max_queue_delay_microseconds: 100 }\n"
 REFUSED = {
     "decoupled": (STRANGER_CONFIG + "model_transaction_policy { decoupled: true }\n", "decoupled"),
@@ -141,6 +149,8 @@ REFUSED = {
         ),
         "max_queue_size",
     ),
+    "rows in the output only": (_whole("1, 8, 8", "1, 10"), "takes .1, 8, 8. after the row axis.*both"),
+    "rows in the input only": (_whole("1, 1, 8, 8", "10"), "takes .1, 8, 8. and no row axis.*both"),
     "same name": (_replace('name: "scores"', 'name: "pixels_in"'), "cannot tell them apart"),
 }
 
@@ -162,6 +172,9 @@ def test_what_cannot_be_protected_is_refused_and_leaves_nothing(tmp_path: Path, 
         ({"moode": "flag"}, "Did you mean 'mode'"),
         ({"false_alarm_rate": "0.0001"}, "calibration rows"),
         ({"plugins.load": "no_such_module"}, "no module"),
+        ({"output_kind": "probabilities"}, "--output-kind"),
+        ({"bundle": "other"}, "--bundle"),
+        ({"input": "pixels_in"}, "--input"),
     ],
 )
 def test_wrong_settings_leave_nothing(repository: Path, bundle: Path, settings: dict[str, str], match: str) -> None:
@@ -171,12 +184,30 @@ def test_wrong_settings_leave_nothing(repository: Path, bundle: Path, settings: 
     assert tree_digest(repository) == before
 
 
-def test_a_decoder_that_is_not_understood_leaves_nothing(tmp_path: Path, bundle: Path) -> None:
-    config, _ = REFUSED["bytes"]
+def test_a_service_name_that_was_set_is_kept(repository: Path, bundle: Path) -> None:
+    attach(repository, "flowers", AttachOptions(bundle, settings={"service_name": "flowers of Berlin"}))
+    text = (repository / "flowers__fides_validate" / "config.pbtxt").read_text()
+    assert 'key: "fides.service_name" value { string_value: "flowers of Berlin" }' in text
+
+
+@pytest.mark.parametrize(
+    ("case", "decode", "match"),
+    [
+        ("bytes", "image:size=8", "decoder 'image:size=8'"),
+        ("bytes", "image:size=224x224,mode=L", r"makes rows of the shape .1, 224, 224.*takes .1, 8, 8."),
+        ("bytes", "image:size=8x8", r"makes rows of the shape .3, 8, 8."),
+        ("bytes", "image:size=8x8,mode=L,mean=0/0/0", r"3 mean.*for 1 channel"),
+        ("floats", "image:size=8x8,mode=L", "Leave --decode out"),
+    ],
+)
+def test_a_decoder_that_does_not_fit_leaves_nothing(
+    tmp_path: Path, bundle: Path, case: str, decode: str, match: str
+) -> None:
+    config = REFUSED["bytes"][0] if case == "bytes" else STRANGER_CONFIG
     repository = stranger_repository(tmp_path / "repository", config)
     before = tree_digest(repository)
-    with pytest.raises(FidesError, match="decoder 'image:size=8'"):
-        attach(repository, "flowers", AttachOptions(bundle, decode="image:size=8"))
+    with pytest.raises(FidesError, match=match):
+        attach(repository, "flowers", AttachOptions(bundle, decode=decode))
     assert tree_digest(repository) == before
 
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fides_plugins.bundle import Bundle
+from fides_plugins.bundle import Bundle, InputSpec
 from fides_plugins.errors import ServerError
+from fides_plugins.serving.triton.decoders import ImageDecoder
 from fides_plugins.serving.triton.dtypes import FLOAT_TYPES, config_name, numpy_dtype, short_name
 
 CONFIG_FILE = "config.pbtxt"
@@ -281,8 +282,15 @@ def is_batchless(output: Tensor, max_batch_size: int) -> bool:
     return max_batch_size == 0 and len(output.dims) == 1
 
 
-def verified_input(info: ModelInfo, bundle: Bundle, wanted: str, decode: str) -> tuple[Tensor, str]:
+def verified_input(
+    info: ModelInfo, bundle: Bundle, wanted: str, decoder: ImageDecoder | None, batchless: bool
+) -> tuple[Tensor, str]:
     """The input that the verification model takes, and the numpy type to cast it to ("" for none).
+
+    Parameters
+    ----------
+    batchless:
+        Whether the class output has no row axis; the inputs have none either then.
 
     Raises
     ------
@@ -299,27 +307,50 @@ def verified_input(info: ModelInfo, bundle: Bundle, wanted: str, decode: str) ->
             f"{info.name!r} has the inputs {names}; which one the verification model takes is not known.",
             "Say it with --input.",
         )
+    row = found.dims if info.max_batch_size or batchless else found.dims[1:]
     if found.dtype == "BYTES":
-        if not decode:
-            raise ServerError(
-                f"The input {found.name!r} holds encoded bytes; the verification model needs a decoder.",
-                "Declare it, for example: --decode image:size=224x224,mode=RGB,layout=NCHW,scale=255.",
-            )
+        _check_decoded(found, row, decoder, spec)
         return found, ""
+    if decoder is not None:
+        raise ServerError(
+            f"The input {found.name!r} holds {found.dtype} numbers; a decoder takes encoded bytes (TYPE_STRING).",
+            "Leave --decode out.",
+        )
     if spec is None:
         return found, ""
-    _check_shape(info, found, spec.shape)
+    if not _same_shape(row, spec.shape[1:]):
+        rows = "" if info.max_batch_size else " and no row axis" if batchless else " after the row axis"
+        raise ServerError(
+            f"The input {found.name!r} has the shape {list(found.dims)}; the verification model takes "
+            f"{_shape_text(spec.shape[1:])}{rows}.",
+            "Use the bundle that was made for this model."
+            if info.max_batch_size
+            else "Use the bundle that was made for this model. With max_batch_size 0, input and output must both have "
+            "a row axis, or neither.",
+        )
     have = numpy_dtype(found.dtype)
     return found, "" if have.name == spec.dtype else spec.dtype
 
 
-def _check_shape(info: ModelInfo, tensor: Tensor, expected: tuple[int | None, ...]) -> None:
-    dims = tensor.dims
-    want = expected[1:] if info.max_batch_size or len(dims) == len(expected) - 1 else expected
-    fits = len(dims) == len(want) and all(w is None or d < 0 or d == w for d, w in zip(dims, want, strict=True))
-    if not fits:
+def _check_decoded(tensor: Tensor, row: tuple[int, ...], decoder: ImageDecoder | None, spec: InputSpec | None) -> None:
+    if decoder is None:
         raise ServerError(
-            f"The input {tensor.name!r} has the shape {list(dims)}; the verification model takes "
-            f"{['any' if w is None else w for w in want]}.",
-            "Use the bundle that was made for this model.",
+            f"The input {tensor.name!r} holds encoded bytes; the verification model needs a decoder.",
+            "Declare it, for example: --decode image:size=224x224,mode=RGB,layout=NCHW,scale=255.",
         )
+    if math.prod(d for d in row if d >= 0) != 1:
+        raise ServerError(f"A row of the input {tensor.name!r} holds {list(row)} encoded images; one is expected.")
+    if spec is not None and not _same_shape(decoder.row_shape, spec.shape[1:]):
+        raise ServerError(
+            f"The decoder makes rows of the shape {list(decoder.row_shape)}; the verification model takes "
+            f"{_shape_text(spec.shape[1:])}.",
+            "Correct size, mode and layout of --decode.",
+        )
+
+
+def _same_shape(have: Sequence[int], want: Sequence[int | None]) -> bool:
+    return len(have) == len(want) and all(w is None or h < 0 or h == w for h, w in zip(have, want, strict=True))
+
+
+def _shape_text(shape: Sequence[int | None]) -> list[int | str]:
+    return ["any" if size is None else size for size in shape]

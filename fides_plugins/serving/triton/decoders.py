@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,15 +17,53 @@ from numpy.typing import NDArray
 from fides_plugins.errors import InputError, SettingsError
 from fides_plugins.types import Float32Array
 
-Decoder = Callable[[NDArray[Any]], Float32Array]
-
 #: Pixels of one image; a small file can claim to be enormous.
 MAX_PIXELS = 64_000_000
 _MODES = {"RGB": 3, "L": 1}
 _LAYOUTS = ("NCHW", "NHWC")
 
 
-def make_decoder(text: str) -> Decoder | None:
+@dataclass(frozen=True)
+class ImageDecoder:
+    """Encoded images, one per row, to a float tensor.
+
+    Attributes
+    ----------
+    height, width, mode, layout:
+        What every image is made into.
+    scale, mean, std:
+        `(pixel / scale - mean) / std`; mean and std are one number or one per channel.
+    """
+
+    height: int
+    width: int
+    mode: str
+    layout: str
+    scale: float
+    mean: Float32Array
+    std: Float32Array
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of one decoded row."""
+        channels = _MODES[self.mode]
+        if self.layout == "NCHW":
+            return (channels, self.height, self.width)
+        return (self.height, self.width, channels)
+
+    def __call__(self, elements: NDArray[Any]) -> Float32Array:
+        """Decode one image per row."""
+        flat = elements.reshape(len(elements), -1)
+        if flat.shape[1] != 1:
+            raise InputError(f"A row holds {flat.shape[1]} images; one is expected.")
+        images = [_image(bytes(element), self.mode, (self.width, self.height)) for element in flat[:, 0]]
+        whole = (-1, self.height, self.width, _MODES[self.mode])
+        stacked = np.stack(images).reshape(whole) if images else np.empty((0, *whole[1:]), dtype=np.uint8)
+        scaled = (stacked.astype(np.float32) / np.float32(self.scale) - self.mean) / self.std
+        return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2) if self.layout == "NCHW" else scaled, dtype=np.float32)
+
+
+def make_decoder(text: str) -> ImageDecoder | None:
     """The decoder that `text` declares; None for an empty text.
 
     Raises
@@ -52,20 +90,15 @@ def make_decoder(text: str) -> Decoder | None:
         raise SettingsError(f"The decoder {text!r} is not complete.", "Write image:size=HEIGHTxWIDTH,...") from None
     if mode not in _MODES or layout not in _LAYOUTS or not scale or not std.all() or height < 1 or width < 1:
         raise SettingsError(f"The decoder {text!r} has a wrong mode, layout, size, scale or std.")
+    if {mean.size, std.size} - {1, _MODES[mode]}:
+        raise SettingsError(
+            f"The decoder {text!r} has {mean.size} mean(s) and {std.size} std(s) for {_MODES[mode]} channel(s).",
+            "Give one number, or one for each channel.",
+        )
     if importlib.util.find_spec("PIL") is None:
         raise SettingsError("Decoding images needs Pillow.", "Install it with: pip install 'fides-plugins[triton]'.")
 
-    def decode(elements: NDArray[Any]) -> Float32Array:
-        flat = elements.reshape(len(elements), -1)
-        if flat.shape[1] != 1:
-            raise InputError(f"A row holds {flat.shape[1]} images; one is expected.")
-        images = [_image(bytes(element), mode, (width, height)) for element in flat[:, 0]]
-        channels = _MODES[mode]
-        stacked = np.stack(images) if images else np.empty((0, height, width, channels), dtype=np.uint8)
-        scaled = (stacked.astype(np.float32).reshape(-1, height, width, channels) / np.float32(scale) - mean) / std
-        return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2) if layout == "NCHW" else scaled, dtype=np.float32)
-
-    return decode
+    return ImageDecoder(height, width, mode, layout, scale, mean, std)
 
 
 def _image(data: bytes, mode: str, size: tuple[int, int]) -> NDArray[np.uint8]:

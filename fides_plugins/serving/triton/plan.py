@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from fides_plugins.bundle import MANIFEST_NAME, Bundle
-from fides_plugins.errors import ServerError
+from fides_plugins.errors import ServerError, SettingsError
 from fides_plugins.pipeline import Pipeline
 from fides_plugins.serving.triton import wire
 from fides_plugins.serving.triton.config import (
@@ -32,6 +32,8 @@ from fides_plugins.settings import PARAMETER_PREFIX, Settings, nest
 #: Name of the alternative configuration: `configs/fides.pbtxt`, `--model-config-name=fides`.
 CONFIG_NAME = "fides"
 STEP_PREFIX = "fides_step."
+#: Settings that attach works out or checks itself, each with an option of the same name.
+_OWN_OPTIONS = {"bundle", "input", "output", "output_kind"}
 _SHIM = (
     "# Settings are the parameters `fides.*` of config.pbtxt.\n"
     "from fides_plugins.serving.triton.entry import {entry} as TritonPythonModel\n"
@@ -127,11 +129,13 @@ def make_plan(info: ModelInfo, options: AttachOptions) -> Plan:
             "apart.",
             "Rename one of them.",
         )
+    for key in sorted(_OWN_OPTIONS & options.settings.keys()):
+        raise SettingsError(f"{key!r} is no setting for attach.", f"Use the option --{key.replace('_', '-')}.")
     bundle = Bundle.load(options.bundle)
     plan = Plan(info.name, options.serve_as or info.name)
     output = class_output(info, bundle, options.output)
-    tensor, cast = verified_input(info, bundle, options.input, options.decode)
-    make_decoder(options.decode)
+    batchless = is_batchless(output, info.max_batch_size)
+    tensor, cast = verified_input(info, bundle, options.input, make_decoder(options.decode), batchless)
     if cast:
         plan.notes.append(
             f"The input {tensor.name!r} ({tensor.dtype}) is converted to {cast} for the verification model."
@@ -140,14 +144,13 @@ def make_plan(info: ModelInfo, options: AttachOptions) -> Plan:
         others = ", ".join(o.name for o in info.outputs if o.name != output.name)
         plan.notes.append(f"Validation judges {output.name!r}; {others} passes as the service gives it.")
     parameters = {
+        PARAMETER_PREFIX + "service_name": plan.public,
         **{PARAMETER_PREFIX + k: v for k, v in options.settings.items()},
         PARAMETER_PREFIX + "bundle": f"../{plan.steps[0]}/bundle",
-        PARAMETER_PREFIX + "service_name": plan.public,
         PARAMETER_PREFIX + "input": tensor.name,
         PARAMETER_PREFIX + "output": output.name,
         PARAMETER_PREFIX + "output_kind": options.output_kind or bundle.manifest.service.output_kind,
     }
-    batchless = is_batchless(output, info.max_batch_size)
     if batchless:
         parameters[STEP_PREFIX + "batchless"] = "true"
     # Loading the plug-ins now shows what would otherwise stop the server at its next start.
