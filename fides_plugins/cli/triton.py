@@ -88,7 +88,7 @@ def register_attach(app: typer.Typer) -> None:
                     "protected": done.public,
                     "with_verdict": done.verdict_model,
                     "base": done.base,
-                    "flag": "" if live else done.flag,
+                    "flag": done.flag,
                     "written": sorted([*done.files, *done.links]),
                     "notes": list(done.notes),
                 }
@@ -100,6 +100,10 @@ def register_attach(app: typer.Typer) -> None:
             out.print(f"Note: {note}")
         if live:
             out.print("The running server was switched.")
+        if live and done.flag:
+            out.print(f"Its next start needs: {done.flag}", soft_wrap=True)
+        elif live:
+            out.print("Its next start needs nothing more.")
         elif done.flag:
             out.print(f"Start tritonserver with: {done.flag}", soft_wrap=True)
         else:
@@ -110,11 +114,19 @@ def register_detach(app: typer.Typer) -> None:
     """Add `triton` to `fides detach`."""
 
     @app.command("triton")
-    def detach_triton(repository: Repository, model: Model, live: Live = "", json_output: Json = False) -> None:
+    def detach_triton(
+        repository: Repository,
+        model: Model,
+        live: Live = "",
+        force: Annotated[
+            bool, typer.Option("--force", "-f", help="Remove files that were changed since attach, too.")
+        ] = False,
+        json_output: Json = False,
+    ) -> None:
         """Remove exactly what attach wrote for MODEL; with --live switch the running server back first."""
         from fides_plugins.serving.triton.attach import detach
 
-        done, left = detach(repository, model, live=live)
+        done, left = detach(repository, model, live=live, force=force)
         removed = sorted([*done.files, *done.links])
         if json_output:
             print_json({"model": done.model, "removed": removed, "kept": left})
@@ -122,6 +134,14 @@ def register_detach(app: typer.Typer) -> None:
         console().print(f"Removed {len(removed)} files and links of {done.public}.")
         for name in left:
             console().print(f"Kept {name}: it holds files that attach did not write.")
+        if live:
+            console().print("The running server was switched back.")
+        else:
+            console().print(
+                f"A running server serves {done.public} protected until it is restarted; --live URL would have "
+                "switched it back.",
+                soft_wrap=True,
+            )
 
 
 def register_check(app: typer.Typer) -> None:

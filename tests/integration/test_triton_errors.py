@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from fides_plugins.cli import app
 from fides_plugins.errors import ServerError
 from fides_plugins.serving.triton.api import InferenceRefused, TritonApi
 from fides_plugins.serving.triton.attach import attach
@@ -129,3 +132,26 @@ def test_check_does_not_try_what_could_end_the_server(tmp_path: Path) -> None:
         assert [f.what for f in bad] == ["service model"]
         assert "sequence_batching" in bad[0].detail
         assert server.api.ready()
+
+
+def test_the_command_line_says_what_the_next_start_needs_and_that_detach_switches_nothing(tmp_path: Path) -> None:
+    repository = stranger_repository(tmp_path / "repository")
+    bundle = image_bundle(tmp_path / "bundle")
+    run = CliRunner().invoke
+    with TritonServer(repository, explicit=True, auto_complete=False, grace_s=1.0) as server:
+        names = ["triton", str(repository), "flowers"]
+        live = ["--live", server.http_address]
+        attached = run(app, ["attach", *names, "--bundle", str(bundle), *live])
+        assert attached.exit_code == 0, attached.output
+        assert "Its next start needs: --model-config-name=fides" in attached.output
+        detached = run(app, ["detach", *names])
+        assert "A running server serves flowers protected until it is restarted" in detached.output
+        again = run(app, ["attach", *names, "--bundle", str(bundle), *live])
+        assert "already serves 'flowers' protected" in str(again.exception)
+        assert "restart the server" in str(again.exception)
+        assert "to be restarted" in str(run(app, ["detach", *names, *live]).exception)
+    with TritonServer(repository, explicit=True, auto_complete=False, grace_s=1.0) as server:
+        attached = run(app, ["attach", *names, "--bundle", str(bundle), "--live", server.http_address, "--json"])
+        assert json.loads(attached.output)["flag"] == "--model-config-name=fides"
+        detached = run(app, ["detach", *names, "--live", server.http_address])
+        assert "The running server was switched back." in detached.output

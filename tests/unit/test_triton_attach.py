@@ -105,6 +105,31 @@ def test_a_file_that_somebody_added_is_kept_and_named(repository: Path, bundle: 
     assert (repository / "flowers__fides" / "notes.txt").read_text() == "mine"
 
 
+def test_a_file_that_somebody_changed_is_named_and_needs_force(repository: Path, bundle: Path) -> None:
+    before = tree_digest(repository)
+    attach(repository, "flowers", AttachOptions(bundle))
+    config = repository / "flowers__fides_verify" / "config.pbtxt"
+    config.write_text(config.read_text() + "# mine\n")
+    label = repository / "flowers__fides" / "flower_labels.txt"
+    label.unlink()
+    label.write_text("mine")
+    attached = tree_digest(repository)
+    with pytest.raises(ServerError, match=r"flowers__fides_verify/config\.pbtxt, flowers__fides/flower_.*--force"):
+        detach(repository, "flowers")
+    assert tree_digest(repository) == attached
+    assert detach(repository, "flowers", force=True)[1] == []
+    assert tree_digest(repository) == before
+
+
+def test_without_its_list_detach_says_what_to_remove(repository: Path, bundle: Path) -> None:
+    attach(repository, "flowers", AttachOptions(bundle))
+    (repository / "flowers__fides" / MANIFEST_FILE).unlink()
+    with pytest.raises(
+        ServerError, match=r"fides-attach\.json.*missing.*by hand.*flowers__base.*flowers/configs/fides"
+    ):
+        detach(repository, "flowers")
+
+
 def _replace(old: str, new: str) -> str:
     assert old in STRANGER_CONFIG
     return STRANGER_CONFIG.replace(old, new)

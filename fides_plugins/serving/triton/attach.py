@@ -118,16 +118,28 @@ def attach(
     return attached
 
 
-def detach(repository: str | Path, model: str, *, live: str = "") -> tuple[Attached, list[str]]:
+def detach(repository: str | Path, model: str, *, live: str = "", force: bool = False) -> tuple[Attached, list[str]]:
     """Remove exactly what attach wrote; return what that was, and what was found there besides.
+
+    Parameters
+    ----------
+    force:
+        Remove files that were changed since attach, too.
 
     Raises
     ------
     ServerError
-        If `model` is not attached, or the live server cannot be switched back (then nothing is removed).
+        If `model` is not attached, files were changed since, or the live server cannot be switched back
+        (then nothing is removed).
     """
     root = Path(repository)
     attached = find_attached(root, model)
+    changed = [] if force else _changed(root, attached)
+    if changed:
+        raise ServerError(
+            f"Changed since attach: {', '.join(changed)}.",
+            "Copy what is to be kept, then detach with --force.",
+        )
     if live:
         _switch_off(TritonApi(live), attached)
     for path in [*attached.links, *attached.files]:
@@ -148,13 +160,38 @@ def detach(repository: str | Path, model: str, *, live: str = "") -> tuple[Attac
     return attached, left
 
 
+def _changed(root: Path, attached: Attached) -> list[str]:
+    """Paths that attach wrote and that hold something else now; those that are gone are not among them."""
+    files = [
+        path
+        for path, digest in attached.files.items()
+        if (root / path).is_file() and hashlib.sha256((root / path).read_bytes()).hexdigest() != digest
+    ]
+    return files + [path for path in attached.links if (root / path).exists() and not (root / path).is_symlink()]
+
+
 def find_attached(root: Path, model: str) -> Attached:
     """The manifest of the protected model that is called `model` or protects it."""
     for candidate in sorted(root.glob(f"*/{MANIFEST_FILE}")):
         attached = _read_manifest(candidate)
         if model in (attached.public, attached.model):
             return attached
-    raise ServerError(f"{model!r} is not attached in this repository.", "List what is with: ls REPOSITORY/*__fides.")
+    found = _own_paths(root, model)
+    if found:
+        raise ServerError(
+            f"{model!r} cannot be detached: {model}__fides/{MANIFEST_FILE}, the list of what attach wrote, is missing.",
+            f"Restore it from a backup, or remove by hand what attach wrote: {', '.join(found)}.",
+        )
+    raise ServerError(
+        f"{model!r} is not attached in this repository.",
+        "List what is with: ls REPOSITORY/*__fides. A server that still serves it protected is to be restarted.",
+    )
+
+
+def _own_paths(root: Path, public: str) -> list[str]:
+    """What attach would write for a protected model of this name, as far as it is there."""
+    names = [public + suffix for suffix in _OWN_FOLDERS] + [f"{public}/configs/{CONFIG_NAME}.pbtxt"]
+    return [name for name in names if (root / name).exists()]
 
 
 def _check_names(root: Path, model: str, serve_as: str) -> None:
@@ -167,10 +204,8 @@ def _check_names(root: Path, model: str, serve_as: str) -> None:
         known = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())[:20])
         raise ServerError(f"The repository has no model {model!r}.", f"It has: {known}.")
     public = serve_as or model
-    taken = [public + suffix for suffix in _OWN_FOLDERS if (root / (public + suffix)).exists()]
+    taken = _own_paths(root, public)
     taken += [public] if serve_as and (root / serve_as).exists() else []
-    if not serve_as and (root / model / "configs" / f"{CONFIG_NAME}.pbtxt").exists():
-        taken.append(f"{model}/configs/{CONFIG_NAME}.pbtxt")
     if taken:
         raise ServerError(
             f"The repository already has {', '.join(taken)}.",
@@ -193,7 +228,11 @@ def _read_config(folder: Path, model: str, server: str) -> tuple[Any, str]:
     if config.platform == "ensemble" and any(
         s.model_name.startswith(f"{model}__") for s in config.ensemble_scheduling.step
     ):
-        raise ServerError(f"The server already serves {model!r} protected.", "Detach it first.")
+        raise ServerError(
+            f"The server already serves {model!r} protected.",
+            f"Detach it first: fides detach triton REPOSITORY {model} --live {server}. Where that finds nothing, "
+            "restart the server: it then serves what the repository holds.",
+        )
     # The user's own text is kept where it says everything; what the server completed is written out otherwise.
     complete = local and _declares_tensors(local, model)
     return config, local if complete else to_text(config)
