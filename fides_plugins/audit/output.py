@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from fides_plugins.audit.records import ID_COLUMN
-from fides_plugins.types import STATUS_TEXTS, Verdict
+from fides_plugins.types import STATUS_TEXTS, BoolArray, Status, Verdict
 
 
 def verdict_table(verdict: Verdict, start: int, ids: pa.ChunkedArray | None, probabilities: bool) -> pa.Table:
@@ -39,6 +40,20 @@ def _texts(codes: Any, texts: Sequence[str]) -> pa.Array:
     return pa.DictionaryArray.from_arrays(indices, pa.array(list(texts) or [""], pa.string())).cast(pa.string())
 
 
+def with_faults(verdict: Verdict, faults: Mapping[str, BoolArray]) -> Verdict:
+    """The verdict, with what is wrong with the recording as the reason of rows that could not be judged.
+
+    The pipeline sees such rows as NaN; only who read them knows that they were too short, or logits.
+    """
+    unjudged = np.isin(verdict.status, (Status.ERROR, Status.INDETERMINATE))
+    codes, reasons = np.array(verdict.reason_codes), list(verdict.reasons)
+    for text, rows in faults.items():
+        if (rows & unjudged).any():
+            codes[rows & unjudged] = len(reasons)
+            reasons.append(text)
+    return replace(verdict, reason_codes=codes, reasons=tuple(reasons))
+
+
 class Summary:
     """Counts over batches of the output."""
 
@@ -64,15 +79,20 @@ class Summary:
         rows = self._sums["rows"]
         judged = statuses["trusted"] + statuses["attacked"]
         low, high = wilson(statuses["attacked"], judged)
+        unjudged = rows - judged
         reasons = sorted(((n, r) for r, n in self._counts["reason"].items() if r), reverse=True)
         return {
             **self._sums,
             "rows": rows,
             "statuses": statuses,
             "false_alarm_rate": false_alarm_rate,
-            "attacked_share": statuses["attacked"] / judged if judged else 0.0,
+            "judged": judged,
+            "unjudged": unjudged,
+            "unjudged_share": unjudged / rows,
+            # Unknown, not zero, where nothing could be judged.
+            "attacked_share": statuses["attacked"] / judged if judged else None,
             "attacked_interval": [low, high],
-            "more_than_false_alarms": low > false_alarm_rate,
+            "more_than_false_alarms": low > false_alarm_rate if judged else None,
             "reasons": {reason: count for count, reason in reasons[:20]},
         }
 

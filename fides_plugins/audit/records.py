@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from fides_plugins.errors import InputError
-from fides_plugins.types import BoolArray, Float32Array
+from fides_plugins.types import BoolArray, Float32Array, IntArray
 
 SERVICE_COLUMNS = ("service_probabilities", "service_logits")
 VERIFICATION_COLUMNS = ("verification_probabilities", "verification_logits")
@@ -35,6 +35,7 @@ BATCH_BYTES = 16 * 1024 * 1024
 MAX_BATCH_ROWS = 8192
 _READ_BUFFER = 1 << 20
 _JSON_BLOCK = 1 << 22
+_HASH_BLOCK = 1 << 20
 
 _FORMAT_HELP = (
     "Columns: service_probabilities or service_logits; verification_probabilities, verification_logits or input; "
@@ -65,7 +66,7 @@ class Recording:
     batch_rows:
         Rows handed to the pipeline at once; part of the plan, so that every run sees the same batches.
     fingerprint:
-        Stands for the file's content: its size and the SHA-256 of its first and last bytes.
+        SHA-256 of the whole file: a change anywhere in it must not be mixed with what was judged before.
     """
 
     path: str
@@ -119,10 +120,10 @@ def read_part(recording: Recording, parts: Sequence[Part]) -> Iterator[tuple[Par
             yield part, batch
 
 
-def matrix(column: pa.ChunkedArray, width: int) -> tuple[Float32Array, BoolArray]:
-    """A column of lists of numbers as (N, width) float32, and the rows that were such lists.
+def matrix(column: pa.ChunkedArray, width: int) -> tuple[Float32Array, IntArray]:
+    """A column of lists of numbers as (N, width) float32, and the length of each list.
 
-    Rows that are null or of another length are NaN.
+    Rows that are null (length -1) or of another length are NaN.
 
     Raises
     ------
@@ -132,16 +133,16 @@ def matrix(column: pa.ChunkedArray, width: int) -> tuple[Float32Array, BoolArray
     array = _one_chunk(column)
     if not _is_list(array.type) or not _is_number(array.type.value_type):
         raise InputError(f"A column holds {array.type}; expected lists of numbers.", _FORMAT_HELP)
-    lengths = pc.fill_null(pc.list_value_length(array), -1).to_numpy(zero_copy_only=False)
+    lengths = pc.fill_null(pc.list_value_length(array), -1).to_numpy(zero_copy_only=False).astype(np.int64)
     good = lengths == width
     if good.all():
         values = array.flatten().to_numpy(zero_copy_only=False)
-        return np.ascontiguousarray(values.reshape(-1, width), dtype=np.float32), good
+        return np.ascontiguousarray(values.reshape(-1, width), dtype=np.float32), lengths
     result = np.full((len(array), width), np.nan, dtype=np.float32)
     if good.any():
         kept = array.filter(pa.array(good)).flatten().to_numpy(zero_copy_only=False)
         result[good] = kept.reshape(-1, width)
-    return result, good
+    return result, lengths
 
 
 def tensor(
@@ -231,12 +232,10 @@ def _batch_rows(total_bytes: int, n_rows: int, part_rows: int) -> int:
 
 def _fingerprint(path: Path) -> str:
     digest = hashlib.sha256()
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        digest.update(stream.read(65536))
-        stream.seek(max(0, size - 65536))
-        digest.update(stream.read(65536))
-    return f"{size}:{digest.hexdigest()}"
+    with path.open("rb", buffering=0) as stream:
+        while block := stream.read(_HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _open_parquet(path: Path, part_rows: int) -> Recording:

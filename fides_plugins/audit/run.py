@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fides_plugins import __version__
-from fides_plugins.audit.output import Summary, verdict_table
+from fides_plugins.audit.output import Summary, verdict_table, with_faults
 from fides_plugins.audit.records import (
     ID_COLUMN,
     INPUT_COLUMN,
@@ -39,7 +39,7 @@ from fides_plugins.bundle import Bundle
 from fides_plugins.errors import InputError, SettingsError
 from fides_plugins.pipeline import Pipeline, VerifyOutcome
 from fides_plugins.settings import Settings
-from fides_plugins.types import Float32Array, Prediction, Query, Verification, softmax
+from fides_plugins.types import BoolArray, Float32Array, IntArray, Prediction, Query, Verification, softmax
 
 PLAN_NAME = "plan.json"
 #: A batch after the fact may take its time; this only ends a plug-in that hangs.
@@ -98,12 +98,16 @@ class Auditor:
     def judge(self, table: pa.Table, start: int) -> pa.Table:
         """Verdicts of one batch whose first row is row `start` of the recording."""
         recording = self._job.recording
-        claimed, _ = matrix(table.column(recording.service), self._pipeline.n_classes)
+        claimed, lengths = matrix(table.column(recording.service), self._pipeline.n_classes)
         spec = self._manifest.service
         kind = "logits" if recording.service.endswith("logits") else "probabilities"
         service = Prediction.from_output(claimed, kind, spec.temperature)  # type: ignore[arg-type]
-        query, outcome = self._reference(table)
-        verdict = self._pipeline.validate(query, service, outcome)
+        query, outcome, faults = self._reference(table)
+        if kind == "probabilities":
+            logits = np.isfinite(claimed).all(axis=1) & ~service.valid
+            faults[f"{recording.service} does not hold probabilities; are these logits?"] = logits
+        faults |= self._wrong_lengths(recording.service, lengths)
+        verdict = with_faults(self._pipeline.validate(query, service, outcome), faults)
         ids = table.column(ID_COLUMN) if recording.request_ids else None
         return verdict_table(verdict, start, ids, self._job.probabilities)
 
@@ -111,14 +115,22 @@ class Auditor:
         """Close the plug-ins."""
         self._pipeline.close()
 
-    def _reference(self, table: pa.Table) -> tuple[Query, VerifyOutcome]:
+    def _wrong_lengths(self, name: str, lengths: IntArray) -> dict[str, BoolArray]:
+        k = self._pipeline.n_classes
+        found = np.unique(lengths[(lengths >= 0) & (lengths != k)])
+        return {f"{name} has {n} numbers, but the bundle has {k} classes": lengths == n for n in found}
+
+    def _reference(self, table: pa.Table) -> tuple[Query, VerifyOutcome, dict[str, BoolArray]]:
+        """What a batch is judged by, and what is wrong with rows of it."""
         name, k = self._job.recording.reference, self._pipeline.n_classes
         service_name = self._job.settings.service_name
         if name != INPUT_COLUMN:
-            values, good = matrix(table.column(name), k)
-            verification = Verification.single(self._distribution(values, name), "recording", good)
+            values, lengths = matrix(table.column(name), k)
+            verification = Verification.single(self._distribution(values, name), "recording", lengths == k)
             rows_only = np.empty((table.num_rows, 0), dtype=np.float32)
-            return Query({"recorded": rows_only}, model_name=service_name), VerifyOutcome(verification)
+            query = Query({"recorded": rows_only}, model_name=service_name)
+            faults = {f"{name} holds numbers that are not finite": (lengths == k) & ~np.isfinite(values).all(axis=1)}
+            return query, VerifyOutcome(verification), faults | self._wrong_lengths(name, lengths)
         spec = self._manifest.input
         assert spec is not None
         inputs, good = tensor(table.column(name), spec.shape[1:], np.dtype(spec.dtype))
@@ -128,7 +140,8 @@ class Auditor:
         if found is not None and not good.all():
             # Rows without a usable input were verified on zeros; that is no reference.
             found = Verification(found.references, found.available & good[:, None], found.sources, found.evidence)
-        return query, VerifyOutcome(found, outcome.failures)
+        shape = tuple(s or "any" for s in spec.shape[1:])
+        return query, VerifyOutcome(found, outcome.failures), {f"{name} does not fit the shape {shape}": ~good}
 
     def _distribution(self, values: Float32Array, name: str) -> Float32Array:
         if not name.endswith("logits"):
@@ -249,8 +262,9 @@ def assemble(job: Job, target: str | Path) -> dict[str, Any]:
     Returns
     -------
     dict
-        The summary: `rows`, `statuses`, `attacked_share` with its 95 % Wilson interval, `disagreements`
-        (rows whose service label is not the verified one), `corrected`, `refused`, and `reasons`.
+        The summary: `rows`, `statuses`, `judged` and `unjudged` rows, `attacked_share` (of those judged; None
+        without any) with its 95 % Wilson interval, `disagreements` (rows whose service label is not the
+        verified one), `corrected`, `refused`, and `reasons`.
     """
     out = Path(target).resolve()
     staging = out.with_name(f".{out.name}.{os.getpid()}.tmp")

@@ -10,6 +10,9 @@ import typer
 from fides_plugins.cli._output import console, print_json, print_table, progress
 from fides_plugins.errors import SettingsError
 
+#: Share of rows without a verdict that --check lets pass: that of the alert FidesVerificationFailing.
+MAX_UNJUDGED = 0.05
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -71,8 +74,15 @@ def run(
     address: Annotated[str, typer.Option(help="Ray cluster; a local one is started where none is given.")] = "",
     probabilities: Annotated[bool, typer.Option(help="Write the probabilities to use, K numbers a row.")] = True,
     check: Annotated[
-        bool, typer.Option("--check", help="Exit with 1 if more is attacked than the false-alarm rate explains.")
+        bool,
+        typer.Option(
+            "--check",
+            help="Exit with 1 if more is attacked than the false-alarm rate explains, or too much has no verdict.",
+        ),
     ] = False,
+    max_unjudged: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of rows without a verdict that --check lets pass.")
+    ] = MAX_UNJUDGED,
     as_json: AsJson = False,
 ) -> None:
     """Judge recorded predictions after the fact. A run that was stopped goes on where it was."""
@@ -104,23 +114,34 @@ def run(
     if as_json:
         print_json(summary)
     else:
-        _print_summary(out.name, summary)
-    if check and summary["more_than_false_alarms"]:
+        _print_summary(out.name, summary, max_unjudged)
+    if check and (summary["more_than_false_alarms"] or _too_few_judged(summary, max_unjudged)):
         raise typer.Exit(1)
 
 
-def _print_summary(name: str, summary: dict[str, Any]) -> None:
+def _too_few_judged(summary: dict[str, Any], max_unjudged: float) -> bool:
+    return not summary["judged"] or summary["unjudged_share"] > max_unjudged
+
+
+def _print_summary(name: str, summary: dict[str, Any], max_unjudged: float) -> None:
     rows = summary["rows"]
     low, high = summary["attacked_interval"]
     table = [(status, f"{count:,}", f"{count / rows:.3%}") for status, count in summary["statuses"].items()]
     table += [(what, f"{summary[what]:,}", f"{summary[what] / rows:.3%}") for what in ("disagreements", "refused")]
-    print_table(f"{rows:,} rows judged into {name}", ("rows", "number", "share"), table)
+    print_table(f"{summary['judged']:,} of {rows:,} rows judged into {name}", ("rows", "number", "share"), table)
     out = console()
-    text = "more than" if summary["more_than_false_alarms"] else "no more than"
-    out.print(
-        f"Attacked: {summary['attacked_share']:.3%} (95 % interval {low:.3%} to {high:.3%}), "
-        f"{text} the false-alarm rate of {summary['false_alarm_rate']:g} explains."
-    )
+    if summary["judged"]:
+        text = "more than" if summary["more_than_false_alarms"] else "no more than"
+        out.print(
+            f"Attacked: {summary['attacked_share']:.3%} of the judged rows (95 % interval {low:.3%} to {high:.3%}), "
+            f"{text} the false-alarm rate of {summary['false_alarm_rate']:g} explains."
+        )
+    if _too_few_judged(summary, max_unjudged):
+        out.print(
+            f"[red]{summary['unjudged']:,} of {rows:,} rows could not be judged: whether they were attacked is "
+            "not known.[/red]",
+            soft_wrap=True,
+        )
     for reason, count in summary["reasons"].items():
         out.print(f"  {count:,} x {reason}", soft_wrap=True)
     again = f", {summary['resumed_rows']:,} of them by an earlier run" if summary["resumed_rows"] else ""

@@ -184,6 +184,18 @@ def test_what_another_run_left_is_refused(tmp_path: Path, bundle_folder: Path) -
         prepare(bundle_folder, source, tmp_path / "out.parquet")
 
 
+def test_a_change_in_the_middle_of_the_input_is_another_input(tmp_path: Path, bundle_folder: Path) -> None:
+    """Of the same size, and far from both ends: what was judged before must not be mixed with it."""
+    source = write_jsonl(tmp_path / "in.jsonl", recorded(2000), *PAIRS)
+    run_module.judge_here(prepare(bundle_folder, source, tmp_path / "out.parquet"))
+    text = source.read_bytes()
+    at = text.index(b"0.", len(text) // 2)
+    source.write_bytes(text[:at] + b"9." + text[at + 2 :])
+    assert 2**17 < at < len(text) - 2**17
+    with pytest.raises(InputError, match="another input"):
+        prepare(bundle_folder, source, tmp_path / "out.parquet")
+
+
 def test_one_run_at_a_time(tmp_path: Path, bundle_folder: Path) -> None:
     source = write_parquet(tmp_path / "in", recorded(50), *PAIRS)
     job = prepare(bundle_folder, source, tmp_path / "out.parquet")
@@ -269,8 +281,64 @@ def test_the_command(tmp_path: Path, bundle_folder: Path) -> None:
     assert json.loads(result.stdout)["rows"] == 400
     result = CliRunner().invoke(app, [*arguments, str(tmp_path / "b.parquet"), "--check"])
     assert result.exit_code == 1
-    assert "400 rows judged" in result.stdout
+    assert "400 of 400 rows judged" in result.stdout
     assert Bundle.load(bundle_folder).n_classes == 10
+
+
+def unusable(fault: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A recording of 40 clean rows that the bundle of 10 classes cannot judge, and its columns."""
+    columns = recorded(40, share=0)
+    names = ("service_probabilities", "verification_probabilities")
+    if fault == "nine classes":
+        return columns | {"service_logits": columns["service_logits"][:, :9]}, ("service_logits", names[1])
+    if fault == "nine references":
+        return columns | {"verification_logits": columns["input"][:, :9]}, (names[0], "verification_logits")
+    if fault == "logits as probabilities":
+        return columns | {"service_probabilities": columns["service_logits"]}, names
+    if fault == "wrong input":
+        return columns | {"input": columns["input"][:, :7]}, (names[0], "input")
+    name = names[fault == "nan references"]
+    return columns | {name: np.full((40, 10), np.nan, dtype=np.float32)}, names
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("nine classes", "service_logits has 9 numbers, but the bundle has 10 classes"),
+        ("nine references", "verification_logits has 9 numbers, but the bundle has 10 classes"),
+        ("logits as probabilities", "service_probabilities does not hold probabilities; are these logits?"),
+        ("wrong input", "input does not fit the shape (10,)"),
+        ("nan references", "verification_probabilities holds numbers that are not finite"),
+        ("nan service", "not a finite class distribution"),
+    ],
+)
+def test_a_recording_that_cannot_be_judged_fails_the_check(
+    tmp_path: Path, bundle_folder: Path, fault: str, reason: str
+) -> None:
+    columns, names = unusable(fault)
+    source = write_parquet(tmp_path / "in", columns, *names)
+    arguments = ["audit", "run", "--bundle", str(bundle_folder), "--input", str(source), "--out"]
+    found = CliRunner().invoke(app, [*arguments, str(tmp_path / "a"), "--check", "--max-unjudged", "1"])
+    assert found.exit_code == 1, found.output
+    assert "40 of 40 rows could not be judged" in found.output
+    assert "explains" not in found.output
+    assert reason in found.output
+    found = CliRunner().invoke(app, [*arguments, str(tmp_path / "b"), "--json"])
+    assert found.exit_code == 0
+    summary = json.loads(found.stdout)
+    assert (summary["judged"], summary["attacked_share"], summary["more_than_false_alarms"]) == (0, None, None)
+
+
+def test_a_share_without_a_verdict_fails_the_check(tmp_path: Path, bundle_folder: Path) -> None:
+    columns = recorded(100, share=0)
+    columns["service_probabilities"][:10] = np.nan
+    source = write_parquet(tmp_path / "in", columns, *PAIRS)
+    arguments = ["audit", "run", "--bundle", str(bundle_folder), "--input", str(source), "--check", "--out"]
+    found = CliRunner().invoke(app, [*arguments, str(tmp_path / "a")])
+    assert found.exit_code == 1
+    assert "10 of 100 rows could not be judged" in found.output
+    found = CliRunner().invoke(app, [*arguments, str(tmp_path / "b"), "--max-unjudged", "0.1"])
+    assert found.exit_code == 0, found.output
 
 
 def test_the_command_verify(tmp_path: Path) -> None:
