@@ -13,9 +13,11 @@ import pytest
 
 from fides_plugins.errors import InputError, ServerError, SettingsError
 from fides_plugins.guard import Failure
+from fides_plugins.monitor import EProcess
 from fides_plugins.pipeline import VerifyOutcome
 from fides_plugins.serving.triton import wire
 from fides_plugins.serving.triton.api import Statistics, TritonApi
+from fides_plugins.serving.triton.check import _harm
 from fides_plugins.serving.triton.decoders import make_decoder
 from fides_plugins.serving.triton.dtypes import decode_bytes, encode_bytes, numpy_dtype, triton_dtype
 from fides_plugins.serving.triton.probe import recognise, sample_inputs, sample_png
@@ -258,6 +260,27 @@ def test_a_liveness_look_changes_nothing() -> None:
     server.dead = True
     assert not watch.look()
     assert server.calls == []
+
+
+@pytest.mark.parametrize(
+    ("statuses", "p_values", "why"),
+    [
+        (["trusted", "trusted"], [0.5, 1.0], ""),
+        (["trusted"], [np.nan], ""),
+        (["trusted", "attacked"], [0.9, 0.001], "attacked"),
+        (["trusted", "trusted"], [0.9, 0.05], "0.05"),
+    ],
+)
+def test_a_check_sends_only_rows_that_cannot_raise_the_alarm(
+    statuses: list[str], p_values: list[float], why: str
+) -> None:
+    """Sent again and again, a trusted row of a small p-value is evidence like any sequence; see `EProcess`."""
+    harm = _harm(statuses, np.array(p_values, np.float32))
+    assert (why in harm) if why else not harm
+    if not harm and not np.isnan(p_values).any():
+        process = EProcess(1000)
+        wealth = [float(process.step(np.array([p]))[0]) for p in p_values * 200]
+        assert max(wealth) <= 1.0
 
 
 def test_an_unreachable_server_is_a_server_error() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,8 @@ from fides_plugins.types import SUM_TOLERANCE
 
 #: Free bytes of /dev/shm below which a step may fail to grow its shared memory.
 SHM_NEEDED = 64 * 1024 * 1024
+#: P-values from here on lower the evidence of the service alarm, whatever it has seen (k p^(k-1) < 1 for its bets).
+HARMLESS_P_VALUE = 0.5
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 
 #: What the server says when something goes wrong, and how to mend it.
@@ -77,6 +79,10 @@ def check(
 ) -> list[Finding]:
     """Check a protected model step by step; findings in the order in which to mend them.
 
+    The steps are asked directly, and the verdict is marked as a probe's. A request through the protected
+    model itself is counted like any client's, because no mark from outside may keep it out of the records:
+    it is sent only if the marked verdict shows that it cannot raise the service alarm.
+
     Parameters
     ----------
     data:
@@ -107,10 +113,18 @@ def check(
     findings.append(_finding("service model", base))
     verified = probe(api, item.verify, inputs, timeout_s)
     findings.append(_finding("verification", verified, _verification_detail(verified)))
-    judged = _judge(api, item, inputs, base, verified, timeout_s)
+    judged, harmful = _judge(api, item, inputs, base, verified, timeout_s)
     findings.append(judged)
-    whole = probe(api, model, inputs, timeout_s)
-    findings.append(_finding("protected model", whole, _whole_detail(item, base, whole)))
+    bad = [f.what for f in findings if not f.good]
+    if bad:
+        detail = f"Not tried: mend first what is bad ({', '.join(bad)})."
+        findings.append(Finding("protected model", False, float("nan"), detail))
+    elif harmful:
+        detail = f"Its steps work; not sent through as a whole, because {harmful} Give benign rows with --data."
+        findings.append(Finding("protected model", True, float("nan"), detail))
+    else:
+        whole = probe(api, model, inputs, timeout_s)
+        findings.append(_finding("protected model", whole, _whole_detail(item, base, whole)))
     return findings
 
 
@@ -162,11 +176,12 @@ def _judge(
     base: ProbeResult,
     verified: ProbeResult,
     timeout_s: float,
-) -> Finding:
+) -> tuple[Finding, str]:
+    """The finding, and why the same rows should not be sent where they are counted; empty if they may."""
     config = api.config(item.validate)
     taken = {str(e["name"]) for e in config["input"]} - set(wire.INTERNAL)
     if base.outputs is None:
-        return Finding("validation", False, float("nan"), "Not tried: the service model gave no answer.")
+        return Finding("validation", False, float("nan"), "Not tried: the service model gave no answer."), ""
     references = sample_references(config)
     if verified.outputs is not None and verified.outputs[wire.VERIFICATION].size:
         references = {name: verified.outputs[name] for name in wire.INTERNAL}
@@ -180,8 +195,18 @@ def _judge(
             problem = f"The verdict is {status[0]}: {reason[0]}."
         else:
             # A generated input is no digit and no flower, so `attacked` is as good a sign of life as `trusted`.
-            return Finding("validation", True, result.seconds, f"verdict: {status[0]}")
-    return _finding("validation", result, problem)
+            found = Finding("validation", True, result.seconds, f"verdict: {status[0]}")
+            return found, _harm(status, result.outputs[wire.P_VALUE])
+    return _finding("validation", result, problem), "its verdict is not known."
+
+
+def _harm(status: Sequence[str], p_values: NDArray[Any]) -> str:
+    """Why rows with these verdicts would count against the service."""
+    if set(status) != {"trusted"}:
+        return "it would be counted as attacked."
+    # A detector without a calibration has no p-values, and then there is no alarm either.
+    lowest = float(np.min(p_values))
+    return f"its p-value of {lowest:.2g} would be evidence for the service alarm." if lowest < HARMLESS_P_VALUE else ""
 
 
 def _texts(array: NDArray[Any]) -> list[str]:
