@@ -7,8 +7,10 @@ Scrapes are two seconds apart here, as an operator's are fifteen; everything els
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -67,6 +69,8 @@ def test_rules_pass_their_own_tests() -> None:
 def test_rules_and_dashboard_use_only_names_that_exist() -> None:
     rules = RULES.read_text()
     known = set(METRICS) | {f"{m.name}_bucket" for m in METRICS.values() if m.kind == "histogram"}
+    # Steps, as values of a label of Triton's own metrics.
+    known |= {"fides_verify", "fides_validate"}
     recorded = set(re.findall(r"record: (\S+)", rules))
     # The test file feeds the rules; what only appears there would be a rule over nothing.
     for text in (rules, *_expressions()):
@@ -234,6 +238,33 @@ def test_every_dashboard_query_runs_and_the_vocabulary_is_served(server: TritonS
         for labels in series:
             assert set(metric.labels) <= {pair.partition("=")[0] for pair in labels.split(",")}
         assert f"# TYPE {metric.name} {metric.kind}" in text
+
+
+@needs_servers
+def test_a_dead_verification_is_noticed_although_nothing_counts_it(
+    server: TritonServer, prometheus: Prometheus
+) -> None:
+    """The rule waits a minute before it fires; that it is pending shows that it sees the real server's series."""
+
+    def pending(alert: str) -> bool:
+        return bool(prometheus.query(f'ALERTS{{alertname="{alert}", model=~".*fides_verify"}}'))
+
+    send(server, 5, 500)
+    assert not pending("FidesStepFailing")
+    for pid in server.stub_pids("fides_verify"):
+        os.kill(pid, signal.SIGKILL)
+    try:
+        for seed in range(3):
+            with pytest.raises(tritonclient.grpc.InferenceServerException, match="not healthy"):
+                send(server, 1, seed)
+            time.sleep(SCRAPE_S)
+        wait_until(lambda: pending("FidesStepFailing"), 10 * SCRAPE_S, "The alert")
+        # Verdicts of the minutes before still stand in the window of this one; it comes when they have left it.
+        assert not prometheus.firing("FidesVerificationFailing")
+        assert prometheus.value('sum(fides:failures:increase5m{service="digits_flag"})') > 0
+    finally:
+        server.api.reload("fides_verify")
+    assert send(server, 1, 501) == 1
 
 
 @needs_promtool
