@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,12 @@ from fides_plugins.guard import Failure
 from fides_plugins.monitor import EProcess
 from fides_plugins.pipeline import VerifyOutcome
 from fides_plugins.serving.triton import wire
-from fides_plugins.serving.triton.api import Statistics, TritonApi
+from fides_plugins.serving.triton.api import NotExplicit, Statistics, TritonApi, UnknownModel, Unreachable
 from fides_plugins.serving.triton.check import _harm
 from fides_plugins.serving.triton.decoders import make_decoder
 from fides_plugins.serving.triton.dtypes import decode_bytes, encode_bytes, numpy_dtype, triton_dtype
 from fides_plugins.serving.triton.probe import recognise, sample_inputs, sample_png
-from fides_plugins.serving.triton.watch import Event, Watcher, degraded_config, full_config
+from fides_plugins.serving.triton.watch import Event, Watcher, degraded_config, full_config, watch_forever
 from fides_plugins.types import Verification, softmax
 
 
@@ -286,8 +288,63 @@ def test_a_check_sends_only_rows_that_cannot_raise_the_alarm(
 def test_an_unreachable_server_is_a_server_error() -> None:
     with pytest.raises(ServerError, match="cannot be reached"):
         TritonApi("127.0.0.1:1").index()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:abc", "127.0.0.1:99999", "http://[::1", "ftp://x"])
+def test_an_address_that_is_none_is_a_message(address: str) -> None:
     with pytest.raises(ServerError, match="Write host:port"):
-        TritonApi("ftp://x")
+        TritonApi(address)
+
+
+@pytest.mark.parametrize(
+    "fault", ["one array", "damaged", "cut off", "nothing in it", "no bytes", "objects", "no file"]
+)
+def test_data_that_cannot_be_read_are_a_message(tmp_path: Path, fault: str) -> None:
+    from fides_plugins.cli.triton import _read_data
+
+    file = tmp_path / ("rows.npy" if fault == "one array" else "rows.npz")
+    rows = np.arange(4000.0).astype(np.object_) if fault == "objects" else np.arange(4000.0)
+    if fault == "one array":
+        np.save(file, rows)
+    elif fault == "nothing in it":
+        np.savez(file)
+    elif fault == "no bytes":
+        file.touch()
+    elif fault != "no file":
+        np.savez_compressed(file, x=rows)
+        content = file.read_bytes()
+        if fault == "cut off":
+            file.write_bytes(content[: len(content) // 2])
+        elif fault == "damaged":
+            file.write_bytes(content[:200] + bytes(100) + content[300:])
+    with pytest.raises(InputError, match=r"rows\.np[yz]"):
+        _read_data(file)
+
+
+def test_the_watch_ends_where_it_can_never_heal_and_says_once_what_it_waits_for() -> None:
+    class Stubborn:
+        def __init__(self, errors: list[Exception | None]) -> None:
+            self.errors, self.events = errors, []  # type: ignore[var-annotated]
+            self.report = self.events.append
+
+        def look(self) -> None:
+            if not self.errors:
+                stop.set()
+            elif (error := self.errors.pop(0)) is not None:
+                raise error
+
+        def forget(self) -> None: ...
+
+    down, bare = Unreachable("It cannot be reached."), ServerError("It is not protected.")
+    never = (NotExplicit("Loading 'm'"), UnknownModel("The server has no model 'x'."))
+    for error in never:
+        stop, watch = threading.Event(), Stubborn([down, error])
+        with pytest.raises(type(error)):
+            watch_forever(watch, 0, stop)  # type: ignore[arg-type]
+    # A model that was watched may come back; what is waited for is said once.
+    stop, watch = threading.Event(), Stubborn([down, down, None, never[1], bare, TimeoutError(), down])
+    watch_forever(watch, 0, stop)  # type: ignore[arg-type]
+    assert [e.kind for e in watch.events] == ["unreachable", "unprotected", "unreachable"]
 
 
 def test_a_missing_wheel_is_said_in_one_line() -> None:

@@ -23,6 +23,8 @@ from fides_plugins.serving.triton.dtypes import decode_bytes, encode_bytes, nump
 
 #: Parameter whose value is the time of the last forced reload.
 RELOAD_PARAMETER = "fides_step.reloaded"
+#: Triton's words for a load request outside explicit mode, be it that it polls or that it does not.
+_NOT_EXPLICIT = "explicit model load / unload is not allowed"
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,24 @@ class InferenceRefused(ServerError):
         self.message = message
 
 
+class Unreachable(ServerError):
+    """The server gave no answer at all."""
+
+
+class UnknownModel(ServerError):
+    """The server's repository has no model of this name."""
+
+
+class NotExplicit(ServerError):
+    """The server does not run in explicit mode, so nothing can load a step anew."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what} failed: the server is not in explicit mode, so no step of it can be loaded anew.",
+            "Start it with --model-control-mode=explicit --load-model=*, or restart it where it is.",
+        )
+
+
 class TritonApi:
     """One server, by address.
 
@@ -86,10 +106,14 @@ class TritonApi:
     """
 
     def __init__(self, address: str, metrics_url: str = "", timeout_s: float = 10.0) -> None:
-        parts = urlsplit(address if "//" in address else f"//{address}")
+        try:
+            parts = urlsplit(address if "//" in address else f"//{address}")
+            port = parts.port or 8000
+        except ValueError as error:  # a port that is no number, or none that exists
+            raise ServerError(f"{address!r} is no address: {error}.", "Write host:port.") from None
         if not parts.hostname or parts.scheme not in ("", "http"):
             raise ServerError(f"{address!r} is not the address of an HTTP server.", "Write host:port.")
-        self.host, self.port = parts.hostname, parts.port or 8000
+        self.host, self.port = parts.hostname, port
         self.metrics_url = metrics_url or f"http://{self.host}:8002/metrics"
         self.timeout_s = timeout_s
 
@@ -119,11 +143,13 @@ class TritonApi:
         try:
             answer = self.exchange(method, path, body, timeout_s=timeout_s)
         except OSError as error:
-            raise ServerError(
+            raise Unreachable(
                 f"Triton at {self.host}:{self.port} cannot be reached ({error.strerror or error}).",
                 "Check the address and that the server runs.",
             ) from error
         if answer.status != 200:
+            if _NOT_EXPLICIT in answer.error:
+                raise NotExplicit(what)
             raise ServerError(f"{what} failed: {answer.error}")
         return answer
 
@@ -169,8 +195,10 @@ class TritonApi:
 
         Raises
         ------
+        NotExplicit
+            If the server does not run in explicit mode.
         ServerError
-            If the server refuses, for example outside explicit mode. The model it served before stays.
+            If the server refuses. The model it served before stays.
         """
         body = b"{}"
         if config is not None:

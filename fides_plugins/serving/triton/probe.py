@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from fides_plugins.errors import ServerError
 from fides_plugins.pipeline import VerifyOutcome
 from fides_plugins.serving.triton import wire
-from fides_plugins.serving.triton.api import InferenceRefused, TritonApi
+from fides_plugins.serving.triton.api import InferenceRefused, TritonApi, UnknownModel
 from fides_plugins.serving.triton.dtypes import numpy_dtype
 
 #: Length given to a free axis of a generated input.
@@ -96,10 +96,14 @@ def find_protected(api: TritonApi, model: str = "") -> list[Protected]:
 
     Raises
     ------
+    UnknownModel
+        If the server's repository has no `model`.
     ServerError
         If the server cannot be reached, or `model` is not protected.
     """
     index = {str(e.get("name")): str(e.get("state", "")) for e in api.index()}
+    if model and model not in index:
+        raise UnknownModel(f"The server has no model {model!r}.", f"It has: {', '.join(sorted(index))}.")
     names = [model] if model else [n for n, state in index.items() if state == "READY"]
     if model and index.get(model) != "READY":
         raise ServerError(

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from fides_plugins.errors import ServerError
 from fides_plugins.serving.triton import wire
-from fides_plugins.serving.triton.api import Statistics, TritonApi
+from fides_plugins.serving.triton.api import NotExplicit, Statistics, TritonApi, UnknownModel, Unreachable
 from fides_plugins.serving.triton.probe import (
     ProbeResult,
     Protected,
@@ -52,7 +52,7 @@ class Event:
     Attributes
     ----------
     kind:
-        settled, dead, degraded, reloaded, restored, failed or unreachable.
+        settled, dead, degraded, reloaded, restored, failed, unreachable or unprotected.
     model:
         The step or ensemble it happened to.
     seconds:
@@ -245,6 +245,8 @@ class Watcher:
         retry.wait_s = min(2 * retry.wait_s, LAST_RETRY_S)
         try:
             self._api.reload(model)
+        except NotExplicit:
+            raise
         except ServerError as error:
             self.report(Event("failed", model, self._clock() - start, str(error)))
             return False
@@ -271,6 +273,8 @@ class Watcher:
         start = self._clock()
         try:
             self._api.load(model, config)
+        except NotExplicit:
+            raise
         except ServerError as error:
             self.report(Event("failed", model, self._clock() - start, str(error)))
             return False
@@ -312,16 +316,27 @@ def full_config(item: Protected, verify: Mapping[str, Any], validate: Mapping[st
 
 
 def watch_forever(watcher: Watcher, interval_s: float, stop: threading.Event | None = None) -> None:
-    """Look again and again until `stop` is set. A server that cannot be reached is reported once per outage."""
+    """Look again and again until `stop` is set. What keeps it from looking is reported once, until it changes.
+
+    Raises
+    ------
+    NotExplicit
+        If the server does not run in explicit mode: nothing can be healed there.
+    UnknownModel
+        If the server never had the model; one that was watched may come back.
+    """
     stopped = stop or threading.Event()
-    reachable = True
+    reported, watched = "", False
     while not stopped.is_set():
         try:
             watcher.look()
-            reachable = True
+            reported, watched = "", True
         except (OSError, ServerError) as error:
-            if reachable:
-                watcher.report(Event("unreachable", "", 0.0, str(error)))
-            reachable = False
+            if isinstance(error, NotExplicit) or (isinstance(error, UnknownModel) and not watched):
+                raise
+            kind = "unreachable" if isinstance(error, (OSError, Unreachable)) else "unprotected"
+            if kind != reported:
+                watcher.report(Event(kind, "", 0.0, str(error)))
+            reported = kind
             watcher.forget()
         stopped.wait(interval_s)
