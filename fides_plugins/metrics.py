@@ -179,6 +179,10 @@ class MetricsRecorder:
         self._set(TIMEOUT_SECONDS, settings.timeout_ms / 1000.0)
         if self._wants_alarm:
             self.alarm = make_alarm(settings, pipeline.bundle, self.model, self._publish_alarm)
+        if self.alarm is not None:
+            # A process that takes the place of an alarmed one withdraws its alarm without waiting for a row.
+            self._set(LOG_E_VALUE, 0.0)
+            self._set(UNDER_ATTACK, 0.0)
         self.refresh()
 
     @hookimpl

@@ -28,6 +28,7 @@ COMMANDS: tuple[str, ...] = (
     "detach",
     "check",
     "watch",
+    "reset",
     "audit",
 )
 

@@ -1,8 +1,8 @@
-"""The seam by which a model server adds its sub-commands to `fides attach`, `detach`, `check` and `watch`.
+"""The seam by which a model server adds its sub-commands to `fides attach`, `detach`, `check`, `watch` and `reset`.
 
 A host is one module of this package, named in `HOSTS`, with any of the functions `register_attach`,
-`register_detach`, `register_check` and `register_watch`. Each takes the Typer sub-application and adds
-one command to it, named like the server (`triton`, `torchserve`).
+`register_detach`, `register_check`, `register_watch` and `register_reset`. Each takes the Typer
+sub-application and adds one command to it, named like the server (`triton`, `torchserve`).
 """
 
 from __future__ import annotations

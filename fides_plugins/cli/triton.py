@@ -1,4 +1,4 @@
-"""The Triton commands of `fides attach`, `detach`, `check` and `watch`."""
+"""The Triton commands of `fides attach`, `detach`, `check`, `watch` and `reset`."""
 
 from __future__ import annotations
 
@@ -233,6 +233,33 @@ def register_watch(app: typer.Typer) -> None:
             watch_forever(watcher, interval)
         except KeyboardInterrupt:
             raise typer.Exit(0) from None
+
+
+def register_reset(app: typer.Typer) -> None:
+    """Add `triton` to `fides reset`."""
+
+    @app.command("triton")
+    def reset_triton(
+        url: Url,
+        model: Model,
+        metrics: Annotated[str, typer.Option(help="Address of the metrics page, if not port 8002 of the host.")] = "",
+        timeout: Annotated[float, typer.Option(help="Seconds to wait for the alarm to be withdrawn.")] = 10.0,
+        json_output: Json = False,
+    ) -> None:
+        """Withdraw the service alarm of MODEL: load its validation anew (explicit mode), and look that it is gone."""
+        from fides_plugins.serving.triton.api import TritonApi
+        from fides_plugins.serving.triton.reset import reset
+
+        done = reset(TritonApi(url, metrics_url=metrics), model, timeout)
+        if json_output:
+            print_json(done.__dict__)
+        elif done.under_attack:
+            console().print(f"{done.step} is a new process, and {model} is under attack again: the attack goes on.")
+        else:
+            what = "is withdrawn" if done.was_under_attack else "was not raised"
+            console().print(f"{done.step} is a new process; the service alarm of {model} {what}.")
+        if done.under_attack:
+            raise typer.Exit(1)
 
 
 def _print_event(event: Event, json_output: bool) -> None:

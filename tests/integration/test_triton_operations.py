@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from fides_plugins.serving.process import wait_until
-from fides_plugins.serving.triton.api import TritonApi
+from fides_plugins.serving.triton.api import InferenceRefused, TritonApi
 from fides_plugins.serving.triton.attach import attach
 from fides_plugins.serving.triton.check import check
 from fides_plugins.serving.triton.plan import AttachOptions
 from fides_plugins.serving.triton.server import TritonServer, is_available
 from fides_plugins.testing import fake_logits
-from tests.triton_models import STRANGER_CONFIG, image_bundle, images, linear_image_onnx, stranger_repository
+from tests.triton_models import (
+    STRANGER_CONFIG,
+    image_bundle,
+    images,
+    linear_image_onnx,
+    set_parameter,
+    stranger_repository,
+)
 
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.skipif(not is_available(), reason="no Triton server for this platform"),
 ]
 
+ALARM = 'fides_under_attack{model="flowers"}'
 PIXELS = images(fake_logits(4, seed=31))
 
 
@@ -70,3 +80,67 @@ def test_checks_never_raise_the_service_alarm(server: TritonServer) -> None:
     wait_until(lambda: verdicts(api, "flowers") == {"attacked": 0, "trusted": 1}, 10, "The benign row's count")
     assert verdicts(api, "roses") == {"attacked": 0, "trusted": 0}
     assert not value(api, 'fides_under_attack{model="roses"}')
+
+
+def fides(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command line, as a user runs it; a command that goes on for ever fails by its time-out."""
+    command = [sys.executable, "-m", "fides_plugins.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30)
+
+
+def attack(api: TritonApi) -> None:
+    for _ in range(50):
+        api.infer("flowers", {"pixels_in": PIXELS}, parameters={"attack": "all"})
+    wait_until(lambda: value(api, ALARM) == 1.0, 10, "The alarm")
+
+
+def test_a_reset_withdraws_the_alarm_and_only_if_the_attack_is_over(server: TritonServer) -> None:
+    api = server.api
+    # The first load after a start may load anything, because Python's caches are new files; see triton-failure.md.
+    api.load("flowers__fides_validate")
+    attack(api)
+    pids = server.stub_pids("flowers__fides_validate")
+    # What the runbook said once: for a step whose files did not change it does nothing.
+    api.load("flowers__fides_validate")
+    assert server.stub_pids("flowers__fides_validate") == pids
+    assert value(api, ALARM) == 1.0
+    done = fides("reset", "triton", server.http_address, "flowers", "--metrics", server.metrics_url)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the service alarm of flowers is withdrawn" in done.stdout
+    assert value(api, ALARM) == 0.0
+    assert set(server.stub_pids("flowers__fides_validate")).isdisjoint(pids)
+    attack(api)
+
+
+def test_another_mode_takes_effect_by_the_steps_file_and_a_load(server: TritonServer, repository: Path) -> None:
+    """Step 1 of the runbook, on a running server: no request is lost, and the verdict's step alone is loaded."""
+    file = repository / "flowers__fides_validate" / "config.pbtxt"
+    before = file.read_text()
+    assert server.api.infer("flowers", {"pixels_in": PIXELS}, parameters={"attack": "all"})["scores"].shape == (4, 10)
+    set_parameter(file, "fides.mode", "reject")
+    try:
+        server.api.load("flowers__fides_validate")
+        with pytest.raises(InferenceRefused, match="attacked: refused 4 of 4"):
+            server.api.infer("flowers", {"pixels_in": PIXELS}, parameters={"attack": "all"})
+    finally:
+        file.write_text(before)
+        server.api.load("flowers__fides_validate")
+
+
+def test_outside_explicit_mode_the_commands_say_so_and_end(repository: Path) -> None:
+    with TritonServer(repository, config_name="fides", auto_complete=False, grace_s=1.0) as server:
+        for command in (("reset", "triton", server.http_address, "flowers", "--metrics", server.metrics_url),
+                        ("watch", "triton", server.http_address)):  # fmt: skip
+            found = fides(*command)
+            assert found.returncode == 2, found.stdout + found.stderr
+            assert "--model-control-mode=explicit" in found.stderr
+            assert "polling" not in found.stdout + found.stderr
+        assert fides("watch", "triton", server.http_address, "--once").returncode == 0
+
+
+def test_a_mistyped_model_is_said_and_ends_the_watch(server: TritonServer) -> None:
+    found = fides("watch", "triton", server.http_address, "--model", "flower")
+    assert found.returncode == 2
+    assert "has no model 'flower'" in found.stderr
+    assert "flowers" in found.stderr
+    assert found.stdout == ""
