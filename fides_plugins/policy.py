@@ -204,3 +204,13 @@ def failed_verdict(settings: Settings, n_rows: int, n_classes: int, reason: str)
     decision = decide(settings, service, None, [], [])
     texts = tuple(reason for _ in decision.reasons)
     return make_verdict(settings, service, None, replace(decision, reasons=texts), None)
+
+
+def exempt_verdict(settings: Settings, n_rows: int, n_classes: int, reason: str) -> Verdict:
+    """`indeterminate` for rows that are no class output to verify (explanations, streams).
+
+    Unlike an error they pass whatever `on_error` says: nothing failed, and the client is told.
+    """
+    verdict = failed_verdict(settings, n_rows, n_classes, reason)
+    status = np.full(n_rows, Status.INDETERMINATE, dtype=verdict.status.dtype)
+    return replace(verdict, status=status, refused=np.zeros(n_rows, dtype=np.bool_))

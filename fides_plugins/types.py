@@ -29,6 +29,8 @@ OutputKind = Literal["logits", "probabilities"]
 SUM_TOLERANCE = 1e-2
 
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
+#: Name of the row-only tensor of a query whose inputs the host does not have.
+ROWS_ONLY = "FIDES_ROWS"
 
 
 class Status(IntEnum):
@@ -134,6 +136,17 @@ class Query:
         _set(self, "metadata", MappingProxyType(dict(self.metadata)))
         if self.request_ids and len(self.request_ids) != self.n_rows:
             raise InputError(f"{len(self.request_ids)} request ids for {self.n_rows} rows.")
+
+    @classmethod
+    def without_inputs(
+        cls,
+        n_rows: int,
+        request_ids: tuple[str, ...] = (),
+        model_name: str = "",
+        metadata: Mapping[str, str] = _EMPTY,
+    ) -> Query:
+        """A query of N rows whose inputs the host does not have: its one tensor is empty, (N, 0)."""
+        return cls({ROWS_ONLY: np.empty((n_rows, 0), dtype=np.float32)}, request_ids, model_name, metadata)
 
     @property
     def n_rows(self) -> int:

@@ -15,7 +15,7 @@ from ts.context import Context, RequestProcessor
 from fides_plugins.errors import FidesError
 from fides_plugins.serving.torchserve.handler import FidesHandler, prepare
 from fides_plugins.types import Status
-from tests.torchserve_models import CLASS, FAULTY, READ_BYTES, SERVICE, backdoor_bundle, body, rows
+from tests.torchserve_models import CLASS, FAULTY, PURE, READ_BYTES, SERVICE, backdoor_bundle, body, rows
 
 MODULES = ("digits", "common", "faulty", "slow")
 
@@ -155,6 +155,36 @@ def test_a_handler_that_calls_no_inference_is_never_trusted(
     assert worker.headers(1)["x-fides-status"] == "error"
     assert "did not call inference()" in worker.headers(1)["x-fides-reason"]
     assert worker.status(1) == status
+
+
+def logged(worker: Worker, folder: Path) -> list[tuple[str, str, str]]:
+    """Request id, status and reason of every row in the audit log, once the worker has stopped."""
+    worker.handler.judge.close()
+    lines = [json.loads(x) for f in sorted(folder.rglob("*.jsonl")) for x in f.read_text().splitlines()]
+    return [(x["request_id"], x["status"], x["reason"]) for x in lines if x["kind"] == "row"]
+
+
+def audit(folder: Path) -> dict[str, Any]:
+    return {"load": ["fides_plugins.audit:audit"], "options": {"audit": {"path": str(folder), "sample": 0.0}}}
+
+
+def test_requests_that_never_reached_the_pipeline_are_logged(work: Callable[..., Worker], tmp_path: Path) -> None:
+    source = CLASS + "    def handle(self, data, context):\n        return [{'label': 1}] * len(data)\n"
+    worker = work(source, mode="flag", plugins=audit(tmp_path / "log"))
+    worker.send(items(4))
+    rows = logged(worker, tmp_path / "log")
+    assert [r[0] for r in rows] == [f"request-{i}" for i in range(4)]
+    assert {r[1:] for r in rows} == {("error", "the handler did not call inference()")}
+
+
+def test_bodies_that_cannot_be_read_are_logged(work: Callable[..., Worker], tmp_path: Path) -> None:
+    parser = {"parser": {"request": "z", "response": "probabilities"}, "output_kind": "probabilities"}
+    worker = work(PURE, mode="flag", plugins=audit(tmp_path / "log"), **parser)
+    # The handler reads `x` alone; what the parser is told to read is not in the last request.
+    both = [{"body": {**i["body"], "z": i["body"]["x"]}} for i in items(2)]
+    worker.send([*both, *items(1)])
+    assert [worker.headers(i)["x-fides-status"] for i in range(3)] == ["trusted", "trusted", "error"]
+    assert [r[:2] for r in logged(worker, tmp_path / "log")] == [("request-2", "error")]
 
 
 def test_inference_called_once_per_request(work: Callable[..., Worker]) -> None:

@@ -25,6 +25,11 @@ class Requests:
     pending: Pending
     readable: list[int]
     problems: dict[int, str]
+    request_ids: Sequence[str] = ()
+
+    def ids(self, indices: Sequence[int]) -> list[str]:
+        """Ids of some of the requests; none where the host gave none."""
+        return [self.request_ids[i] for i in indices] if self.request_ids else []
 
 
 def read_requests(judge: Judge, parser: BodyParser, data: Sequence[Any], request_ids: Sequence[str]) -> Requests:
@@ -42,21 +47,23 @@ def read_requests(judge: Judge, parser: BodyParser, data: Sequence[Any], request
         if rows[index].shape != max(set(shapes), key=shapes.count):
             problems[index] = f"the input has shape {rows[index].shape}, unlike the rest of the batch"
             del rows[index]
-    if not rows:
-        return Requests(Pending(None, None, "no request of the batch can be read"), [], problems)
-    ids = [request_ids[i] for i in rows] if len(request_ids) == len(data) else ()
-    return Requests(judge.begin(np.stack(list(rows.values())), ids), list(rows), problems)
+    ids = request_ids if len(request_ids) == len(data) else ()
+    unread = Pending(None, None, "no request of the batch can be read")
+    requests = Requests(unread, list(rows), problems, ids)
+    if rows:
+        requests.pending = judge.begin(np.stack(list(rows.values())), requests.ids(requests.readable))
+    return requests
 
 
 def judge_bodies(judge: Judge, parser: BodyParser, requests: Requests, answer: Any) -> tuple[list[RowVerdict], Any]:
     """Verdict per request, and the answers to send (changed only where corrected)."""
     n_requests = len(requests.readable) + len(requests.problems)
-    if requests.problems:
-        judge.count_unjudged(len(requests.problems), next(iter(requests.problems.values())))
     verdicts = [judge.failed(requests.problems.get(i, "")) for i in range(n_requests)]
+    for index, reason in requests.problems.items():
+        judge.record_unjudged(1, reason, requests.ids([index]))
     if not isinstance(answer, list) or len(answer) != n_requests:
         # TorchServe refuses such an answer itself.
-        return [judge.failed("the handler did not answer once per request")] * n_requests, answer
+        return _none_judged(judge, requests, verdicts, "the handler did not answer once per request"), answer
     if not requests.readable:
         return verdicts, answer
     outputs: dict[int, NDArray[Any]] = {}
@@ -74,7 +81,7 @@ def judge_bodies(judge: Judge, parser: BodyParser, requests: Requests, answer: A
     try:
         verdict = judge.validate_array(requests.pending, array)
     except FidesError as error:
-        return [judge.failed(error.cause_text)] * n_requests, answer
+        return _none_judged(judge, requests, verdicts, error.cause_text), answer
     changed = list(answer)
     for position, (index, row) in enumerate(zip(requests.readable, rows_of(verdict), strict=True)):
         if index not in outputs:
@@ -86,3 +93,11 @@ def judge_bodies(judge: Judge, parser: BodyParser, requests: Requests, answer: A
             values = np.log(np.maximum(values, 1e-7)) if judge.output_kind == "logits" else values
             changed[index] = parser.replace(answer[index], values)
     return verdicts, changed
+
+
+def _none_judged(judge: Judge, requests: Requests, verdicts: list[RowVerdict], reason: str) -> list[RowVerdict]:
+    """The same verdicts, where the requests that could be read cannot be judged after all."""
+    made = judge.record_unjudged(len(requests.readable), reason, requests.ids(requests.readable))
+    for index, verdict in zip(requests.readable, made, strict=True):
+        verdicts[index] = verdict
+    return verdicts

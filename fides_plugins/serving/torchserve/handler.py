@@ -125,8 +125,7 @@ class FidesHandler:
             return answered
         except Exception:  # host boundary: the answer exists, and only policy may hold it back
             logger.exception("the protection failed")
-            failed = [self.judge.failed(INTERNAL)] * n_requests
-            self.judge.count_unjudged(n_requests, INTERNAL)
+            failed = self.judge.record_unjudged(n_requests, INTERNAL, self._request_ids)
             return self._answer(answer, context, failed, []) if visible else answer
 
     def _capture(self, call: Callable[[], Any], data: Any, micro_batch: int | None) -> Any:
@@ -163,9 +162,9 @@ class FidesHandler:
         if len(self._unread) == len(rows):
             # Nothing of the batch could be read: its requests say why, however many there are.
             reason = self._unread[0] if self._unread else NOT_CALLED
-            self.judge.count_unjudged(n_requests, reason)
+            self.judge.record_unjudged(n_requests, reason, self._request_ids)
         elif self._unread:
-            self.judge.count_unjudged(len(self._unread), self._unread[0])
+            self.judge.record_unjudged(len(self._unread), self._unread[0])
         return per_request(
             rows,
             n_requests,

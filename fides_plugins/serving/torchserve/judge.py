@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from fides_plugins.errors import BundleError, FidesError
 from fides_plugins.metrics import MetricsBackend, MetricsRecorder
 from fides_plugins.pipeline import Pipeline, VerifyOutcome
-from fides_plugins.policy import failed_verdict
+from fides_plugins.policy import exempt_verdict, failed_verdict
 from fides_plugins.serving.torchserve.receipts import Receipts
 from fides_plugins.serving.torchserve.tensors import ClassOutput, query_inputs
 from fides_plugins.serving.torchserve.verdicts import RowVerdict, rows_of
@@ -33,6 +33,7 @@ DEFAULT_INPUT = "input"
 #: Micro-batching may run several `inference()` at once; more than this many wait for each other.
 _VERIFY_THREADS = 4
 METRICS_PLUGIN = "torchserve-metrics"
+_METADATA = {"server": "torchserve"}
 INTERNAL = "internal error of the protection; the server's log has it"
 
 
@@ -119,7 +120,7 @@ class Judge:
         """Start the verification of named arrays, (N, ...) each. Raises `InputError` if they do not fit."""
         if self.pipeline is None:
             return Pending(None, None, self.start_problem)
-        query = Query(inputs, (), self.model_name, {"server": "torchserve"})
+        query = Query(inputs, (), self.model_name, _METADATA)
         if len(request_ids) == query.n_rows:
             query = replace(query, request_ids=tuple(request_ids))
         if receipts is not None:
@@ -158,11 +159,24 @@ class Judge:
         service = Prediction.from_output(array, self.output_kind, self._temperature)
         return self.pipeline.validate(pending.query, service, pending.outcome())
 
-    def count_unjudged(self, n_requests: int, reason: str) -> None:
-        """Count requests that never reached the pipeline, so that the metrics hide nothing."""
-        if self._recorder is not None:
-            verdict = failed_verdict(self.settings, n_requests, len(self.class_names), reason)
-            self._recorder.observe_verdict(verdict)
+    def record_unjudged(
+        self, n_rows: int, reason: str, request_ids: Sequence[str] = (), *, exempt: bool = False
+    ) -> list[RowVerdict]:
+        """Verdicts of rows that never reached the pipeline, shown to its observers: metrics and logs hide nothing.
+
+        Parameters
+        ----------
+        exempt:
+            There is no class output to verify, so that the rows are `indeterminate` and always pass.
+        """
+        make = exempt_verdict if exempt else failed_verdict
+        verdict = make(self.settings, n_rows, len(self.class_names), reason)
+        if self.pipeline is not None:
+            query = Query.without_inputs(n_rows, tuple(request_ids), self.model_name, _METADATA)
+            self.pipeline.record(query, verdict)
+        elif self._recorder is not None:
+            self._recorder.observe_verdict(verdict, request_ids)
+        return rows_of(verdict)
 
     def close(self) -> None:
         """Stop the threads and tell the plug-ins."""
@@ -183,7 +197,7 @@ class Judge:
     def _fail(self, pending: Pending, n_rows: int, reason: str) -> Verdict:
         if self.pipeline is not None and pending.query is not None:
             return self.pipeline.fail(pending.query, n_rows, reason)
-        self.count_unjudged(n_rows, reason)
+        self.record_unjudged(n_rows, reason)
         return failed_verdict(self.settings, n_rows, len(self.class_names), reason)
 
     def _uncorrected(self, row: RowVerdict) -> RowVerdict:

@@ -22,8 +22,6 @@ logger = logging.getLogger("fides_plugins")
 
 #: Parameters of the adapter itself; `fides.*` are the settings every host knows.
 STEP_PREFIX = "fides_step."
-#: Name of the row-only tensor of a query whose inputs were not handed to the step.
-ROWS_ONLY = "FIDES_ROWS"
 
 
 class _TritonLogHandler(logging.Handler):
@@ -99,10 +97,9 @@ class Step:
     ) -> Query:
         """A query of those tensors that have one entry per row; of an empty one where there is none."""
         rows = {name: a for name, a in arrays.items() if a.ndim and len(a) == n_rows}
-        if not rows:
-            rows = {ROWS_ONLY: np.empty((n_rows, 0), dtype=np.float32)}
         model = self.settings.service_name or self.name
-        return Query(rows, ids if len(ids) == n_rows else (), model, {"server": "triton", **(metadata or {})})
+        rest = (ids if len(ids) == n_rows else (), model, {"server": "triton", **(metadata or {})})
+        return Query(rows, *rest) if rows else Query.without_inputs(n_rows, *rest)
 
     def close(self) -> None:
         """Tell the plug-ins that the model is unloaded."""
