@@ -190,6 +190,18 @@ def handle(data, context):
     return ["three"]
 """
 
+#: Looks at every request of a batch itself: predictions in one call, and explanations without one.
+MIXED = (
+    CLASS
+    + """
+    def handle(self, data, context):
+        asked = [context.get_request_header(i, "explain") == "True" for i in range(len(data))]
+        rest = [d for d, yes in zip(data, asked) if not yes]
+        made = iter(self.postprocess(self.inference(self.preprocess(rest))) if rest else [])
+        return [{"importance": [1.0]} if yes else next(made) for yes in asked]
+"""
+)
+
 #: A plug-in that misbehaves when the last column says so.
 FAULTY = """
 import time
@@ -233,6 +245,7 @@ SPECIAL: dict[str, tuple[str, str]] = {
     **HANDLERS,
     "robust": ("digits.py", ROBUST),
     "crops": ("digits.py", CROPS),
+    "mixed": ("digits.py", MIXED),
     "stream": ("digits.py", STREAM),
 }
 

@@ -40,6 +40,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServeServe
     protected_archive(store, "unruled", bundle, "crops", mode="flag")
     two = {"rows": "any", "rows_per_request": 2}
     protected_archive(store, "ruled", bundle, "crops", mode="reject", config=CONFIG, **two)
+    protected_archive(store, "mixed", bundle, "mixed", mode="reject", config=CONFIG.replace("8", "4"))
     plain_archive(store, "stream", name="barestream")
     protected_archive(store, "stream", bundle, "stream", mode="reject", on_error="closed")
     models = {p.stem: p.name for p in store.glob("*.mar")}
@@ -125,6 +126,20 @@ def test_explanations_pass_marked(server: TorchServeServer) -> None:
     assert bare.content == answer.content
     assert answer.headers["x-fides-status"] == "indeterminate"
     assert "explanations" in answer.headers["x-fides-reason"]
+
+
+def test_an_explanation_in_a_batch_exempts_itself_alone(server: TorchServeServer) -> None:
+    x, kinds = rows(4, seed=18, attacked=(1, 3)), ["explanations", "predictions", "predictions", "predictions"]
+    with ThreadPoolExecutor(4) as pool:
+        sent = []
+        for row, kind in zip(x, kinds, strict=True):
+            sent.append(pool.submit(post, server, "mixed", row, kind))
+            time.sleep(0.1)  # the explanation goes first, so that it leads the batch
+        answers = [s.result() for s in sent]
+    assert [a.status_code for a in answers] == [200, 409, 200, 409]
+    statuses = [a.headers["x-fides-status"] for a in answers]
+    assert statuses == ["indeterminate", "attacked", "trusted", "attacked"]
+    assert answers[2].json()["batch"] == 3  # three predictions and the explanation were one batch
 
 
 def test_streams_pass_marked(server: TorchServeServer) -> None:

@@ -15,7 +15,19 @@ from ts.context import Context, RequestProcessor
 from fides_plugins.errors import FidesError
 from fides_plugins.serving.torchserve.handler import FidesHandler, prepare
 from fides_plugins.types import Status
-from tests.torchserve_models import CLASS, FAULTY, PURE, READ_BYTES, SERVICE, backdoor_bundle, body, rows
+from tests.torchserve_models import (
+    CLASS,
+    FAULTY,
+    MIXED,
+    PURE,
+    PURE_PARSER,
+    READ_BYTES,
+    SERVICE,
+    STREAM,
+    backdoor_bundle,
+    body,
+    rows,
+)
 
 MODULES = ("digits", "common", "faulty", "slow")
 
@@ -31,11 +43,12 @@ class Worker:
         self.handler = FidesHandler()
         self.handler.initialize(self.context)
 
-    def send(self, items: list[Any], **request_headers: str) -> list[Any]:
-        """Answer one batch; headers and statuses are in `context` afterwards."""
+    def send(self, items: list[Any], explain: tuple[int, ...] = (), **request_headers: str) -> list[Any]:
+        """Answer one batch; headers and statuses are in `context` afterwards. `explain`: who asked for that."""
         self.context.request_ids = {i: f"request-{i}" for i in range(len(items))}
         self.context.request_processor = [
-            RequestProcessor({"url_path": "", **request_headers}) for _ in range(len(items))
+            RequestProcessor({"url_path": "", **request_headers, **({"explain": "True"} if i in explain else {})})
+            for i in range(len(items))
         ]
         return list(self.handler.handle(items, self.context))
 
@@ -185,6 +198,88 @@ def test_bodies_that_cannot_be_read_are_logged(work: Callable[..., Worker], tmp_
     worker.send([*both, *items(1)])
     assert [worker.headers(i)["x-fides-status"] for i in range(3)] == ["trusted", "trusted", "error"]
     assert [r[:2] for r in logged(worker, tmp_path / "log")] == [("request-2", "error")]
+
+
+#: Does not know explanations: predicts whatever was asked for.
+PREDICTS = (
+    CLASS
+    + """
+    def handle(self, data, context):
+        return self.postprocess(self.inference(self.preprocess(data)))
+"""
+)
+
+
+@pytest.mark.parametrize("source", [MIXED, PREDICTS])
+@pytest.mark.parametrize("asking", [0, 2])
+def test_an_explanation_exempts_itself_alone(
+    work: Callable[..., Worker], tmp_path: Path, source: str, asking: int
+) -> None:
+    worker = work(source, mode="reject", plugins=audit(tmp_path / "log"))
+    lying = (1, 3)
+    worker.send(items(4, attacked=lying), explain=(asking,))
+    assert [worker.status(i) for i in range(4)] == [409 if i in lying else 200 for i in range(4)]
+    assert worker.headers(asking)["x-fides-status"] == "indeterminate"
+    assert "explanations" in worker.headers(asking)["x-fides-reason"]
+    (honest,) = {0, 2} - {asking}
+    assert worker.headers(honest)["x-fides-status"] == "trusted"
+    statuses = [s for _, s, _ in logged(worker, tmp_path / "log")]
+    assert statuses.count("attacked") == 2
+    # Where its row went through inference() with the others, that row is judged and trusted, so not sampled.
+    assert statuses.count("indeterminate") == (1 if source == MIXED else 0)
+
+
+@pytest.mark.parametrize(("on_error", "status"), [("open", 200), ("closed", 503)])
+def test_predictions_answered_with_explanations_are_errors(
+    work: Callable[..., Worker], on_error: str, status: int
+) -> None:
+    """TorchServe's own handlers let the first request of a batch decide for all."""
+    insights = '        return [{"importance": row[:10].tolist()} for row in self.inference(data)]\n'
+    source = CLASS.replace('        return [{"importance": row[:10].tolist()} for row in data]\n', insights)
+    worker = work(source, mode="reject", on_error=on_error)
+    worker.send(items(3, attacked=(1,)), explain=(0,))
+    assert [worker.headers(i)["x-fides-status"] for i in range(3)] == ["indeterminate", "error", "error"]
+    assert [worker.status(i) for i in range(3)] == [200, status, status]
+    assert "asked for an explanation" in worker.headers(1)["x-fides-reason"]
+    worker.send(items(2), explain=(0, 1))
+    assert [worker.headers(i)["x-fides-status"] for i in range(2)] == ["indeterminate"] * 2
+
+
+def test_an_explanation_exempts_itself_alone_where_bodies_are_read(work: Callable[..., Worker], tmp_path: Path) -> None:
+    worker = work(PURE, mode="correct", plugins=audit(tmp_path / "log"), **PURE_PARSER)
+    sent = items(4, attacked=(0, 1, 3))
+    answers = worker.send(sent, explain=(0,))
+    assert [worker.headers(i)["x-fides-status"] for i in range(4)] == [
+        "indeterminate",
+        "attacked",
+        "trusted",
+        "attacked",
+    ]
+    plain = work(PURE, mode="flag", **PURE_PARSER).send(sent)
+    assert [a == b for a, b in zip(answers, plain, strict=True)] == [True, False, True, False]
+    rows = logged(worker, tmp_path / "log")
+    assert sorted(r[:2] for r in rows) == [
+        ("request-0", "indeterminate"),
+        ("request-1", "attacked"),
+        ("request-3", "attacked"),
+    ]
+
+
+def test_explanations_and_streams_are_counted(work: Callable[..., Worker], tmp_path: Path) -> None:
+    stream = STREAM.replace("from ts.handler_utils.utils import send_intermediate_predict_response\n", "").replace(
+        'send_intermediate_predict_response([text], context.request_ids, "Intermediate", 200, context)',
+        "context.set_response_header(0, 'ts_stream_next', 'true')",
+    )
+    worker = work(stream, mode="reject", on_error="closed", plugins=audit(tmp_path / "log"))
+    assert worker.send(items(1)) == ["three"]
+    assert worker.headers()["x-fides-status"] == "indeterminate"
+    assert [r[1] for r in logged(worker, tmp_path / "log")] == ["indeterminate"]
+    worker = work(mode="reject", on_error="closed", plugins=audit(tmp_path / "explained"))
+    worker.send(items(2), explain=(0, 1))
+    assert [r[:2] for r in logged(worker, tmp_path / "explained")] == [
+        ("request-0", "indeterminate"),
+        ("request-1", "indeterminate"),
+    ]
 
 
 def test_inference_called_once_per_request(work: Callable[..., Worker]) -> None:

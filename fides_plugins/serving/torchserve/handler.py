@@ -40,6 +40,7 @@ NOT_ONE_TO_ONE = "rows and requests are not one to one, and the rule `rows` is n
 EXPLAINED = "explanations and descriptions are not verified"
 REFUSED = "the handler refused this request itself"
 STREAMED = "streamed answers are not verified"
+MIXED = f"{NOT_CALLED}; a request of its batch asked for an explanation"
 
 
 class FidesHandler:
@@ -96,7 +97,7 @@ class FidesHandler:
         n_requests = len(context.request_ids or data)
         visible = self.settings.mode != "observe"
         wanted = [self._wants_envelope(data, context, i) for i in range(n_requests)] if visible else []
-        unverifiable = _asks(context, "explain") or _asks(context, "describe")
+        asked = [_asks(context, i) for i in range(n_requests)]
         if visible:
             # Before the handler runs, because a streamed answer leaves while it runs. Nothing is trusted yet.
             _mark(context, [RowVerdict(Status.INDETERMINATE, reason=STREAMED)] * n_requests)
@@ -106,19 +107,17 @@ class FidesHandler:
         self._request_ids = tuple(str(context.get_request_id(i)) for i in range(n_requests))
         self._receipts = Receipts(context, n_requests) if REMOTE in self.settings.plugins.options else None
         try:
-            if self._parser is not None and not unverifiable:
-                bodies = read_requests(self.judge, self._parser, data, self._request_ids)
-            self._collecting = self._parser is None and not unverifiable
+            if self._parser is not None and not all(asked):
+                bodies = _Bodies(self.judge, self._parser, data, self._request_ids, asked)
+            self._collecting = self._parser is None and not all(asked)
             answer = self.original.handle(data, context)
         finally:
             self._collecting = False
         try:
-            if unverifiable:
-                verdicts = [RowVerdict(Status.INDETERMINATE, reason=EXPLAINED)] * n_requests
-            elif bodies is not None and self._parser is not None:
-                verdicts, answer = judge_bodies(self.judge, self._parser, bodies, answer)
+            if bodies is not None:
+                verdicts, answer = bodies.judge(answer)
             else:
-                verdicts = self._verdicts(n_requests)
+                verdicts = self._verdicts(_exempt(context, asked), n_requests)
             answered = self._answer(answer, context, verdicts, wanted) if visible else answer
             if self._receipts is not None:
                 self._receipts.write(context)
@@ -151,27 +150,40 @@ class FidesHandler:
         except Exception:  # host boundary: without a receipt the client refuses the answer, and no request fails here
             logger.exception("receipts cannot be collected")
 
-    def _verdicts(self, n_requests: int) -> list[RowVerdict]:
+    def _verdicts(self, exempt: Mapping[int, str], n_requests: int) -> list[RowVerdict]:
+        """One verdict per request; `exempt` says of some why they have no class output to verify."""
         with self._lock:
             calls = sorted(self._calls, key=lambda c: c[:2])
         rows = [row for _, _, batch in calls for row in batch]
-        if not rows and not self._warned:
+        others = [i for i in range(n_requests) if i not in exempt]
+        if not rows and others and not self._warned:
             self._warned = True
             logger.warning("%s; its answers cannot be judged", NOT_CALLED)
-        reason = NOT_ONE_TO_ONE
-        if len(self._unread) == len(rows):
+        reason, nothing_read = NOT_ONE_TO_ONE, len(self._unread) == len(rows)
+        if nothing_read:
             # Nothing of the batch could be read: its requests say why, however many there are.
-            reason = self._unread[0] if self._unread else NOT_CALLED
-            self.judge.record_unjudged(n_requests, reason, self._request_ids)
+            reason = self._unread[0] if self._unread else MIXED if EXPLAINED in exempt.values() else NOT_CALLED
+            self.judge.record_unjudged(len(others), reason, [self._request_ids[i] for i in others])
         elif self._unread:
             self.judge.record_unjudged(len(self._unread), self._unread[0])
-        return per_request(
+        # A handler hands over the rows of the whole batch, or leaves out those that it answers otherwise.
+        whole = not nothing_read and len(rows) == n_requests * (self.options.rows_per_request or 1)
+        judged = range(n_requests) if whole else others
+        made = per_request(
             rows,
-            n_requests,
+            len(judged),
             self.options.rows,
             self.options.rows_per_request,
             unjudged=lambda: self.judge.failed(reason),
         )
+        verdicts = dict(zip(judged, made, strict=True))
+        for index, why in exempt.items():
+            if whole:
+                # Its row is counted and logged already, with the others.
+                verdicts[index] = RowVerdict(Status.INDETERMINATE, reason=why)
+            else:
+                verdicts[index] = _record_exempt(self.judge, why, self._request_ids[index])
+        return [verdicts[i] for i in range(n_requests)]
 
     def _wants_envelope(self, data: Any, context: Any, index: int) -> bool:
         """Whether this request's verdict goes into the body; takes our own key out of gRPC inputs."""
@@ -188,9 +200,8 @@ class FidesHandler:
         if not isinstance(answer, list):
             return answer
         items = list(answer)
-        streamed = [bool(context.get_response_headers(i).get("ts_stream_next")) for i in range(len(verdicts))]
         for index, verdict in enumerate(verdicts):
-            if streamed[index]:
+            if _streamed(context, index):
                 continue
             if _refused_by_handler(context, index):
                 _mark_one(context, index, RowVerdict(Status.INDETERMINATE, reason=REFUSED))
@@ -206,6 +217,35 @@ class FidesHandler:
                 for position in where:
                     items[position] = envelope(items[position], verdict, self.judge.class_names)
         return items
+
+
+class _Bodies:
+    """Bodies of those requests of a batch that ask for a prediction."""
+
+    def __init__(
+        self, judge: Judge, parser: BodyParser, data: Sequence[Any], request_ids: Sequence[str], asked: Sequence[bool]
+    ) -> None:
+        self._judge, self._parser, self._ids, self._asked = judge, parser, request_ids, asked
+        self._n_items = len(data)
+        # Where nobody asked for anything else, items and requests need not be one to one.
+        self._kept = [i for i, yes in enumerate(asked) if not yes] if any(asked) else list(range(len(data)))
+        ids = [request_ids[i] for i in self._kept] if len(request_ids) == len(data) else ()
+        self._requests = read_requests(judge, parser, [data[i] for i in self._kept], ids)
+
+    def judge(self, answer: Any) -> tuple[list[RowVerdict], Any]:
+        """Verdict per request, and the answers to send."""
+        if not any(self._asked):
+            return judge_bodies(self._judge, self._parser, self._requests, answer)
+        complete = isinstance(answer, list) and len(answer) == self._n_items
+        part = [answer[i] for i in self._kept] if complete else None
+        made, changed = judge_bodies(self._judge, self._parser, self._requests, part)
+        verdicts = dict(zip(self._kept, made, strict=True))
+        for index in (i for i, yes in enumerate(self._asked) if yes):
+            verdicts[index] = _record_exempt(self._judge, EXPLAINED, self._ids[index])
+        if complete:
+            new = dict(zip(self._kept, changed, strict=True))
+            answer = [new.get(i, item) for i, item in enumerate(answer)]
+        return [verdicts[i] for i in range(len(self._asked))], answer
 
 
 @dataclass(frozen=True)
@@ -271,9 +311,30 @@ def _mark_one(context: Any, index: int, verdict: RowVerdict) -> None:
         context.set_response_header(index, name, value)
 
 
-def _asks(context: Any, what: str) -> bool:
-    # TorchServe's own handlers look at the first request of a batch, and so does this.
-    return bool(context.request_processor) and context.get_request_header(0, what) == "True"
+def _asks(context: Any, index: int) -> bool:
+    """Whether a request is for an explanation or a description.
+
+    TorchServe puts these into one batch with predictions. Its own handlers let the first request decide
+    for all; others look at each. So what a request asked for exempts that request alone.
+    """
+    if not context.request_processor:
+        return False
+    return any(context.get_request_header(index, what) == "True" for what in ("explain", "describe"))
+
+
+def _exempt(context: Any, asked: Sequence[bool]) -> dict[int, str]:
+    """Requests whose answer is no class output to verify, and why."""
+    found = {i: STREAMED for i in range(len(asked)) if _streamed(context, i)}
+    return {**found, **{i: EXPLAINED for i, yes in enumerate(asked) if yes}}
+
+
+def _streamed(context: Any, index: int) -> bool:
+    return bool(context.request_processor and context.get_response_headers(index).get("ts_stream_next"))
+
+
+def _record_exempt(judge: Judge, reason: str, request_id: str) -> RowVerdict:
+    (verdict,) = judge.record_unjudged(1, reason, [request_id], exempt=True)
+    return verdict
 
 
 def _refused_by_handler(context: Any, index: int) -> bool:

@@ -148,6 +148,8 @@ def protect(found: Found, capture: Capture | None) -> Original:
         # would break `super(Name, self)`.
         for cls in {*found.classes, *(type(o) for o in found.objects)}:
             cls.inference = _method(cls, capture)  # type: ignore[attr-defined]  # every one of them has it
+            if callable(getattr(cls, "explain_handle", None)):
+                cls.explain_handle = _unseen(cls.explain_handle)  # type: ignore[attr-defined]  # as above
         for item in found.objects:
             _renew_micro_batching(item)
         if found.kind == "function":
@@ -196,6 +198,8 @@ def _find_class(module: ModuleType, chosen: Any) -> Found:
 
 def _subclass(cls: type, capture: Capture) -> type:
     body = {"inference": _method(cls, capture), "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    if callable(getattr(cls, "explain_handle", None)):
+        body["explain_handle"] = _unseen(cls.explain_handle)  # type: ignore[attr-defined]  # it is there
     return type(cls)(cls.__name__, (cls,), body)
 
 
@@ -221,6 +225,17 @@ def _function(original: Callable[..., Any], capture: Capture) -> Callable[..., A
         return once.run(lambda: original(*args, **kwargs), capture, _first(args, kwargs), None)
 
     return inference
+
+
+def _unseen(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The method with its own `inference()` calls left alone: an explanation's rows are nobody's answer."""
+    once = _Outermost()
+
+    @functools.wraps(original)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        return once.run(lambda: original(*args, **kwargs), lambda call, data, micro_batch: call(), None, None)
+
+    return method
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
