@@ -202,6 +202,15 @@ MIXED = (
 """
 )
 
+#: Asks the service twice about every request of the batch (test-time augmentation), and averages.
+PASSES = CLASS.replace(
+    "        return answers(logits)\n",
+    "        return answers(logits)\n\n"
+    "    def handle(self, data, context):\n"
+    "        x = self.preprocess(data)\n"
+    "        return self.postprocess((self.inference(x) + self.inference(x * 1.0)) / 2)\n",
+)
+
 #: A plug-in that misbehaves when the last column says so.
 FAULTY = """
 import time
@@ -246,6 +255,7 @@ SPECIAL: dict[str, tuple[str, str]] = {
     "robust": ("digits.py", ROBUST),
     "crops": ("digits.py", CROPS),
     "mixed": ("digits.py", MIXED),
+    "passes": ("digits.py", PASSES),
     "stream": ("digits.py", STREAM),
 }
 

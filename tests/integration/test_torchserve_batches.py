@@ -41,6 +41,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServeServe
     two = {"rows": "any", "rows_per_request": 2}
     protected_archive(store, "ruled", bundle, "crops", mode="reject", config=CONFIG, **two)
     protected_archive(store, "mixed", bundle, "mixed", mode="reject", config=CONFIG.replace("8", "4"))
+    worst = {"rows": "worst", "rows_per_request": 2}
+    protected_archive(store, "passes", bundle, "passes", mode="reject", config=CONFIG.replace("8", "3"), **worst)
     plain_archive(store, "stream", name="barestream")
     protected_archive(store, "stream", bundle, "stream", mode="reject", on_error="closed")
     models = {p.stem: p.name for p in store.glob("*.mar")}
@@ -126,6 +128,12 @@ def test_explanations_pass_marked(server: TorchServeServer) -> None:
     assert bare.content == answer.content
     assert answer.headers["x-fides-status"] == "indeterminate"
     assert "explanations" in answer.headers["x-fides-reason"]
+
+
+def test_passes_over_a_batch_are_told_from_parts_of_it(server: TorchServeServer) -> None:
+    answers = together(server, "passes", rows(3, seed=19, attacked=(1,)))
+    assert [a.status_code for a in answers] == [200, 409, 200]
+    assert {answers[0].json()["batch"], answers[2].json()["batch"]} == {3}
 
 
 def test_an_explanation_in_a_batch_exempts_itself_alone(server: TorchServeServer) -> None:

@@ -18,7 +18,9 @@ from fides_plugins.types import Status
 from tests.torchserve_models import (
     CLASS,
     FAULTY,
+    MICRO_BATCHING,
     MIXED,
+    PASSES,
     PURE,
     PURE_PARSER,
     READ_BYTES,
@@ -290,6 +292,34 @@ def test_inference_called_once_per_request(work: Callable[..., Worker]) -> None:
     worker = work(source, mode="reject")
     worker.send(items(5, attacked=(2,)))
     assert [worker.status(i) for i in range(5)] == [200, 200, 409, 200, 200]
+
+
+def test_inference_called_twice_on_the_batch(work: Callable[..., Worker]) -> None:
+    worker = work(PASSES, mode="reject", rows="worst", rows_per_request=2)
+    worker.send(items(3, attacked=(1,)))
+    assert [worker.status(i) for i in range(3)] == [200, 409, 200]
+    # Four rows twice are as well two requests at a time: that is not guessed.
+    worker.send(items(4, attacked=(1,)))
+    assert {worker.headers(i)["x-fides-status"] for i in range(4)} == {"error"}
+    assert "set `calls`" in worker.headers(0)["x-fides-reason"]
+    worker = work(PASSES, mode="reject", rows="worst", rows_per_request=2, calls="passes")
+    worker.send(items(4, attacked=(1,)))
+    assert [worker.status(i) for i in range(4)] == [200, 409, 200, 200]
+
+
+def test_micro_batches_are_parts_whatever_their_sizes(work: Callable[..., Worker]) -> None:
+    source = MICRO_BATCHING.replace("micro_batch_size=3", "micro_batch_size=2").replace(
+        "* self.scale\n", ".repeat_interleave(2, dim=0)\n"
+    )
+    source = source.replace("answers(logits)", "answers(logits.reshape(-1, 2, 10).mean(dim=1))")
+    worker = work(source, mode="reject", rows="worst", rows_per_request=2)
+    try:
+        # Two calls of four rows for four requests: by their sizes alone they could be passes.
+        worker.send(items(4, attacked=(1,)))
+    finally:
+        # Its threads would keep the tests from ending.
+        worker.handler.original.instance.handle.shutdown()
+    assert [worker.status(i) for i in range(4)] == [200, 409, 200, 200]
 
 
 def test_inference_outside_of_a_request_is_left_alone(work: Callable[..., Worker]) -> None:

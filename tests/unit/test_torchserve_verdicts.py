@@ -90,36 +90,79 @@ def test_envelope_keeps_the_response(response: object, encoding: str, value: obj
 
 def test_one_row_per_request_needs_no_rule() -> None:
     for rule in ("refuse", "any", "worst"):
-        assert per_request([T, A, E], 3, rule, None, lambda: NOT) == [T, A, E]  # type: ignore[arg-type]
+        assert per_request([[T, A, E]], 3, rule, None, lambda why: NOT) == [T, A, E]  # type: ignore[arg-type]
 
 
 def test_refuse_judges_nobody_when_rows_are_not_requests() -> None:
-    assert per_request([T, T, T], 2, "refuse", None, lambda: NOT) == [NOT, NOT]
-    assert per_request([], 2, "worst", None, lambda: NOT) == [NOT, NOT]
+    assert per_request([[T, T, T]], 2, "refuse", None, lambda why: NOT) == [NOT, NOT]
+    assert per_request([[]], 2, "worst", None, lambda why: NOT) == [NOT, NOT]
 
 
 def test_declared_rows_belong_to_their_request() -> None:
-    assert per_request([T, T, T, A], 2, "any", 2, lambda: NOT) == [T, A]
+    assert per_request([[T, T, T, A]], 2, "any", 2, lambda why: NOT) == [T, A]
     # Declared, but not true for this batch: nothing is guessed.
-    assert per_request([T, T, T], 2, "any", 2, lambda: NOT) == [NOT, NOT]
+    assert per_request([[T, T, T]], 2, "any", 2, lambda why: NOT) == [NOT, NOT]
 
 
 def test_undeclared_rows_count_for_every_request_of_the_batch() -> None:
-    assert per_request([T, A, T], 2, "any", None, lambda: NOT) == [A, A]
-    assert per_request([T], 3, "worst", None, lambda: NOT) == [T, T, T]
+    assert per_request([[T, A, T]], 2, "any", None, lambda why: NOT) == [A, A]
+    assert per_request([[T]], 3, "worst", None, lambda why: NOT) == [T, T, T]
+
+
+@pytest.mark.parametrize(
+    ("calls", "n", "declared"),
+    [
+        # Passes over all requests, with one row and with two rows of each.
+        ([[T, A, T], [T, A, T]], 3, 2),
+        ([[T, T, A, T, T, T], [T, T, T, A, T, T]], 3, 4),
+        # Parts: one call per request, uneven calls, and calls that end inside a request.
+        ([[T, T], [A, T], [T, T]], 3, 2),
+        ([[T, T, T, A], [T, T]], 3, 2),
+        ([[T, T, A], [T, T], [T]], 3, 2),
+        ([[T], [A, T]], 3, None),
+        ([[T, T], [], [A, A], [T, T]], 3, 2),
+    ],
+)
+def test_rows_of_several_calls_find_their_request(calls: list[list[RowVerdict]], n: int, declared: int | None) -> None:
+    assert per_request(calls, n, "worst", declared, lambda why: NOT) == [T, A, T]
+
+
+def test_calls_that_can_be_read_in_two_ways_are_not_guessed() -> None:
+    reasons: list[str] = []
+
+    def unjudged(why: str) -> RowVerdict:
+        reasons.append(why)
+        return NOT
+
+    # Two requests with two rows each: two passes, or one call per request. Four in two calls: likewise.
+    for n in (2, 4):
+        calls = [[A, *[T] * (n - 1)]] * 2
+        assert per_request(calls, n, "worst", 2, unjudged) == [NOT] * n
+        assert per_request(calls, n, "worst", 2, unjudged, "passes") == [A, *[T] * (n - 1)]
+    assert per_request([[A, T], [T, T]], 2, "worst", 2, unjudged, "parts") == [A, T]
+    # Declared, but not true for this batch.
+    assert per_request([[A, T, T], [T]], 2, "worst", 2, unjudged, "passes") == [NOT] * 2
+    assert all("`calls`" in why for why in reasons)
+    assert reasons[0] != reasons[-1]
+    # One request has all the rows, however they came.
+    assert per_request([[T], [A]], 1, "worst", 2, unjudged) == [A]
 
 
 def test_any_and_worst_differ_in_rows_that_could_not_be_judged() -> None:
-    assert per_request([T, E], 1, "any", 2, lambda: NOT) == [T]
-    assert per_request([T, E], 1, "worst", 2, lambda: NOT) == [E]
-    assert per_request([T, I], 1, "worst", 2, lambda: NOT) == [I]
-    assert per_request([E, A], 1, "any", 2, lambda: NOT) == per_request([E, A], 1, "worst", 2, lambda: NOT) == [A]
+    assert per_request([[T, E]], 1, "any", 2, lambda why: NOT) == [T]
+    assert per_request([[T, E]], 1, "worst", 2, lambda why: NOT) == [E]
+    assert per_request([[T, I]], 1, "worst", 2, lambda why: NOT) == [I]
+    assert (
+        per_request([[E, A]], 1, "any", 2, lambda why: NOT)
+        == per_request([[E, A]], 1, "worst", 2, lambda why: NOT)
+        == [A]
+    )
 
 
 @given(st.lists(st.sampled_from([T, A, E, I]), max_size=12), st.integers(1, 5), st.sampled_from([None, 1, 2, 3]))
 def test_an_attacked_row_is_never_lost(rows: list[RowVerdict], n: int, declared: int | None) -> None:
     for rule in ("any", "worst"):
-        verdicts = per_request(rows, n, rule, declared, lambda: NOT)  # type: ignore[arg-type]
+        verdicts = per_request([rows], n, rule, declared, lambda why: NOT)  # type: ignore[arg-type]
         assert len(verdicts) == n
         if A in rows:
             assert A in verdicts or verdicts == [NOT] * n
@@ -129,4 +172,4 @@ def test_an_attacked_row_is_never_lost(rows: list[RowVerdict], n: int, declared:
 
 def test_the_most_suspicious_attack_speaks() -> None:
     mild, strong, unknown = (RowVerdict(Status.ATTACKED, s) for s in (0.6, 0.95, math.nan))
-    assert per_request([mild, unknown, strong], 1, "any", 3, lambda: NOT) == [strong]
+    assert per_request([[mild, unknown, strong]], 1, "any", 3, lambda why: NOT) == [strong]

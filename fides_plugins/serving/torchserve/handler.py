@@ -36,7 +36,6 @@ ENVELOPE_KEY = "x-fides-envelope"
 
 NOT_CALLED = "the handler did not call inference()"
 NO_ROWS = "the input or the output of inference() cannot be read"
-NOT_ONE_TO_ONE = "rows and requests are not one to one, and the rule `rows` is not set for it"
 EXPLAINED = "explanations and descriptions are not verified"
 REFUSED = "the handler refused this request itself"
 STREAMED = "streamed answers are not verified"
@@ -57,7 +56,7 @@ class FidesHandler:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._calls: list[tuple[int, int, list[RowVerdict]]] = []
+        self._calls: list[tuple[int | None, int, list[RowVerdict]]] = []
         self._unread: list[str] = []
         self._collecting = False
         self._request_ids: tuple[str, ...] = ()
@@ -139,7 +138,7 @@ class FidesHandler:
             if not rows:
                 self._unread.append(pending.problem or NO_ROWS)
                 rows = [self.judge.failed(self._unread[-1])]
-            self._calls.append((micro_batch or 0, len(self._calls), rows))
+            self._calls.append((micro_batch, len(self._calls), rows))
         return output
 
     def _collect_receipts(self, pending: Pending) -> None:
@@ -153,13 +152,13 @@ class FidesHandler:
     def _verdicts(self, exempt: Mapping[int, str], n_requests: int) -> list[RowVerdict]:
         """One verdict per request; `exempt` says of some why they have no class output to verify."""
         with self._lock:
-            calls = sorted(self._calls, key=lambda c: c[:2])
-        rows = [row for _, _, batch in calls for row in batch]
+            calls = sorted(self._calls, key=lambda c: (c[0] or 0, c[1]))
+        n_rows = sum(len(rows) for _, _, rows in calls)
         others = [i for i in range(n_requests) if i not in exempt]
-        if not rows and others and not self._warned:
+        if not n_rows and others and not self._warned:
             self._warned = True
             logger.warning("%s; its answers cannot be judged", NOT_CALLED)
-        reason, nothing_read = NOT_ONE_TO_ONE, len(self._unread) == len(rows)
+        reason, nothing_read = "", len(self._unread) == n_rows
         if nothing_read:
             # Nothing of the batch could be read: its requests say why, however many there are.
             reason = self._unread[0] if self._unread else MIXED if EXPLAINED in exempt.values() else NOT_CALLED
@@ -167,14 +166,16 @@ class FidesHandler:
         elif self._unread:
             self.judge.record_unjudged(len(self._unread), self._unread[0])
         # A handler hands over the rows of the whole batch, or leaves out those that it answers otherwise.
-        whole = not nothing_read and len(rows) == n_requests * (self.options.rows_per_request or 1)
+        whole = not nothing_read and n_rows == n_requests * (self.options.rows_per_request or 1)
         judged = range(n_requests) if whole else others
         made = per_request(
-            rows,
+            [rows for _, _, rows in calls],
             len(judged),
             self.options.rows,
             self.options.rows_per_request,
-            unjudged=lambda: self.judge.failed(reason),
+            unjudged=lambda why: self.judge.failed(reason or why),
+            # TorchServe's own micro-batching cuts the batch into parts.
+            layout="parts" if any(micro is not None for micro, _, _ in calls) else self.options.calls,
         )
         verdicts = dict(zip(judged, made, strict=True))
         for index, why in exempt.items():

@@ -17,6 +17,8 @@ SECTION = "fides"
 BUNDLE_FOLDER = "fides_bundle"
 
 RowsRule = Literal["any", "worst", "refuse"]
+#: What several calls of `inference()` are to a batch: parts of it in order, or passes over all of it.
+CallsRule = Literal["parts", "passes"]
 EnvelopeRule = Literal["request", "grpc", "always", "never"]
 
 
@@ -37,6 +39,9 @@ class HostOptions(BaseModel):
     handler: str = Field(min_length=1, description="The handler to protect, as the manifest named it before.")
     rows: RowsRule = Field("refuse", description="Verdict of a request when rows and requests are not one to one.")
     rows_per_request: int | None = Field(None, ge=1, description="Rows that every request makes, in request order.")
+    calls: CallsRule | None = Field(
+        None, description="Several inference() per batch: `parts` of it, or `passes` over it; unset: by their sizes."
+    )
     envelope: EnvelopeRule = Field("request", description="When the verdict travels in the body.")
     parser: BodyFormat | str | None = Field(
         None, description="How to read bodies where there is no inference() to wrap: JSON paths, or a module."

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fides_plugins.serving.torchserve.options import RowsRule
+from fides_plugins.serving.torchserve.options import CallsRule, RowsRule
 from fides_plugins.types import Status, Verdict
 
 HEADER_STATUS = "x-fides-status"
@@ -18,6 +18,10 @@ HEADER_P_VALUE = "x-fides-p-value"
 HEADER_REASON = "x-fides-reason"
 #: A longer value is cut: a header is for machines, records hold the whole reason.
 MAX_HEADER_LENGTH = 256
+
+NOT_ONE_TO_ONE = "rows and requests are not one to one, and the rule `rows` is not set for it"
+AMBIGUOUS = "the calls of inference() may be passes over all requests or parts of the batch; set `calls`"
+NO_PASSES = "the calls of inference() are no passes over all requests, as `calls` says they are"
 
 HTTP_ATTACKED = 409
 HTTP_UNAVAILABLE = 503
@@ -66,11 +70,12 @@ def rows_of(verdict: Verdict) -> list[RowVerdict]:
 
 
 def per_request(
-    rows: Sequence[RowVerdict],
+    calls: Sequence[Sequence[RowVerdict]],
     n_requests: int,
     rule: RowsRule,
     rows_per_request: int | None,
-    unjudged: Callable[[], RowVerdict],
+    unjudged: Callable[[str], RowVerdict],
+    layout: CallsRule | None = None,
 ) -> list[RowVerdict]:
     """One verdict per request.
 
@@ -80,19 +85,50 @@ def per_request(
 
     Parameters
     ----------
-    rows:
-        Verdicts in the order in which `inference()` got the rows.
+    calls:
+        Verdicts of each `inference()`, in the order in which it got the rows.
     unjudged:
-        Makes the verdict of a request that cannot be judged.
+        Makes the verdict of a request that cannot be judged, from the reason.
+    layout:
+        What several calls are, where it is known; otherwise their sizes have to tell.
     """
+    calls = [call for call in calls if call]
+    rows = [row for call in calls for row in call]
     declared = rows_per_request or 1
-    if len(rows) == n_requests * declared and (declared == 1 or rule != "refuse"):
-        blocks = [rows[i * declared : (i + 1) * declared] for i in range(n_requests)]
+    if n_requests and len(rows) == n_requests * declared and (declared == 1 or rule != "refuse"):
+        passes = _are_passes([len(call) for call in calls], n_requests, declared, layout)
+        if passes is None:
+            return [unjudged(NO_PASSES if layout else AMBIGUOUS)] * n_requests
+        blocks = [
+            [r for part in (calls if passes else [rows]) for r in _share(part, i, n_requests)]
+            for i in range(n_requests)
+        ]
     elif rule == "refuse" or not rows or rows_per_request is not None:
-        return [unjudged()] * n_requests
+        return [unjudged(NOT_ONE_TO_ONE)] * n_requests
     else:
         blocks = [rows] * n_requests
     return [block[0] if len(block) == 1 else _combined(block, rule) for block in blocks]
+
+
+def _are_passes(sizes: Sequence[int], n_requests: int, declared: int, layout: CallsRule | None) -> bool | None:
+    """Whether every call had rows of all requests; None where its size fits that and another reading too.
+
+    A pass has as many rows of each request, so its size is a multiple of the requests. A call on some of the
+    requests, in order, has all rows of each, so its size is a multiple of the rows per request. Where no pass
+    is possible the rows can only be in order, however they were cut into calls.
+    """
+    if len(sizes) == 1 or n_requests == 1 or layout == "parts":
+        return False
+    fits_passes = all(size % n_requests == 0 for size in sizes)
+    if layout == "passes":
+        return True if fits_passes else None
+    fits_parts = all(size % declared == 0 for size in sizes)
+    return None if fits_passes and fits_parts else fits_passes
+
+
+def _share(rows: Sequence[RowVerdict], index: int, n_requests: int) -> Sequence[RowVerdict]:
+    each = len(rows) // n_requests
+    return rows[index * each : (index + 1) * each]
 
 
 def _combined(rows: Sequence[RowVerdict], rule: RowsRule) -> RowVerdict:
