@@ -87,7 +87,7 @@ def register_attach(app: typer.Typer) -> None:
             print_json({"output": str(output), **asdict(done)})
             return
         out = console()
-        out.print(f"{output.name} is protected in mode {mode}.")
+        out.print(f"{output.name} is protected in mode {section['mode']}.")
         out.print(f"  handler: {done.handler or done.original_handler}{'' if done.handler else ' (not imported)'}")
         out.print(f"  added {len(done.added)} entries, changed {', '.join(done.changed)}")
         for note in done.notes:
@@ -132,10 +132,10 @@ def register_check(app: typer.Typer) -> None:
         token: Annotated[
             str, typer.Option(help="Inference key, where token authorization is on.", envvar="TS_INFERENCE_KEY")
         ] = "",
-        repeat: Annotated[int, typer.Option(min=1, help="Requests to time.")] = 5,
+        repeat: Annotated[int, typer.Option(min=1, help="Requests to time, after a first one.")] = 5,
         as_json: Json = False,
     ) -> None:
-        """Send one real inference through a served model and say what is wrong."""
+        """Send a real inference through a served model, once and then to time it, and say what is wrong."""
         from fides_plugins.serving.torchserve.check import check
 
         try:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import tarfile
+import threading
 import zipfile
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from fides_plugins.errors import BundleError, FidesError, InputError, SettingsEr
 from fides_plugins.serving.torchserve.archive import open_archive, write_archive
 from fides_plugins.serving.torchserve.attach import RECORD, attach, detach
 from fides_plugins.serving.torchserve.build import CONFIG_NAME, MANIFEST, SHIM_NAME, build_archive, shim
+from fides_plugins.serving.torchserve.check import check
 
 HANDLER = """
 class Handler:
@@ -217,6 +220,42 @@ def test_nothing_is_overwritten_by_accident(archive: Path, bundle_folder: Path, 
         attach(archive, bundle_folder, archive, force=True)
     with pytest.raises(InputError, match="not protected"):
         detach(archive, tmp_path / "c.mar")
+
+
+def test_a_name_of_the_other_form_is_refused(archive: Path, bundle_folder: Path, tmp_path: Path) -> None:
+    for source, target in ((archive, "x.tar.gz"), (repack(archive, "tar.gz"), "x.mar")):
+        with pytest.raises(InputError, match="named like"):
+            attach(source, bundle_folder, tmp_path / target, check_import=False)
+        assert not (tmp_path / target).exists()
+
+
+def test_the_mode_in_force_is_printed(archive: Path, bundle_folder: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    arguments = ["attach", "torchserve", str(archive), "-b", str(bundle_folder), "-o", str(tmp_path / "set.mar")]
+    result = CliRunner().invoke(app, [*arguments, "--skip-import-check", "--set", "mode=reject"])
+    assert "in mode reject" in result.output
+
+
+def test_check_names_a_bad_port_and_an_unknown_model() -> None:
+    for port in ("abc", "99999"):
+        with pytest.raises(InputError, match="is no URL"):
+            check(f"http://127.0.0.1:{port}", "digits", b"{}")
+
+    class Nothing(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_error(404)
+
+        def log_message(self, *arguments: Any) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Nothing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        closed = "http://127.0.0.1:1"
+        url = f"http://127.0.0.1:{server.server_port}"
+        report = check(url, "absent", b"{}", management_url=closed, metrics_url=closed)
+        server.shutdown()
+    (step,) = [s for s in report.steps if s.name == "inference"]
+    assert (step.state, step.detail) == ("failed", "HTTP 404: there is no such model")
 
 
 def test_a_changed_protected_archive_is_not_detached(archive: Path, bundle_folder: Path, tmp_path: Path) -> None:

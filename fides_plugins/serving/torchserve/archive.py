@@ -25,6 +25,7 @@ from fides_plugins.serving.torchserve.build import MANIFEST, ZIP_EPOCH
 
 Form = Literal["mar", "tar.gz", "folder"]
 
+_ENDINGS: dict[str, Form] = {".mar": "mar", ".tar.gz": "tar.gz", ".tgz": "tar.gz"}
 _FILE_MODE = 0o644
 _LIMIT = "Check that the file is a whole model archive."
 
@@ -133,6 +134,13 @@ def write_archive(target: str | Path, archive: ModelArchive, force: bool = False
         If something is there already and `force` is not set.
     """
     path = Path(target)
+    named = next((f for end, f in _ENDINGS.items() if path.name.endswith(end)), archive.form)
+    if named != archive.form:
+        # TorchServe goes by the name, and answers 404 for a model whose contents are of the other form.
+        raise InputError(
+            f"{path.name} is named like a {named}, and the archive is a {archive.form}.",
+            "Name the output like the source; attach and detach do not change the form.",
+        )
     if path.exists() and not force:
         raise InputError(f"{path.name} exists already.", "Choose another name, or add --force.")
     if not path.parent.is_dir():

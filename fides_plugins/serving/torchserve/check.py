@@ -76,7 +76,7 @@ def check(
     token:
         Inference key, where token authorization is on.
     repeat:
-        Requests to time.
+        Requests to time, after the first one.
 
     Raises
     ------
@@ -84,7 +84,11 @@ def check(
         If `url` is no http(s) URL.
     """
     parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        good_port = parts.port is None or parts.port > 0
+    except ValueError:  # no number, or none that a port can have
+        good_port = False
+    if parts.scheme not in ("http", "https") or not parts.hostname or not good_port:
         raise InputError(f"{url!r} is no URL.", "Give one such as http://localhost:8080.")
     report = Report()
     headers = {"content-type": content_type, **({"authorization": f"Bearer {token}"} if token else {})}
@@ -139,6 +143,9 @@ def _check_inference(report: Report, url: str, body: bytes, headers: Mapping[str
         report.add("inference", "failed", "token authorization is on", "Give the inference key with --token.")
         return None
     timing = f", median {1000 * statistics.median(seconds):.1f} ms" if seconds else ""
+    if answer.status == 404:
+        report.add("inference", "failed", "HTTP 404: there is no such model", "Register it, or correct the name.")
+        return None
     good = answer.status in (200, 409)
     remedy = "" if good else "Send a body that the model's own handler accepts, and read model_log.log."
     report.add("inference", "good" if good else "failed", f"HTTP {answer.status}{timing}", remedy)
