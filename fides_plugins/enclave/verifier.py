@@ -33,6 +33,7 @@ from fides_plugins.builtin.verify import OnnxVerifier
 from fides_plugins.bundle import Bundle
 from fides_plugins.enclave.limits import RateLimit, SpentNonces
 from fides_plugins.enclave.providers import Provider
+from fides_plugins.enclave.rounding import round_rows
 from fides_plugins.errors import BundleError, InputError
 from fides_plugins.settings import Settings
 from fides_plugins.types import Float32Array, Query
@@ -271,5 +272,5 @@ class Verifier:
         verification = self._model.fides_verify(Query({self.input.name: tensor}))
         reference = np.where(verification.valid[:, None], verification.probabilities, np.float32(0))
         if self.options.decimals is not None:
-            reference = np.round(reference, self.options.decimals)
+            reference = round_rows(reference, self.options.decimals)
         return np.ascontiguousarray(reference, dtype="<f4")

@@ -32,6 +32,7 @@ from fides_plugins.enclave.providers import (
     certificates,
     make_provider,
 )
+from fides_plugins.enclave.rounding import round_rows
 from fides_plugins.enclave.verifier import Verifier, VerifierOptions
 from fides_plugins.errors import BundleError, EvidenceError, InputError
 from fides_plugins.testing import fake_logits, memory_bundle
@@ -129,7 +130,7 @@ def test_rounding_is_part_of_the_attested_configuration(hardware: Hardware, bund
     rounding = hardware.verifier(bundle, options=options)
     reference = rounding.answer(Asked(rounding, ROWS, "commitment").text, ROWS, to_text(bytes(32))).reference
     assert reference is not None
-    np.testing.assert_array_equal(reference, np.round(reference, 2))
+    np.testing.assert_array_equal(reference, round_rows(softmax(ROWS), 2))
     statement = rounding.evidence().statement
     assert statement is not None
     assert statement.settings["decimals"] == 2
