@@ -25,10 +25,12 @@ with atheris.instrument_imports(include=["fides_plugins.attestation", "fides_plu
     from fides_plugins.attestation.receipt import PROFILE, open_receipt
     from fides_plugins.attestation.request import SignedRequest, to_text
     from fides_plugins.enclave import oip
+    from fides_plugins.enclave.bounds import request_bounds
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fides_plugins.attestation.keys import key_id, raw_public
+from fides_plugins.bundle import InputSpec
 from fides_plugins.errors import FidesError
 from tests.receipts import sample_receipt
 
@@ -37,6 +39,7 @@ KEY_ID = key_id(raw_public(KEY.public_key()))
 KEYS = {KEY_ID: KEY.public_key()}
 GOOD = sample_receipt().sign(KEY, KEY_ID)
 REQUEST = SignedRequest(bytes(32), bytes(32), "hpke", bytes(range(32))).encode(KEY)
+BOUNDS = request_bounds(InputSpec(name="image", dtype="float32", shape=(None, 1, 28, 28)), 1024)
 calls = 0
 
 
@@ -63,7 +66,7 @@ def payload(data: bytes) -> None:
 def body(data: bytes) -> None:
     """Arbitrary HTTP bodies; the first two bytes choose the length of the JSON in front."""
     length = int.from_bytes(data[:2], "big")
-    oip.parse_http(data[2:], None if length % 2 else length // 2)
+    oip.parse_http(data[2:], None if length % 2 else length // 2, BOUNDS)
 
 
 def evidence(data: bytes) -> None:

@@ -74,7 +74,7 @@ def tensor_from_bytes(data: bytes, dtype: str, shape: tuple[int, ...]) -> NDArra
     Raises
     ------
     InputError
-        If the type is unknown, a dimension is negative, or the length does not fit.
+        If the type is unknown, a dimension is negative, the length does not fit, or no array can have the shape.
     """
     if dtype not in OIP_TYPES:
         raise InputError(f"Tensors of type {dtype!r} are not supported.", f"Use one of {', '.join(OIP_TYPES)}.")
@@ -86,4 +86,8 @@ def tensor_from_bytes(data: bytes, dtype: str, shape: tuple[int, ...]) -> NDArra
     expected = count * OIP_TYPES[dtype].itemsize
     if len(data) != expected:
         raise InputError(f"A tensor of type {dtype} and shape {list(shape)} has {expected} bytes, not {len(data)}.")
-    return np.frombuffer(data, dtype=OIP_TYPES[dtype]).reshape(shape)
+    try:
+        return np.frombuffer(data, dtype=OIP_TYPES[dtype]).reshape(shape)
+    except ValueError:
+        # Without a row every length fits, but numpy multiplies the other dimensions all the same.
+        raise InputError(f"No tensor of type {dtype} can have the shape {list(shape)}.") from None

@@ -39,7 +39,9 @@ def serve_verifier(
         list[str] | None, typer.Option(help="Public key (hex) of a client that is answered; repeat it. None: anybody.")
     ] = None,
     scheme: Annotated[list[str] | None, typer.Option(help="hpke or commitment; repeat it. Default: both.")] = None,
-    decimals: Annotated[int | None, typer.Option(help="Round references, against extraction.", min=1, max=9)] = None,
+    decimals: Annotated[
+        int | None, typer.Option(help="Round references, against extraction; 2 or more, see the how-to.", min=1, max=9)
+    ] = None,
     rate: Annotated[float, typer.Option(help="Rows per second and client.", min=0.1)] = 1000.0,
     collateral: Annotated[Path | None, typer.Option(help="Intel's collateral (JSON) to hand out.")] = None,
     vcek: Annotated[Path | None, typer.Option(help="The chip's certificate (DER) to hand out.")] = None,
@@ -47,7 +49,10 @@ def serve_verifier(
     workers: Annotated[int, typer.Option(help="Requests that run at once.", min=1, max=64)] = 2,
     queue: Annotated[int, typer.Option(help="Requests that wait; more are refused.", min=0)] = 64,
     timeout: Annotated[float, typer.Option(help="Seconds for one answer.", min=0.1)] = 10.0,
-    max_body_mb: Annotated[int, typer.Option(help="Largest body, in MiB.", min=1, max=256)] = 8,
+    max_body_mb: Annotated[
+        int | None,
+        typer.Option(help="Largest body, in MiB. Default: what 1024 rows of the bundle's input need.", min=1, max=256),
+    ] = None,
     threads: Annotated[int, typer.Option(help="Threads of the model.", min=1)] = 1,
 ) -> None:
     """Serve the verification model over the Open Inference Protocol, one signed receipt per request."""
@@ -75,8 +80,8 @@ def serve_verifier(
         workers=workers,
         queue=queue,
         timeout_s=timeout,
-        body_bytes=max_body_mb << 20,
-        buffered_bytes=max(64, 4 * max_body_mb) << 20,
+        body_bytes=None if max_body_mb is None else max_body_mb << 20,
+        buffered_bytes=max(48, 2 * (max_body_mb or 0)) << 20,
     )
     asyncio.run(
         serve(verifier, Endpoints(host, port, grpc_port), limits, ready=lambda where: _announce(verifier, where))

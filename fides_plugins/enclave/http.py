@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,9 +24,14 @@ from fides_plugins import __version__
 from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.attestation.request import from_text
 from fides_plugins.enclave import oip
+from fides_plugins.enclave.bounds import request_bounds
+from fides_plugins.enclave.limits import ByteBudget
 from fides_plugins.enclave.verifier import Verifier
-from fides_plugins.errors import FidesError, InputError
+from fides_plugins.errors import FidesError, InputError, ServerError
 
+logger = logging.getLogger("fides_plugins")
+#: All that a peer is told of a fault on this side.
+CANNOT_ANSWER = "The verifier cannot answer."
 _HEADER_LENGTH = "Inference-Header-Content-Length"
 _STATUS = {
     "request-client": 403,
@@ -32,6 +39,7 @@ _STATUS = {
     "request-evidence": 409,
     "request-rate": 429,
     "request-busy": 503,
+    "request-memory": 503,
 }
 T = TypeVar("T")
 
@@ -49,9 +57,10 @@ class ServerLimits:
     timeout_s:
         From a complete request to its answer.
     body_bytes, body_timeout_s:
-        Size of one body, and the time it may take to arrive.
+        Size of one body or gRPC message, and the time it may take to arrive. A size of None is what the largest
+        honest batch needs, by the bundle (`request_bounds`).
     buffered_bytes:
-        All bodies together.
+        All bodies and messages together; at least twice the size of one.
     header_timeout_s:
         Time for a request's headers to arrive.
     connections:
@@ -63,9 +72,9 @@ class ServerLimits:
     workers: int = 2
     queue: int = 64
     timeout_s: float = 10.0
-    body_bytes: int = 8 << 20
+    body_bytes: int | None = None
     body_timeout_s: float = 10.0
-    buffered_bytes: int = 64 << 20
+    buffered_bytes: int = 48 << 20
     header_timeout_s: float = 10.0
     connections: int = 512
     grace_s: float = 10.0
@@ -81,40 +90,89 @@ class _Fault(Exception):
 
 
 class WorkQueue:
-    """Runs the model in a few threads and refuses what would wait too long; both transports share it."""
+    """Runs the model in a few threads and refuses what would wait too long; both transports share it.
+
+    Attributes
+    ----------
+    bodies:
+        What waits and runs, in bytes, and what is still arriving.
+    parsing:
+        Held while a request is parsed: what becomes of a body is several times its size, so one at a time.
+    """
 
     def __init__(self, limits: ServerLimits) -> None:
+        self.bodies = ByteBudget(limits.buffered_bytes)
+        self.parsing = threading.Lock()
         self._limits = limits
         self._pool = ThreadPoolExecutor(limits.workers, thread_name_prefix="fides-verifier")
         self._held = 0
 
-    async def run(self, call: Callable[[], T]) -> T:
+    async def run(self, call: Callable[[], T], held: int = 0) -> T:
         """The call's result.
+
+        Parameters
+        ----------
+        call:
+            What to run.
+        held:
+            Bytes taken from `bodies` for it; given back when it has ended, however late that is.
 
         Raises
         ------
+        FidesError
+            Of the call; ServerError without a reason where the call failed in a way that nobody foresaw.
         Refusal
             `request-busy` where the queue is full or the time is up. A call that is too late still runs to
             its end and keeps its place, and its answer is dropped.
         """
         if self._held >= self._limits.workers + self._limits.queue:
+            self.bodies.give(held)
             raise Refusal("request-busy", "The verifier's queue is full.", "Try again later.")
         self._held += 1
-        future = asyncio.get_running_loop().run_in_executor(self._pool, call)
-        future.add_done_callback(self._released)
+        future = asyncio.get_running_loop().run_in_executor(self._pool, _outcome, call)
+        future.add_done_callback(lambda _: self._released(held))
         try:
-            return await asyncio.wait_for(asyncio.shield(future), self._limits.timeout_s)
+            outcome = await asyncio.wait_for(asyncio.shield(future), self._limits.timeout_s)
         except asyncio.TimeoutError:
             raise Refusal("request-busy", "The verifier gave no answer in time.", "Try again later.") from None
+        try:
+            if isinstance(outcome, _Failed):
+                raise outcome.error
+            return outcome
+        finally:
+            # Or this frame, which the error's traceback names, would hold the error: the cycle again.
+            del outcome, future
 
-    def _released(self, future: asyncio.Future[Any]) -> None:
+    def _released(self, held: int) -> None:
         self._held -= 1
-        if not future.cancelled():
-            future.exception()  # seen, so that an abandoned call logs nothing
+        self.bodies.give(held)
 
     def close(self) -> None:
         """Wait for running calls."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """What a call raised, as a result."""
+
+    error: FidesError
+
+
+def _outcome(call: Callable[[], T]) -> T | _Failed:
+    """The call's result or error, without the traceback: a future that holds one is a cycle.
+
+    Python would keep the body that the traceback's frames name until it looks for cycles, which the size of
+    bodies does not hasten.
+    """
+    try:
+        return call()
+    except FidesError as error:
+        return _Failed(error.with_traceback(None))
+    except Exception:
+        # What nobody foresaw is for the operator only.
+        logger.exception("an unforeseen error")
+        return _Failed(ServerError(CANNOT_ANSWER))
 
 
 class HttpFront:
@@ -124,7 +182,7 @@ class HttpFront:
         self._verifier = verifier
         self._queue = queue
         self._limits = limits
-        self._buffered = 0
+        self._bounds = request_bounds(verifier.input, verifier.options.max_rows, limits.body_bytes)
         routes = [
             Route("/v2", self._server),
             Route("/v2/health/live", self._live),
@@ -137,7 +195,12 @@ class HttpFront:
             Route("/v2/models/{model}/versions/{version}/ready", self._ready),
             Route("/v2/models/{model}/versions/{version}/infer", self._infer, methods=["POST"]),
         ]
-        faults: Any = {_Fault: self._fault, FidesError: self._refused, ClientDisconnect: self._gone}
+        faults: Any = {
+            _Fault: self._fault,
+            FidesError: self._refused,
+            ClientDisconnect: self._gone,
+            Exception: self._unforeseen,
+        }
         self.app = Starlette(routes=routes, exception_handlers=faults)
 
     async def _live(self, request: Request) -> Response:
@@ -171,21 +234,19 @@ class HttpFront:
             raise InputError(f"{_HEADER_LENGTH} is not a number.")
         model = request.path_params["model"]
         body = await self._body(request)
-        try:
-            data, length = await self._queue.run(lambda: self._answer(model, body, header))
-        finally:
-            self._buffered -= len(body)
+        data, length = await self._queue.run(lambda: self._answer(model, body, header), held=len(body))
         headers = {} if length is None else {_HEADER_LENGTH: str(length)}
         kind = "application/json" if length is None else "application/octet-stream"
         return Response(data, media_type=kind, headers=headers)
 
     def _answer(self, model: str, body: bytes, header: str | None) -> tuple[bytes, int | None]:
-        parsed = oip.parse_http(body, None if header is None else int(header))
+        with self._queue.parsing:
+            parsed = oip.parse_http(body, None if header is None else int(header), self._bounds)
         return oip.render_http(oip.infer(self._verifier, model, parsed), parsed)
 
     async def _body(self, request: Request) -> bytes:
-        """The body, within size and time; its bytes are counted in `_buffered` until the answer is made."""
-        limit = self._limits.body_bytes
+        """The body, within size and time; its bytes stay taken from the queue's `bodies`."""
+        limit = self._bounds.body_bytes
         declared = request.headers.get("content-length", "0")
         if declared.isascii() and declared.isdigit() and int(declared) > limit:
             raise _Fault(413, "request-size", f"The body is longer than {limit} bytes.")
@@ -195,15 +256,13 @@ class HttpFront:
             # One deadline for the whole body: a peer that sends a byte now and then gains nothing.
             with anyio.fail_after(self._limits.body_timeout_s):
                 async for chunk in request.stream():
-                    size += len(chunk)
-                    self._buffered += len(chunk)
-                    if size > limit:
+                    if size + len(chunk) > limit:
                         raise _Fault(413, "request-size", f"The body is longer than {limit} bytes.")
-                    if self._buffered > self._limits.buffered_bytes:
-                        raise Refusal("request-busy", "The verifier holds too many bodies.", "Try again later.")
+                    self._queue.bodies.take(len(chunk))
+                    size += len(chunk)
                     chunks.append(chunk)
         except BaseException as error:
-            self._buffered -= size
+            self._queue.bodies.give(size)
             if isinstance(error, TimeoutError):
                 raise _Fault(408, "request-slow", "The body did not arrive in time.") from None
             raise
@@ -220,7 +279,12 @@ class HttpFront:
         if isinstance(error, InputError):
             return _problem(400, "request-input", str(error))
         # Broken hardware or bundle: the operator's log has the details, the peer gets none.
-        return _problem(500, "verifier", "The verifier cannot answer.")
+        logger.error("the verifier cannot answer: %s", error)
+        return _problem(500, "verifier", CANNOT_ANSWER)
+
+    async def _unforeseen(self, request: Request, error: Exception) -> Response:
+        """The answer to what nobody foresaw; Starlette raises the error again, and uvicorn logs it."""
+        return _problem(500, "verifier", CANNOT_ANSWER)
 
     async def _gone(self, request: Request, error: Exception) -> Response:
         return Response(status_code=499)

@@ -1,13 +1,48 @@
-"""Bounds that keep a verifier's memory flat: spent nonces and requests per client."""
+"""Bounds that keep a verifier's memory flat: bytes of bodies, spent nonces and requests per client."""
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 
 from fides_plugins.attestation.refusal import Refusal
+
+#: After so many bytes of bodies, what the allocator keeps of them goes back to the system.
+_TRIM_BYTES = 16 << 20
+#: glibc keeps freed memory for each of its threads' arenas, in holes between small objects; others have no such call.
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+
+
+class ByteBudget:
+    """Bytes of all bodies and messages that are held at once. Belongs to one event loop."""
+
+    def __init__(self, capacity: int) -> None:
+        self._left = capacity
+        self._given = 0
+
+    def take(self, size: int) -> None:
+        """Hold some more.
+
+        Raises
+        ------
+        Refusal
+            `request-memory`.
+        """
+        if size > self._left:
+            raise Refusal("request-memory", "The verifier holds too many bodies.", "Try again later.")
+        self._left -= size
+
+    def give(self, size: int) -> None:
+        """Hold less again."""
+        self._left += size
+        self._given += size
+        if self._given >= _TRIM_BYTES:
+            self._given = 0
+            if _trim is not None:
+                _trim(0)
 
 
 class SpentNonces:

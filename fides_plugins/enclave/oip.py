@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from fides_plugins.attestation.request import from_text, to_text
 from fides_plugins.attestation.tensors import OIP_TYPES, oip_type, tensor_bytes, tensor_from_bytes
 from fides_plugins.attestation.wire import COMMITMENT_PARAMETER, PARAMETER, RECEIPT_OUTPUT
+from fides_plugins.enclave.bounds import RequestBounds
 from fides_plugins.enclave.verifier import Verifier
 from fides_plugins.errors import InputError
 
@@ -113,7 +114,7 @@ def check_version(version: str) -> None:
         raise InputError(f"There is no version {version[:16]!r} here, only {_VERSION}.")
 
 
-def parse_http(body: bytes, json_length: int | None) -> InferRequest:
+def parse_http(body: bytes, json_length: int | None, bounds: RequestBounds) -> InferRequest:
     """Read an HTTP body.
 
     Parameters
@@ -122,6 +123,8 @@ def parse_http(body: bytes, json_length: int | None) -> InferRequest:
         The body.
     json_length:
         `Inference-Header-Content-Length`: bytes of JSON in front of binary tensors; None without these.
+    bounds:
+        What a request may hold.
 
     Raises
     ------
@@ -130,9 +133,11 @@ def parse_http(body: bytes, json_length: int | None) -> InferRequest:
     """
     if json_length is not None and not 0 <= json_length <= len(body):
         raise InputError("Inference-Header-Content-Length does not fit the body.")
-    text, tail = (body, b"") if json_length is None else (body[:json_length], body[json_length:])
+    text = body if json_length is None else body[:json_length]
+    tail = memoryview(body)[len(text) :]
+    bounds.check_json(text)
     try:
-        document = json.loads(text)
+        document = json.loads(text.decode())
     except (ValueError, RecursionError):
         document = None
     if not isinstance(document, dict) or not isinstance(document.get("inputs", []), list):
@@ -150,7 +155,7 @@ def parse_http(body: bytes, json_length: int | None) -> InferRequest:
             continue
         if type(size) is not int or not 0 <= size <= len(tail) - position:
             raise InputError(f"binary_data_size of input {name!r} does not fit the body.")
-        tensors[name] = tensor_from_bytes(tail[position : position + size], dtype, shape)
+        tensors[name] = tensor_from_bytes(bytes(tail[position : position + size]), dtype, shape)
         position += size
     if position != len(tail):
         raise InputError("The body has bytes that belong to no input.")
@@ -233,10 +238,9 @@ def checked_shape(shape: Any) -> tuple[int, ...]:
     InputError
         If it has too many dimensions, or one is no count.
     """
-    values = tuple(shape)
-    if len(values) > _MAX_RANK or any(type(d) is not int or not 0 <= d < 1 << 31 for d in values):
+    if len(shape) > _MAX_RANK or any(type(d) is not int or not 0 <= d < 1 << 31 for d in shape):
         raise InputError("The shape of an input is not a list of at most 8 counts.")
-    return values
+    return tuple(shape)
 
 
 def _from_json(data: Any, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
@@ -244,6 +248,9 @@ def _from_json(data: Any, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
         raise InputError(f"Inputs of type {dtype[:16]!r} are not supported.")
     wanted = OIP_TYPES[dtype]
     try:
+        # As they are first: numpy would make each text of a list as wide as the longest.
+        if not set(map(type, np.array(data, dtype=object).ravel())) <= {int, float, bool}:
+            raise TypeError
         given = np.asarray(data)
         kinds = {"f": "iuf", "b": "b"}.get(wanted.kind, "iu")
         fits = given.dtype.kind in kinds or not given.size

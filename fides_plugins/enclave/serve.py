@@ -90,7 +90,7 @@ async def _start_grpc(
 
     try:
         server, port = await front.make_server(
-            front.GrpcFront(verifier, queue), endpoints.host, endpoints.grpc_port or 0, limits
+            front.GrpcFront(verifier, queue, limits), endpoints.host, endpoints.grpc_port or 0, limits
         )
     except RuntimeError:
         port = 0

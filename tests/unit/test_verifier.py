@@ -22,8 +22,9 @@ from fides_plugins.attestation.request import from_text, to_text
 from fides_plugins.attestation.tensors import tensor_digest, tensor_from_bytes
 from fides_plugins.attestation.verify import evidence_id, new_challenge, verify_evidence
 from fides_plugins.attestation.wire import PARAMETER, RECEIPT_OUTPUT
-from fides_plugins.bundle import Bundle, Manifest
+from fides_plugins.bundle import Bundle, InputSpec, Manifest
 from fides_plugins.enclave import oip
+from fides_plugins.enclave.bounds import request_bounds
 from fides_plugins.enclave.limits import RateLimit, SpentNonces
 from fides_plugins.enclave.providers import (
     DevelopmentProvider,
@@ -41,6 +42,7 @@ from tests.pki import NOW_S, AmdPki
 from tests.verifiers import IDENTITY_PUBLIC, Asked, Hardware
 
 ROWS = fake_logits(3)
+BOUNDS = request_bounds(InputSpec(name="pixels", dtype="float32", shape=(None, 10)), 1024)
 
 
 @pytest.fixture(scope="module")
@@ -232,10 +234,10 @@ def test_http_bodies_in_json_and_in_binary(verifier: Verifier, bundle: Bundle) -
             document["inputs"] = [{**entry, "parameters": {"binary_data_size": len(raw)}}]
             document["outputs"] = [{"name": RECEIPT_OUTPUT, "parameters": {"binary_data": True}}]
             text = json.dumps(document).encode()
-            request = oip.parse_http(text + raw, len(text))
+            request = oip.parse_http(text + raw, len(text), BOUNDS)
         else:
             document["inputs"] = [{**entry, "data": ROWS.tolist()}]
-            request = oip.parse_http(json.dumps(document).encode(), None)
+            request = oip.parse_http(json.dumps(document).encode(), None, BOUNDS)
         body, length = oip.render_http(oip.infer(verifier, bundle.manifest.name, request), request)
         answer = json.loads(body[:length])
         assert answer["id"] == "7"
@@ -266,20 +268,20 @@ def test_http_bodies_in_json_and_in_binary(verifier: Verifier, bundle: Bundle) -
 )  # fmt: skip
 def test_malformed_bodies_are_refused(document: Any) -> None:
     with pytest.raises(InputError):
-        oip.parse_http(json.dumps(document).encode(), None)
+        oip.parse_http(json.dumps(document).encode(), None, BOUNDS)
 
 
 def test_lengths_that_do_not_fit_are_refused() -> None:
     for body, length in ((b"{}", 3), (b"{}", -1), (b"{}rest", 2), (b"[" * 100_000, None), (b"\xff", None)):
         with pytest.raises(InputError):
-            oip.parse_http(body, length)
+            oip.parse_http(body, length, BOUNDS)
 
 
 @given(st.binary(max_size=300), st.none() | st.integers(-5, 300))
 @settings(max_examples=300, deadline=None)
 def test_arbitrary_bodies_never_crash(body: bytes, length: int | None) -> None:
     try:
-        request = oip.parse_http(body, length)
+        request = oip.parse_http(body, length, BOUNDS)
     except InputError:
         return
     assert isinstance(request.tensors, dict)
