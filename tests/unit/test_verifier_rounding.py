@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fides_plugins.client.judge import ClientJudge
 from fides_plugins.enclave.rounding import round_rows
-from fides_plugins.testing import fake_logits
-from fides_plugins.types import softmax
+from fides_plugins.testing import fake_logits, memory_bundle
+from fides_plugins.types import Query, Status, softmax
 
 
 @pytest.mark.parametrize("decimals", [1, 2, 3, 6, 9])
@@ -36,3 +37,12 @@ def test_what_is_missing_goes_to_the_classes_that_lost_most() -> None:
 
 def test_no_rows() -> None:
     assert round_rows(np.zeros((0, 10), np.float32), 2).shape == (0, 10)
+
+
+@pytest.mark.parametrize(("margin", "decimals", "trusted"), [(2.0, 1, 0), (2.0, 2, 200), (2.0, 3, 200), (8.0, 1, 200)])
+def test_soft_answers_need_two_decimals(margin: float, decimals: int, trusted: int) -> None:
+    """The figures of the how-to: the service answers as the verifier does, and only the rounding differs."""
+    logits = fake_logits(200, margin=margin)
+    query = Query({"pixels": logits})
+    verdict = ClientJudge(memory_bundle()).judge(query, logits, round_rows(softmax(logits), decimals), None).verdict
+    assert (verdict.status == Status.TRUSTED).sum() == trusted
