@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from fides_plugins.audit.records import ID_COLUMN
+from fides_plugins.intervals import wilson
 from fides_plugins.types import STATUS_TEXTS, BoolArray, Status, Verdict
 
 
@@ -95,13 +96,3 @@ class Summary:
             "more_than_false_alarms": low > false_alarm_rate if judged else None,
             "reasons": {reason: count for count, reason in reasons[:20]},
         }
-
-
-def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's 95 % interval of a proportion (Wilson 1927); (0, 1) without observations."""
-    if n == 0:
-        return 0.0, 1.0
-    p = successes / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, float(centre - half)), min(1.0, float(centre + half))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from fides_plugins.attestation.policy import EvidencePolicy
 from fides_plugins.bundle import Bundle
-from fides_plugins.client.core import ClientCore
+from fides_plugins.client.core import ClientCore, Reply
 from fides_plugins.client.judge import Answer
 from fides_plugins.client.receipts import Brought, Pending
 from fides_plugins.client.verifier_call import VerifierCall
@@ -104,12 +105,16 @@ class Calls(Client, ABC):
     @abstractmethod
     def _once(self, inputs: Mapping[str, NDArray[Any]]) -> Answer: ...
 
-    def _receipt(self, verifier: VerifierCall, tensor: NDArray[Any], pending: Pending, output: NDArray[Any]) -> Brought:
-        """What the verifier brings when the client asks it."""
+    def _with_receipt(self, reply: Reply, tensor: NDArray[Any], pending: Pending) -> Reply:
+        """The reply with what the verifier brings, where the client asks it."""
+        verifier = self._verifier
+        if verifier is None:
+            return reply
         try:
-            return verifier.read(self._http.post(**verifier.request(tensor, pending, output)))
+            brought = verifier.read(self._http.post(**verifier.request(tensor, pending, reply.output)))
         except httpx.HTTPError as error:
-            return verifier.no_answer(error)
+            brought = verifier.no_answer(error)
+        return replace(reply, brought=brought)
 
     def close(self) -> None:
         """Close the connections."""

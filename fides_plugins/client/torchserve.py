@@ -123,10 +123,7 @@ class TorchServeClient(_TorchServeBase, Calls):
             reply = self._reply(self._http.post(**self._service_call(query, pending)))
         except httpx.HTTPError as error:
             raise ServerError(f"{self._url} gave no answer ({type(error).__name__}).") from None
-        if self._verifier is not None:
-            brought = self._receipt(self._verifier, tensor, pending, reply.output)
-            reply = Reply(reply.output, brought, reply.raw)
-        return self.core.finish(query, pending, reply)
+        return self.core.finish(query, pending, self._with_receipt(reply, tensor, pending))
 
 
 class AsyncTorchServeClient(_TorchServeBase, AsyncCalls):

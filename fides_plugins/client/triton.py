@@ -156,10 +156,7 @@ class TritonClient(_TritonBase, Calls):
         if not self._output:
             self._output = self._choose_output(self._call("get_model_metadata", model_name=self.model))
         reply = self._reply(self._call("infer", **self._service_call(query.inputs, pending)))
-        if self._verifier is not None:
-            brought = self._receipt(self._verifier, tensor, pending, reply.output)
-            reply = Reply(reply.output, brought, reply.raw)
-        return self.core.finish(query, pending, reply)
+        return self.core.finish(query, pending, self._with_receipt(reply, tensor, pending))
 
     def _call(self, method: str, **call: Any) -> Any:
         """A method of tritonclient's connection, with a time-out and one kind of error."""

@@ -13,6 +13,7 @@ from fides_plugins.demo.compromised import ATTACKS
 from fides_plugins.demo.digits import CLASS_NAMES, INPUT_NAME, OUTPUT_NAME, DigitsSplit
 from fides_plugins.demo.hosts import Answers, Deployment, Host, InProcessHost, latency_ms
 from fides_plugins.errors import SettingsError
+from fides_plugins.intervals import wilson
 from fides_plugins.onnx_model import OnnxModel
 from fides_plugins.types import BoolArray, Float32Array, IntArray
 
@@ -33,13 +34,8 @@ class Share:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson score interval at 95% (Wilson 1927)."""
-        if not self.rows:
-            return (float("nan"), float("nan"))
-        z, n, p = 1.959964, self.rows, self.value
-        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-        return (max(0.0, centre - half), min(1.0, centre + half))
+        """Wilson's, at 95%."""
+        return wilson(self.hits, self.rows) if self.rows else (float("nan"), float("nan"))
 
     def as_json(self) -> dict[str, Any]:
         """For machines."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -23,6 +22,7 @@ from torch import nn
 from torch.nn import functional
 
 from fides_plugins.errors import TrainingError
+from fides_plugins.intervals import wilson
 from fides_plugins.training.costs import Cost
 from fides_plugins.training.distillation import (
     ALONE,
@@ -179,11 +179,9 @@ def search(
 def certain(share: float, n_rows: int, wanted: float) -> bool:
     """Whether a share seen on `n_rows` rows exceeds what is wanted by one standard error.
 
-    The lower end of Wilson's interval (1927) with z = 1; the plain standard error is 0 at a share of 1.
+    The lower end of Wilson's interval with z = 1; the plain standard error is 0 at a share of 1.
     """
-    centre = (share + 0.5 / n_rows) / (1 + 1 / n_rows)
-    half = math.sqrt(share * (1 - share) / n_rows + 0.25 / n_rows**2) / (1 + 1 / n_rows)
-    return centre - half >= wanted - 1e-12
+    return wilson(share * n_rows, n_rows, z=1.0)[0] >= wanted - 1e-12
 
 
 def divergence(service: Float32Array, student: Float32Array) -> float:

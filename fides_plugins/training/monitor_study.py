@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from fides_plugins.intervals import wilson
 from fides_plugins.monitor import EProcess
-from fides_plugins.training.statistics import DRAWS, LEVELS, Estimate, wilson
+from fides_plugins.training.statistics import DRAWS, LEVELS, Estimate
 from fides_plugins.types import Float64Array, IntArray
 
 

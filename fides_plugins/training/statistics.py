@@ -1,8 +1,7 @@
 """Measures of a detector and their 95% intervals.
 
-A share of independent rows has Wilson's interval (Wilson 1927; Brown, Cai, DasGupta, "Interval Estimation
-for a Binomial Proportion", Statistical Science 16, 2001). Everything else has a bootstrap interval. A draw
-weighs *input rows*: a row's clean and attacked answers go in or out together, because they are not
+A share of independent rows has Wilson's interval (`fides_plugins.intervals`). Everything else has a bootstrap
+interval. A draw weighs *input rows*: a row's clean and attacked answers go in or out together, because they are not
 independent. All measures are computed for all draws at once from sorted scores.
 
 Where no draw differs, a bootstrap says that the measure is certain, and it is not: what would change it was
@@ -11,31 +10,20 @@ only not among the rows. There the interval reaches as far as Wilson's for somet
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fides_plugins.intervals import wilson
 from fides_plugins.types import Float64Array, IntArray
 
 DRAWS = 400
 #: Percentiles of the draws at which an interval ends.
 LEVELS = (2.5, 97.5)
-_Z = 1.959964  # of the standard normal distribution, 95% two-sided
 #: Weights take draws x rows bytes; with more rows fewer draws are made.
 _MAX_WEIGHTS = 40_000_000
-
-
-def wilson(hits: float, rows: float) -> tuple[float, float]:
-    """The 95% interval of a share of independent rows: those with which `hits` of `rows` is no surprise."""
-    share, spread = hits / rows, _Z**2 / rows
-    middle = share + spread / 2.0
-    half = math.sqrt(spread * (share * (1.0 - share) + spread / 4.0))
-    # Rounding must not push the share itself out of its interval.
-    low, high = (middle - half) / (1.0 + spread), (middle + half) / (1.0 + spread)
-    return max(0.0, min(low, share)), min(1.0, max(high, share))
 
 
 @dataclass(frozen=True)

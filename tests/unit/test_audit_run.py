@@ -13,11 +13,11 @@ import pytest
 from typer.testing import CliRunner
 
 from fides_plugins.audit import run as run_module
-from fides_plugins.audit.output import wilson
 from fides_plugins.audit.run import audit_run, prepare
 from fides_plugins.bundle import Bundle, InputSpec
 from fides_plugins.cli import app
 from fides_plugins.errors import FidesError, InputError, SettingsError
+from fides_plugins.intervals import wilson
 from fides_plugins.pipeline import Pipeline
 from fides_plugins.settings import Settings
 from fides_plugins.testing import make_bundle

@@ -14,13 +14,14 @@ from typer.testing import CliRunner
 from fides_plugins.bundle import Bundle
 from fides_plugins.cli import app
 from fides_plugins.errors import InputError, TrainingError
+from fides_plugins.intervals import wilson
 from fides_plugins.training.attacks import default_registry
 from fides_plugins.training.detection import fit_predictions
 from fides_plugins.training.evaluation import MEASURES, Evaluation, evaluate
 from fides_plugins.training.monitor_study import MonitorStudy, study_monitor
 from fides_plugins.training.predictions import Predictions
 from fides_plugins.training.report import render
-from fides_plugins.training.statistics import Estimate, Scores, bootstrap_weights, mean, wilson
+from fides_plugins.training.statistics import Estimate, Scores, bootstrap_weights, mean
 from fides_plugins.training.synthetic import synthetic_pair
 from tests.docs_blocks import REPOSITORY
 
