@@ -46,7 +46,7 @@ RULE_RATES = (0.01, 0.05)
 CHANGED_CLASS_COUNTS = 3.0
 #: Networks in the detector; each leaves out its fold of the rows.
 MEMBERS = 4
-#: Shares of the budget that agreeing rows may get; the one that leaves the smallest regret is taken.
+#: Shares of the budget that agreeing rows may get; the one that leaves the smallest regret is taken, see `deciding`.
 SHARES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3)
 #: Answers are flattened, never sharpened. On a few hundred rows that all agree, the likeliest temperature is
 #: zero, and at zero an answer says nothing but its class.
@@ -201,7 +201,7 @@ class _Trainer:
                 self._train_generator(generator_optimiser)
         # What was learned is trained to stand alone; what KL has to say comes in at the end. The generator, which
         # evaluation attacks with, then learns to be taken for benign by the detector as it is used.
-        self._order(SAYS)
+        self._order(SAYS, deciding(self.pools))
         if o.generator:
             self._train_generator(generator_optimiser, by_rank=True)
         progress(1.0)
@@ -265,7 +265,7 @@ class _Trainer:
     def _weigh_attacks(self) -> None:
         """Give weight to attacks on which a rule of thumb is ahead."""
         o = self.options
-        for pool, regrets in zip(self.pools, self._order(LEARNED_ALONE), strict=True):
+        for pool, regrets in zip(self.pools, self._order(LEARNED_ALONE, self.pools), strict=True):
             # Behind one rule is behind; ahead of all of them, an attack leaves its weight to the others.
             behind = max(regrets)
             regret = behind if behind > 0.002 else float(np.mean(np.clip(regrets, -0.05, 0.0)))
@@ -274,38 +274,38 @@ class _Trainer:
         self._weigh_errors()
 
     @torch.no_grad()
-    def _order(self, says: Says) -> list[list[float]]:
-        """Measure the lists and divide the budget between them; the regrets that are left, see `_regrets`."""
+    def _order(self, says: Says, pools: Sequence[Pool]) -> list[list[float]]:
+        """Measure the lists and divide the budget between them by what is lost on `pools`; the regrets left there."""
         lists = self.detector.lists
         benign = self._held_out(self.benign)
         lists.measure(benign.double().numpy(), self.benign.agrees[:, 0].numpy(), says)
-        attacked = [self._held_out(pool) for pool in self.pools]
+        attacked = [self._held_out(pool) for pool in pools]
         worst = []
         for share in SHARES:
             lists.give(share)
-            worst.append(max(max(r) for r in self._regrets(benign, attacked)))
+            worst.append(max(max(r) for r in self._regrets(benign, pools, attacked)))
         # As little as the rows can tell from the best: what was trained on looks better than it is.
         enough = min(worst) + 0.25 / math.sqrt(len(benign))
         lists.give(next(share for share, regret in zip(SHARES, worst, strict=True) if regret <= enough))
-        return self._regrets(benign, attacked)
+        return self._regrets(benign, pools, attacked)
 
     def _held_out(self, pool: Pool) -> Tensor:
         """(N, 4) scores, each row's by the member that was not trained on it."""
         return to_be_ordered(self.detector.members(pool.features)[pool.fold, torch.arange(len(pool))], pool.features)
 
-    def _regrets(self, benign: Tensor, attacked: list[Tensor]) -> list[list[float]]:
+    def _regrets(self, benign: Tensor, pools: Sequence[Pool], attacked: list[Tensor]) -> list[list[float]]:
         """By attack: each rule's true-alarm rate minus the detector's, at equal false-alarm rate.
 
         Parameters
         ----------
         benign, attacked:
-            (N, 4) scores.
+            (N, 4) scores of benign rows, and of each pool's.
         """
         lists = self.detector.lists
         ranks = lists(benign, self.benign.agrees).numpy()
         own_rate = 1.0 - float(self.benign.agrees.float().mean())
         regrets = []
-        for pool, scores in zip(self.pools, attacked, strict=True):
+        for pool, scores in zip(pools, attacked, strict=True):
             lies = lists(scores, pool.agrees).numpy()
             of = [1.0 - float(pool.agrees.float().mean()) - _caught(ranks, lies, own_rate)]
             of += [_caught(self.benign.kl, pool.kl, rate) - _caught(ranks, lies, rate) for rate in RULE_RATES]
@@ -347,6 +347,17 @@ class _Trainer:
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
+
+
+def deciding(pools: Sequence[Pool]) -> list[Pool]:
+    """The pools that divide the budget in the end.
+
+    A replay stands in for attacks that training does not see. Where a named attack does the same, changes the class
+    or keeps it, that one tells better what is lost: a rule of thumb that is ahead on replays alone, of a kind nobody
+    was asked to catch, would take the budget from attacks on which both are measured.
+    """
+    named = {pool.lies for pool in pools if not pool.replay}
+    return [pool for pool in pools if not pool.replay or pool.lies not in named]
 
 
 def _caught(benign: NDArray[Any], attacked: NDArray[Any], rate: float) -> float:

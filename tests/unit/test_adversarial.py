@@ -11,11 +11,12 @@ import torch
 
 from fides_plugins import divergences
 from fides_plugins.onnx_model import OnnxModel
-from fides_plugins.training.adversarial import GanOptions, train_gan
+from fides_plugins.training.adversarial import GanOptions, deciding, train_gan
 from fides_plugins.training.attacks import default_registry
 from fides_plugins.training.detection import DetectionArtifacts, train_detection
 from fides_plugins.training.features import FEATURE_NAMES, Pair, Temper
 from fides_plugins.training.networks import Detector, DetectorGraph, export
+from fides_plugins.training.pools import Pools
 from fides_plugins.training.synthetic import synthetic_pair
 
 TEMPERATURES = (1.7, 4.0)
@@ -167,3 +168,20 @@ def test_the_graphs_are_small_quick_and_hold_no_paths(artifacts: DetectionArtifa
                 model.run(pair)
             times.append(time.perf_counter() - began)
         assert np.quantile(times, 0.1) < SLACK * limit
+
+
+@pytest.mark.parametrize(
+    ("names", "replays"),
+    [
+        (("switch", "confidence"), set()),
+        (("switch", "random"), {"replay-alike"}),
+        (("confidence",), {"replay", "replay-near", "replay-like"}),
+        ((), {"replay", "replay-near", "replay-like", "replay-alike"}),
+    ],
+)
+def test_replays_divide_the_budget_only_where_no_named_attack_is_like_them(names: tuple[str, ...], replays: set[str]):
+    rows = synthetic_pair(300, 6, signal=3.5)
+    registry = default_registry()
+    attacks = [registry.output(name) for name in names]
+    pools = Pools(rows, attacks, Temper(*TEMPERATURES), 4, np.random.default_rng(0), 1.0, 32).attacked(None)
+    assert {pool.name for pool in deciding(pools)} == set(names) | replays
