@@ -54,10 +54,12 @@ bench: install
 	$(BIN)/python benchmarks/verifier_cost.py
 	$(BIN)/python benchmarks/detector_cost.py
 
-# Slow studies behind the figures in the docs; each can be run alone. About an hour and a half on 2 cores.
+# Slow studies behind the figures in the docs; each can be run alone. About two and a half hours on 2 cores.
 study: install
 	$(BIN)/python benchmarks/digits_seeds.py --seeds 5 --workers 1
 	$(BIN)/python benchmarks/monitor_study.py
+	$(BIN)/python benchmarks/classical_pairs.py
+	for pair in build/classical/*.npz; do $(BIN)/python benchmarks/detection_study.py $$pair --seeds 1 || exit 1; done
 	$(BIN)/python -m examples.digits
 	$(BIN)/python -m examples.mnist
 	$(BIN)/python -m examples.glyphs

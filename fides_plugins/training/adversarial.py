@@ -46,7 +46,7 @@ RULE_RATES = (0.01, 0.05)
 CHANGED_CLASS_COUNTS = 3.0
 #: Networks in the detector; each leaves out its fold of the rows.
 MEMBERS = 4
-#: Shares of the budget that agreeing rows may get; the one that leaves the smallest regret is taken, see `deciding`.
+#: Shares of the budget that agreeing rows may get.
 SHARES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3)
 #: Answers are flattened, never sharpened. On a few hundred rows that all agree, the likeliest temperature is
 #: zero, and at zero an answer says nothing but its class.
@@ -201,7 +201,7 @@ class _Trainer:
                 self._train_generator(generator_optimiser)
         # What was learned is trained to stand alone; what KL has to say comes in at the end. The generator, which
         # evaluation attacks with, then learns to be taken for benign by the detector as it is used.
-        self._order(SAYS, deciding(self.pools))
+        self._order(SAYS, *by_say(self.pools))
         if o.generator:
             self._train_generator(generator_optimiser, by_rank=True)
         progress(1.0)
@@ -265,7 +265,7 @@ class _Trainer:
     def _weigh_attacks(self) -> None:
         """Give weight to attacks on which a rule of thumb is ahead."""
         o = self.options
-        for pool, regrets in zip(self.pools, self._order(LEARNED_ALONE, self.pools), strict=True):
+        for pool, regrets in zip(self.pools, self._order(LEARNED_ALONE, self.pools, []), strict=True):
             # Behind one rule is behind; ahead of all of them, an attack leaves its weight to the others.
             behind = max(regrets)
             regret = behind if behind > 0.002 else float(np.mean(np.clip(regrets, -0.05, 0.0)))
@@ -274,20 +274,25 @@ class _Trainer:
         self._weigh_errors()
 
     @torch.no_grad()
-    def _order(self, says: Says, pools: Sequence[Pool]) -> list[list[float]]:
-        """Measure the lists and divide the budget between them by what is lost on `pools`; the regrets left there."""
+    def _order(self, says: Says, first: Sequence[Pool], then: Sequence[Pool]) -> list[list[float]]:
+        """Measure the lists and divide the budget between them; the regrets left on `first`, see `_regrets`.
+
+        The share is one that `first` can't tell from its best; among those, one that `then` can't tell from its best;
+        among those, the smallest: what was trained on looks better than it is.
+        """
         lists = self.detector.lists
         benign = self._held_out(self.benign)
         lists.measure(benign.double().numpy(), self.benign.agrees[:, 0].numpy(), says)
-        attacked = [self._held_out(pool) for pool in pools]
-        worst = []
-        for share in SHARES:
-            lists.give(share)
-            worst.append(max(max(r) for r in self._regrets(benign, pools, attacked)))
-        # As little as the rows can tell from the best: what was trained on looks better than it is.
-        enough = min(worst) + 0.25 / math.sqrt(len(benign))
-        lists.give(next(share for share, regret in zip(SHARES, worst, strict=True) if regret <= enough))
-        return self._regrets(benign, pools, attacked)
+        left = list(SHARES)
+        for pools in (first, then):
+            attacked = [self._held_out(pool) for pool in pools]
+            worst = []
+            for share in left if pools else ():
+                lists.give(share)
+                worst.append(max(max(r) for r in self._regrets(benign, pools, attacked)))
+            left = close_to_least(left, worst, 0.25 / math.sqrt(len(benign))) if worst else left
+        lists.give(left[0])
+        return self._regrets(benign, first, [self._held_out(pool) for pool in first])
 
     def _held_out(self, pool: Pool) -> Tensor:
         """(N, 4) scores, each row's by the member that was not trained on it."""
@@ -349,15 +354,21 @@ class _Trainer:
                 optimiser.step()
 
 
-def deciding(pools: Sequence[Pool]) -> list[Pool]:
-    """The pools that divide the budget in the end.
+def by_say(pools: Sequence[Pool]) -> tuple[list[Pool], list[Pool]]:
+    """Pools that have the first say in how the budget is divided in the end, and pools that choose from what is left.
 
     A replay stands in for attacks that training does not see. Where a named attack does the same, changes the class
-    or keeps it, that one tells better what is lost: a rule of thumb that is ahead on replays alone, of a kind nobody
-    was asked to catch, would take the budget from attacks on which both are measured.
+    or keeps it, that one tells better what is lost: a rule of thumb that is ahead on replays alone would take the
+    budget from attacks that both are measured on.
     """
     named = {pool.lies for pool in pools if not pool.replay}
-    return [pool for pool in pools if not pool.replay or pool.lies not in named]
+    first = [pool for pool in pools if not pool.replay or pool.lies not in named]
+    return first, [pool for pool in pools if pool.replay and pool.lies in named]
+
+
+def close_to_least(shares: Sequence[float], regrets: Sequence[float], apart: float) -> list[float]:
+    """The shares whose regret is at most `apart` above the least."""
+    return [share for share, regret in zip(shares, regrets, strict=True) if regret <= min(regrets) + apart]
 
 
 def _caught(benign: NDArray[Any], attacked: NDArray[Any], rate: float) -> float:

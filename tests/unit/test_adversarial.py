@@ -11,7 +11,7 @@ import torch
 
 from fides_plugins import divergences
 from fides_plugins.onnx_model import OnnxModel
-from fides_plugins.training.adversarial import GanOptions, deciding, train_gan
+from fides_plugins.training.adversarial import GanOptions, by_say, close_to_least, train_gan
 from fides_plugins.training.attacks import default_registry
 from fides_plugins.training.detection import DetectionArtifacts, train_detection
 from fides_plugins.training.features import FEATURE_NAMES, Pair, Temper
@@ -179,9 +179,15 @@ def test_the_graphs_are_small_quick_and_hold_no_paths(artifacts: DetectionArtifa
         ((), {"replay", "replay-near", "replay-like", "replay-alike"}),
     ],
 )
-def test_replays_divide_the_budget_only_where_no_named_attack_is_like_them(names: tuple[str, ...], replays: set[str]):
+def test_replays_have_the_first_say_only_where_no_named_attack_is_like_them(names: tuple[str, ...], replays: set[str]):
     rows = synthetic_pair(300, 6, signal=3.5)
     registry = default_registry()
     attacks = [registry.output(name) for name in names]
     pools = Pools(rows, attacks, Temper(*TEMPERATURES), 4, np.random.default_rng(0), 1.0, 32).attacked(None)
-    assert {pool.name for pool in deciding(pools)} == set(names) | replays
+    first, then = by_say(pools)
+    assert {pool.name for pool in first} == set(names) | replays
+    assert {pool.name for pool in then} == {"replay", "replay-near", "replay-like", "replay-alike"} - replays
+
+
+def test_what_cannot_be_told_from_the_least_regret_is_left():
+    assert close_to_least([0.1, 0.2, 0.3, 0.4], [0.5, 0.02, -0.01, 0.02], apart=0.035) == [0.2, 0.3, 0.4]
