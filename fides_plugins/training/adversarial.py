@@ -283,16 +283,23 @@ class _Trainer:
         lists = self.detector.lists
         benign = self._held_out(self.benign)
         lists.measure(benign.double().numpy(), self.benign.agrees[:, 0].numpy(), says)
-        left = list(SHARES)
-        for pools in (first, then):
-            attacked = [self._held_out(pool) for pool in pools]
-            worst = []
-            for share in left if pools else ():
-                lists.give(share)
-                worst.append(max(max(r) for r in self._regrets(benign, pools, attacked)))
-            left = close_to_least(left, worst, 0.25 / math.sqrt(len(benign))) if worst else left
+        attacked = [self._held_out(pool) for pool in first]
+        left = self._cheapest(SHARES, benign, first, attacked)
+        left = self._cheapest(left, benign, then, [self._held_out(pool) for pool in then])
         lists.give(left[0])
-        return self._regrets(benign, first, [self._held_out(pool) for pool in first])
+        return self._regrets(benign, first, attacked)
+
+    def _cheapest(
+        self, shares: Sequence[float], benign: Tensor, pools: Sequence[Pool], attacked: list[Tensor]
+    ) -> Sequence[float]:
+        """The shares that these pools can't tell from the one whose largest regret is least; all without pools."""
+        if not pools:
+            return shares
+        worst = []
+        for share in shares:
+            self.detector.lists.give(share)
+            worst.append(max(max(regrets) for regrets in self._regrets(benign, pools, attacked)))
+        return close_to_least(shares, worst, 0.25 / math.sqrt(len(benign)))
 
     def _held_out(self, pool: Pool) -> Tensor:
         """(N, 4) scores, each row's by the member that was not trained on it."""
