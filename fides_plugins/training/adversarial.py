@@ -369,13 +369,17 @@ def by_say(pools: Sequence[Pool]) -> tuple[list[Pool], list[Pool]]:
     budget from attacks that both are measured on.
     """
     named = {pool.lies for pool in pools if not pool.replay}
-    first = [pool for pool in pools if not pool.replay or pool.lies not in named]
-    return first, [pool for pool in pools if pool.replay and pool.lies in named]
+    first: list[Pool] = []
+    then: list[Pool] = []
+    for pool in pools:
+        (then if pool.replay and pool.lies in named else first).append(pool)
+    return first, then
 
 
 def close_to_least(shares: Sequence[float], regrets: Sequence[float], apart: float) -> list[float]:
     """The shares whose regret is at most `apart` above the least."""
-    return [share for share, regret in zip(shares, regrets, strict=True) if regret <= min(regrets) + apart]
+    enough = min(regrets) + apart
+    return [share for share, regret in zip(shares, regrets, strict=True) if regret <= enough]
 
 
 def _caught(benign: NDArray[Any], attacked: NDArray[Any], rate: float) -> float:
