@@ -27,8 +27,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fides_plugins.audit.records import PART_ROWS
-from fides_plugins.serving.process import descendants, resident_bytes
+from fides_plugins.batch.records import PART_ROWS
+from fides_plugins.launch.process import descendants, resident_bytes
 from fides_plugins.testing import fake_logits, fake_service, make_bundle, switch_top_two
 from fides_plugins.types import softmax
 
@@ -38,8 +38,8 @@ BLOCK = 100_000
 #: Runs the audit in a process whose memory before the first row is known.
 WORKER = """
 import json, os, sys, time
-from fides_plugins.audit.run import audit_run
-import fides_plugins.audit.ray_engine, onnxruntime, pyarrow.parquet
+from fides_plugins.batch.run import audit_run
+import fides_plugins.batch.ray_engine, onnxruntime, pyarrow.parquet
 bundle, source, target, engine, workers, part_rows = sys.argv[1:7]
 def rss():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

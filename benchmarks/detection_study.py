@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from fides_plugins.training.attacks import default_registry
-from fides_plugins.training.detection import fit_predictions
-from fides_plugins.training.evaluation import evaluate
+from fides_plugins.training.detector.detection import fit_predictions
+from fides_plugins.training.evaluation.evaluation import evaluate
+from fides_plugins.training.evaluation.synthetic import synthetic_pair
 from fides_plugins.training.predictions import Predictions, load_predictions
-from fides_plugins.training.synthetic import synthetic_pair
 
 MEASURES = ("accuracy", "auroc", "tpr_at_fpr_0.01", "tpr_at_fpr_0.05", "recovered_service", "recovered_truth")
 #: Made-up pairs: classes to rows and signal.

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fides_plugins.bundle import Bundle
-from fides_plugins.training.synthetic import synthetic_pair
+from fides_plugins.training.evaluation.synthetic import synthetic_pair
 
 BUNDLE = Path(__file__).resolve().parent.parent / "model_repository" / "fides_verify" / "bundle"
 

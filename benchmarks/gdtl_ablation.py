@@ -24,7 +24,7 @@ from torch import nn
 from examples.glyphs.__main__ import CHARACTERS, FONTS, draw
 from examples.study import logits_of, train_network
 from fides_plugins.training.data import Dataset
-from fides_plugins.training.distillation import (
+from fides_plugins.training.distil.distillation import (
     DistillationSettings,
     TransferSet,
     agreement,
@@ -32,9 +32,9 @@ from fides_plugins.training.distillation import (
     distil,
     predict,
 )
-from fides_plugins.training.gdtl import GdtlSettings, search
-from fides_plugins.training.pretrained import PretrainedNetwork, without_last_linear
-from fides_plugins.training.students import Student, small_cnn
+from fides_plugins.training.distil.gdtl import GdtlSettings, search
+from fides_plugins.training.distil.pretrained import PretrainedNetwork, without_last_linear
+from fides_plugins.training.distil.students import Student, small_cnn
 from fides_plugins.types import Float32Array
 
 WIDTH = 12

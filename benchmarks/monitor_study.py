@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from fides_plugins.conformal import Calibration
+from fides_plugins.statistics.conformal import Calibration
 from fides_plugins.training.attacks import default_registry
-from fides_plugins.training.detection import train_on
-from fides_plugins.training.evaluation import Judge
-from fides_plugins.training.monitor_study import first_alarms
+from fides_plugins.training.detector.detection import train_on
+from fides_plugins.training.evaluation.evaluation import Judge
+from fides_plugins.training.evaluation.monitor_study import first_alarms
+from fides_plugins.training.evaluation.synthetic import synthetic_pair
 from fides_plugins.training.predictions import load_predictions
-from fides_plugins.training.synthetic import synthetic_pair
 
 
 def p_values(

@@ -31,11 +31,11 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from fides_plugins.bundle import InputSpec, write_bundle
-from fides_plugins.serving.process import cpu_seconds, resident_bytes
+from fides_plugins.launch.process import cpu_seconds, resident_bytes
+from fides_plugins.launch.torchserve import TorchServeServer
+from fides_plugins.launch.torchserve_grpc import GrpcClient
 from fides_plugins.serving.torchserve.attach import attach
 from fides_plugins.serving.torchserve.build import build_archive
-from fides_plugins.serving.torchserve.client import GrpcClient
-from fides_plugins.serving.torchserve.server import TorchServeServer
 from fides_plugins.testing import fake_logits, make_bundle
 
 N_CLASSES = 10

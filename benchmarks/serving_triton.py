@@ -30,11 +30,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fides_plugins.bundle import InputSpec, Manifest, VerificationSpec, write_bundle
 from fides_plugins.cli._output import progress
+from fides_plugins.launch.process import cpu_seconds, resident_bytes
+from fides_plugins.launch.triton import TritonServer
 from fides_plugins.onnx_model import OnnxModel
-from fides_plugins.serving.process import cpu_seconds, resident_bytes
 from fides_plugins.serving.triton.attach import attach
 from fides_plugins.serving.triton.plan import AttachOptions
-from fides_plugins.serving.triton.server import TritonServer
 from fides_plugins.testing import make_bundle
 
 N_CLASSES = 10

@@ -21,12 +21,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fides_plugins.serving.triton.api import InferenceRefused, TritonApi
+from fides_plugins.launch.triton import TritonServer
 from fides_plugins.serving.triton.attach import attach
 from fides_plugins.serving.triton.config import parse_text
+from fides_plugins.serving.triton.operator.api import InferenceRefused, TritonApi
+from fides_plugins.serving.triton.operator.watch import Watcher, watch_forever
 from fides_plugins.serving.triton.plan import AttachOptions
-from fides_plugins.serving.triton.server import TritonServer
-from fides_plugins.serving.triton.watch import Watcher, watch_forever
 from fides_plugins.testing import INPUT_NAME, fake_logits, linear_onnx, make_bundle
 
 N_CLIENTS = 4

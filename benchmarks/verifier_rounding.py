@@ -22,9 +22,9 @@ from fides_plugins.bundle import Bundle
 from fides_plugins.client.judge import ClientJudge
 from fides_plugins.demo.digits import INPUT_NAME, load_digits_split
 from fides_plugins.enclave.rounding import round_rows
-from fides_plugins.intervals import wilson
 from fides_plugins.onnx_model import OnnxModel
 from fides_plugins.settings import Settings
+from fides_plugins.statistics.intervals import wilson
 from fides_plugins.types import Float32Array, Prediction, Query, Status
 
 ROOT = Path(__file__).resolve().parent.parent

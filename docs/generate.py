@@ -201,8 +201,8 @@ def _shown_default(parameter: Any) -> str:
 
 
 def metrics_page() -> str:
-    """The metrics of every host, from `fides_plugins.metrics`."""
-    from fides_plugins.metrics import METRICS
+    """The metrics of every host, from `fides_plugins.observation.metrics`."""
+    from fides_plugins.observation.metrics import METRICS
 
     head = (
         "# Metrics\n\n"

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fides_plugins.serving.triton.server import TritonServer
+from fides_plugins.launch.triton import TritonServer
 from fides_plugins.types import softmax
 
 MODES = ("observe", "flag", "correct", "reject")

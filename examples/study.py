@@ -23,17 +23,17 @@ from fides_plugins.cli._output import console, print_table, progress
 from fides_plugins.cli.fit import show
 from fides_plugins.onnx_model import OnnxModel
 from fides_plugins.training.attacks import default_registry
+from fides_plugins.training.attacks.model import Victim
 from fides_plugins.training.data import Dataset
-from fides_plugins.training.distillation import Augmentation, augment
-from fides_plugins.training.evaluate_service import attack_from_inside
-from fides_plugins.training.evaluation import evaluate
+from fides_plugins.training.distil.distillation import Augmentation, augment
+from fides_plugins.training.evaluation.evaluation import evaluate
+from fides_plugins.training.evaluation.report import render
+from fides_plugins.training.evaluation.service_attacks import attack_from_inside
 from fides_plugins.training.export import export_onnx
 from fides_plugins.training.fit import FitOptions, fit_service
 from fides_plugins.training.fit_report import FitReport
-from fides_plugins.training.model_attacks import Victim
 from fides_plugins.training.predictions import Predictions
-from fides_plugins.training.report import render
-from fides_plugins.training.teachers import TorchTeacher
+from fides_plugins.training.service.teachers import TorchTeacher
 from fides_plugins.types import Float32Array
 
 INPUT_NAME = "image"

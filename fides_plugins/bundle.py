@@ -21,9 +21,9 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from fides_plugins.conformal import Calibration
 from fides_plugins.errors import BundleError, InputError, SettingsError
 from fides_plugins.onnx_model import OnnxModel
+from fides_plugins.statistics.conformal import Calibration
 from fides_plugins.types import OutputKind
 
 FORMAT_VERSION = 1

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from fides_plugins.bundle import Bundle
     from fides_plugins.settings import Settings
-    from fides_plugins.training.attacks import Attack
+    from fides_plugins.types import Attack
 
 PROJECT_NAME = "fides"
 ENTRY_POINT_GROUP = "fides_plugins"

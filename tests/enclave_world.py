@@ -19,7 +19,7 @@ from fides_plugins.bundle import Bundle
 from fides_plugins.client import TritonClient
 from fides_plugins.client.trust import EvidenceUrl, Trust
 from fides_plugins.enclave.verifier import Verifier
-from fides_plugins.serving.triton.server import TritonServer
+from fides_plugins.launch.triton import TritonServer
 from fides_plugins.testing import fake_logits
 from tests.lying_host import LyingHost, Message
 from tests.pki import NOW_S

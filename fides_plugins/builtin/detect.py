@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from fides_plugins.bundle import Bundle
-from fides_plugins.conformal import Calibration
-from fides_plugins.divergences import divergence, score
 from fides_plugins.errors import SettingsError
 from fides_plugins.hookspecs import hookimpl
 from fides_plugins.onnx_model import OnnxModel
 from fides_plugins.settings import Settings
+from fides_plugins.statistics.conformal import Calibration
+from fides_plugins.statistics.divergences import divergence, score
 from fides_plugins.types import Detection, Float32Array, Prediction, Verification
 
 LEARNED = "learned"

@@ -94,7 +94,7 @@ def run(
         raise SettingsError(
             f"pyarrow cannot be used: {error}", "Install it with: pip install 'fides-plugins[audit]'"
         ) from None
-    from fides_plugins.audit.run import audit_run
+    from fides_plugins.batch.run import audit_run
 
     used = Settings.for_host(read_toml(settings) if settings else None)
     with progress(quiet=as_json) as bar:

@@ -51,7 +51,7 @@ def demo(
 
 
 def _default_server(quiet: bool) -> str:
-    from fides_plugins.serving.triton.server import is_available
+    from fides_plugins.launch.triton import is_available
 
     if is_available():
         return "triton"

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fides_plugins.bundle import Bundle
-    from fides_plugins.training.evaluation import AttackedRows
-    from fides_plugins.training.predictions import Predictions
+    from fides_plugins.training.predictions import AttackedRows, Predictions
 
 
 def register(app: typer.Typer) -> None:
@@ -76,7 +75,7 @@ def evaluate(
     if (predictions is None) == (data is None) or (data is not None) != bool(service):
         raise SettingsError("Nothing to evaluate on.", "Give --predictions, or --service and --data.")
     from fides_plugins.bundle import Bundle
-    from fides_plugins.training.evaluation import evaluate as run
+    from fides_plugins.training.evaluation.evaluation import evaluate as run
     from fides_plugins.training.predictions import load_predictions
 
     loaded = Bundle.load(bundle)
@@ -117,7 +116,7 @@ def evaluate(
     if skipped:
         found.result["skipped"] = skipped
     if report is not None:
-        from fides_plugins.training.report import render
+        from fides_plugins.training.evaluation.report import render
 
         try:
             report.write_text(render(loaded, rows, found, images), encoding="utf-8")
@@ -157,8 +156,8 @@ def _ask(
     access: dict[str, str],
     tell: Callable[[str, float], None],
 ) -> tuple[Predictions, NDArray[Any], list[AttackedRows], dict[str, str]]:
-    from fides_plugins.training.evaluate_service import ask_service
-    from fides_plugins.training.teachers import load_teacher
+    from fides_plugins.training.evaluation.service_attacks import ask_service
+    from fides_plugins.training.service.teachers import load_teacher
 
     teacher = load_teacher(service, **access)
     try:
@@ -169,7 +168,7 @@ def _ask(
 
 
 def _show(result: dict[str, Any], report: Path | None) -> None:
-    from fides_plugins.training.evaluation import MEASURES
+    from fides_plugins.training.evaluation.evaluation import MEASURES
 
     clean = result["clean"]
     low, high = clean["false_alarm_rate_interval"]

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from rich.progress import Progress
 
+    from fides_plugins.training.distil.students import Student
     from fides_plugins.training.fit_report import FitReport
-    from fides_plugins.training.students import Student
 
 _MODEL = "The verification model"
 _OWN = "A student of your own"
@@ -162,7 +162,7 @@ def fit(
         raise SettingsError(f"Unknown output kind {output_kind!r}.", "Choose logits or probabilities.")
     if engine not in ("local", "torchrun", "ray"):
         raise SettingsError(f"There is no engine {engine!r}.", "Choose local, torchrun or ray.")
-    from fides_plugins.training.distributed import is_member, member, run_ray, run_torchrun
+    from fides_plugins.training.distil.distributed import is_member, member, run_ray, run_torchrun
     from fides_plugins.training.fit import FitOptions, fit_service
     from fides_plugins.training.fit_report import FitReport
 
@@ -280,7 +280,7 @@ def show(report: FitReport) -> None:
 def _from_predictions(
     predictions: Path, out: Path, name: str, false_alarm_rate: float, seed: int, as_json: bool
 ) -> None:
-    from fides_plugins.training.detection import fit_predictions
+    from fides_plugins.training.detector.detection import fit_predictions
 
     with progress(as_json) as bar:
         task = bar.add_task("train detection", total=100)
@@ -313,7 +313,7 @@ def _students(
         raise SettingsError(f"{len(specs)} students and {len(weights)} files of weights.", "Give one for each.")
 
     def make(images: NDArray[Any], n_classes: int) -> Sequence[Student]:
-        from fides_plugins.training.pretrained import pretrained_student
+        from fides_plugins.training.distil.pretrained import pretrained_student
 
         files: list[Path | None] = [*weights] or [None] * len(specs)
         return [

@@ -12,7 +12,7 @@ from fides_plugins.cli._output import console, print_json, print_table
 from fides_plugins.errors import InputError, SettingsError
 
 if TYPE_CHECKING:
-    from fides_plugins.serving.triton.watch import Event
+    from fides_plugins.serving.triton.operator.watch import Event
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Repository = Annotated[Path, typer.Argument(help="The model repository.")]
@@ -166,8 +166,8 @@ def register_check(app: typer.Typer) -> None:
         json_output: Json = False,
     ) -> None:
         """Send one real inference through every step of MODEL and say what is wrong and how to mend it."""
-        from fides_plugins.serving.triton.api import TritonApi
-        from fides_plugins.serving.triton.check import check
+        from fides_plugins.serving.triton.operator.api import TritonApi
+        from fides_plugins.serving.triton.operator.check import check
 
         findings = check(TritonApi(url), model, _read_data(data), timeout)
         good = all(f.good for f in findings)
@@ -216,8 +216,8 @@ def register_watch(app: typer.Typer) -> None:
 
         With --once it only looks, and serves as an exec liveness check of Kubernetes.
         """
-        from fides_plugins.serving.triton.api import TritonApi
-        from fides_plugins.serving.triton.watch import Watcher, watch_forever
+        from fides_plugins.serving.triton.operator.api import TritonApi
+        from fides_plugins.serving.triton.operator.watch import Watcher, watch_forever
 
         def report(event: Event) -> None:
             _print_event(event, json_output)
@@ -247,8 +247,8 @@ def register_reset(app: typer.Typer) -> None:
         json_output: Json = False,
     ) -> None:
         """Withdraw the service alarm of MODEL: load its validation anew (explicit mode), and look that it is gone."""
-        from fides_plugins.serving.triton.api import TritonApi
-        from fides_plugins.serving.triton.reset import reset
+        from fides_plugins.serving.triton.operator.api import TritonApi
+        from fides_plugins.serving.triton.operator.reset import reset
 
         done = reset(TritonApi(url, metrics_url=metrics), model, timeout)
         if json_output:

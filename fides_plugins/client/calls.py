@@ -23,7 +23,7 @@ from fides_plugins.client.judge import Answer
 from fides_plugins.client.receipts import Brought, Pending
 from fides_plugins.client.verifier_call import VerifierCall
 from fides_plugins.errors import InputError
-from fides_plugins.monitor import Alarm
+from fides_plugins.statistics.monitor import Alarm
 from fides_plugins.types import Verdict
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.bundle import Bundle
 from fides_plugins.errors import FidesError, InputError
 from fides_plugins.manager import create_plugin_manager
-from fides_plugins.monitor import Alarm, SequenceMonitor
 from fides_plugins.pipeline import Pipeline, VerifyOutcome
 from fides_plugins.settings import PluginSettings, Settings
+from fides_plugins.statistics.monitor import Alarm, SequenceMonitor
 from fides_plugins.types import Float32Array, Prediction, Query, Status, Verdict, Verification
 
 #: References come from the enclave; a client that also ran the model itself would need no enclave.

@@ -13,8 +13,8 @@ from fides_plugins.demo.compromised import ATTACKS
 from fides_plugins.demo.digits import CLASS_NAMES, INPUT_NAME, OUTPUT_NAME, DigitsSplit
 from fides_plugins.demo.hosts import Answers, Deployment, Host, InProcessHost, latency_ms
 from fides_plugins.errors import SettingsError
-from fides_plugins.intervals import wilson
 from fides_plugins.onnx_model import OnnxModel
+from fides_plugins.statistics.intervals import wilson
 from fides_plugins.types import BoolArray, Float32Array, IntArray
 
 SERVERS = ("triton", "torchserve", "inprocess")

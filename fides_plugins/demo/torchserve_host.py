@@ -11,8 +11,8 @@ import numpy as np
 
 from fides_plugins.demo.compromised import ATTACKS
 from fides_plugins.demo.hosts import MODE, Answers, Deployment
+from fides_plugins.launch.torchserve import TorchServeServer
 from fides_plugins.serving.torchserve.build import SHIM_NAME, build_archive, bundle_files, shim
-from fides_plugins.serving.torchserve.server import TorchServeServer
 from fides_plugins.types import Float32Array
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from fides_plugins.demo.digits import INPUT_NAME, OUTPUT_NAME
 from fides_plugins.demo.hosts import MODE, Answers, Deployment
+from fides_plugins.launch.triton import TritonServer
 from fides_plugins.serving.triton.attach import attach
 from fides_plugins.serving.triton.plan import AttachOptions
-from fides_plugins.serving.triton.server import TritonServer
 from fides_plugins.types import Float32Array
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from fides_plugins.bundle import (
     calibration_file,
     write_bundle,
 )
-from fides_plugins.divergences import DIVERGENCES, score
+from fides_plugins.statistics.divergences import DIVERGENCES, score
 from fides_plugins.testing.graphs import (
     INPUT_NAME,
     linear_onnx,

@@ -29,11 +29,11 @@ from fides_plugins.bundle import (
 )
 from fides_plugins.onnx_model import OnnxModel
 from fides_plugins.training.attacks import AttackRegistry
-from fides_plugins.training.calibration import require_rows
 from fides_plugins.training.costs import Cost, onnx_cost
 from fides_plugins.training.data import Dataset, load_data, match_input, split_rows
-from fides_plugins.training.detection import train_detection
-from fides_plugins.training.distillation import (
+from fides_plugins.training.detector.calibration import require_rows
+from fides_plugins.training.detector.detection import train_detection
+from fides_plugins.training.distil.distillation import (
     ALONE,
     Alone,
     Augmentation,
@@ -42,11 +42,12 @@ from fides_plugins.training.distillation import (
     agreement,
     augment,
 )
+from fides_plugins.training.distil.gdtl import GdtlResult, GdtlSettings, search
+from fides_plugins.training.distil.students import Student, built_in_students
 from fides_plugins.training.export import export_onnx
 from fides_plugins.training.fit_report import FitReport
-from fides_plugins.training.gdtl import GdtlResult, GdtlSettings, search
-from fides_plugins.training.students import Student, built_in_students
-from fides_plugins.training.teachers import AnswerCache, Teacher, as_logits, load_teacher, output_kind
+from fides_plugins.training.service.teacher import Teacher
+from fides_plugins.training.service.teachers import AnswerCache, as_logits, load_teacher, output_kind
 from fides_plugins.types import Float32Array, IntArray, OutputKind, softmax
 
 VERIFICATION_FILE = "verification.onnx"

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fides_plugins.training.costs import Cost
-from fides_plugins.training.gdtl import Step
+from fides_plugins.training.distil.gdtl import Step
 
 
 @dataclass(frozen=True)

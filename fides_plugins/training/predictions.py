@@ -115,6 +115,27 @@ class Predictions:
         return self.take(np.sort(order[:cut])), self.take(np.sort(order[cut:]))
 
 
+@dataclass(frozen=True, eq=False)
+class AttackedRows:
+    """One attack on clean rows.
+
+    Attributes
+    ----------
+    name, summary:
+        Of the attack.
+    service, verification:
+        (m, K) both models' answers under attack.
+    rows:
+        (m,) index of the clean row that each was made from.
+    """
+
+    name: str
+    summary: str
+    service: Float32Array
+    verification: Float32Array
+    rows: IntArray
+
+
 def load_predictions(
     path: str | Path, service_temperature: float = 1.0, verification_temperature: float = 1.0
 ) -> Predictions:

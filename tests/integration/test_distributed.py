@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from fides_plugins.bundle import Bundle
-from fides_plugins.serving.process import descendants, stop_tree
+from fides_plugins.launch.process import descendants, stop_tree
 
 pytest.importorskip("torch")
 # Starting Ray takes minutes where other work keeps the machine busy.
@@ -34,9 +34,9 @@ SCRIPT = textwrap.dedent(
     import json, os, sys, time
     from pathlib import Path
     import numpy as np, torch
-    from fides_plugins.training.distillation import (
+    from fides_plugins.training.distil.distillation import (
         DistillationSettings, TransferSet, agreement, distil, predict)
-    from fides_plugins.training.distributed import member, run_ray
+    from fides_plugins.training.distil.distributed import member, run_ray
 
     folder, pause, engine = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
 

@@ -13,11 +13,11 @@ import pytest
 from numpy.typing import NDArray
 
 from fides_plugins import Prediction, Query
+from fides_plugins.launch.torchserve import TorchServeServer
+from fides_plugins.launch.triton import TritonServer
 from fides_plugins.onnx_model import OnnxModel
 from fides_plugins.pipeline import Pipeline
 from fides_plugins.serving.torchserve.build import SHIM_NAME, build_archive, bundle_files, shim
-from fides_plugins.serving.torchserve.server import TorchServeServer
-from fides_plugins.serving.triton.server import TritonServer
 from fides_plugins.settings import Settings
 from fides_plugins.testing import fake_logits
 from tests.triton_models import image_bundle, images, linear_image_onnx, template_repository

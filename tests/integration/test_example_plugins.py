@@ -21,9 +21,9 @@ import numpy as np
 import pytest
 
 from fides_plugins.cli._new_plugin import write_package
+from fides_plugins.launch.process import wait_until
+from fides_plugins.launch.triton import TritonServer, is_available
 from fides_plugins.pipeline import Pipeline
-from fides_plugins.serving.process import wait_until
-from fides_plugins.serving.triton.server import TritonServer, is_available
 from fides_plugins.settings import Settings
 from fides_plugins.testing import fake_logits
 from fides_plugins.types import Prediction, Query, Status

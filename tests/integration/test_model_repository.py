@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fides_plugins.demo.digits import load_digits_split
-from fides_plugins.serving.triton.server import TritonServer
+from fides_plugins.launch.triton import TritonServer
 
 pytestmark = pytest.mark.integration
 

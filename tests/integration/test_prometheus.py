@@ -28,10 +28,10 @@ import tritonclient.grpc
 from numpy.typing import NDArray
 
 from fides_plugins.bundle import Bundle, Manifest, calibration_file, write_bundle
-from fides_plugins.divergences import DIVERGENCES
-from fides_plugins.metrics import METRICS
-from fides_plugins.serving.process import HOST, Process, free_ports, wait_until
-from fides_plugins.serving.triton.server import TritonServer, is_available
+from fides_plugins.launch.process import HOST, Process, free_ports, wait_until
+from fides_plugins.launch.triton import TritonServer, is_available
+from fides_plugins.observation.metrics import METRICS
+from fides_plugins.statistics.divergences import DIVERGENCES
 from fides_plugins.testing import fake_logits
 from fides_plugins.types import softmax
 from tests.triton_models import images, linear_image_onnx, template_repository

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from fides_plugins.errors import TrainingError
+from fides_plugins.launch.torchserve import TorchServeServer
+from fides_plugins.launch.triton import TritonServer, is_available
 from fides_plugins.onnx_model import OnnxModel
-from fides_plugins.serving.torchserve.server import TorchServeServer
-from fides_plugins.serving.triton.server import TritonServer, is_available
 from fides_plugins.testing import fake_logits
-from fides_plugins.training.teachers import CHUNK_ROWS, AnswerCache, as_logits, load_teacher, output_kind
+from fides_plugins.training.service.teacher import CHUNK_ROWS
+from fides_plugins.training.service.teachers import AnswerCache, as_logits, load_teacher, output_kind
 from fides_plugins.types import softmax
 from tests.torchserve_models import WIDTH, plain_archive
 from tests.triton_models import images, linear_image_onnx, stranger_repository

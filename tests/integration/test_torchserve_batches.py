@@ -11,8 +11,8 @@ import httpx
 import numpy as np
 import pytest
 
-from fides_plugins.serving.torchserve.client import GrpcClient
-from fides_plugins.serving.torchserve.server import TorchServeServer
+from fides_plugins.launch.torchserve import TorchServeServer
+from fides_plugins.launch.torchserve_grpc import GrpcClient
 from tests.torchserve_models import FAULTY, backdoor_bundle, body, plain_archive, protected_archive, rows
 
 pytestmark = pytest.mark.integration

@@ -12,10 +12,10 @@ import httpx
 import numpy as np
 import pytest
 
+from fides_plugins.launch.torchserve import TorchServeServer
+from fides_plugins.launch.torchserve_grpc import GrpcClient
 from fides_plugins.serving.torchserve.attach import attach, detach
 from fides_plugins.serving.torchserve.build import build_archive
-from fides_plugins.serving.torchserve.client import GrpcClient
-from fides_plugins.serving.torchserve.server import TorchServeServer
 from tests.torchserve_models import HANDLERS, PURE_PARSER, backdoor_bundle, body, plain_archive, rows, torchscript
 
 pytestmark = pytest.mark.integration

@@ -10,8 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from fides_plugins.serving.process import wait_until
-from fides_plugins.serving.torchserve.server import TorchServeServer
+from fides_plugins.launch.process import wait_until
+from fides_plugins.launch.torchserve import TorchServeServer
 from tests.torchserve_models import backdoor_bundle, body, protected_archive, rows
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]

@@ -13,9 +13,9 @@ import httpx
 import numpy as np
 import pytest
 
+from fides_plugins.launch.process import wait_until
+from fides_plugins.launch.torchserve import TorchServeServer
 from fides_plugins.pipeline import Pipeline
-from fides_plugins.serving.process import wait_until
-from fides_plugins.serving.torchserve.server import TorchServeServer
 from fides_plugins.settings import Settings
 from fides_plugins.types import Prediction, Query
 from tests.torchserve_models import backdoor_bundle, body, plain_archive, protected_archive, rows

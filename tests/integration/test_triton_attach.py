@@ -21,12 +21,12 @@ import tritonclient.grpc
 import tritonclient.http
 
 from fides_plugins.errors import ServerError
-from fides_plugins.serving.triton.api import InferenceRefused, TritonApi
+from fides_plugins.launch.triton import TritonServer, is_available
 from fides_plugins.serving.triton.attach import attach, detach
-from fides_plugins.serving.triton.check import check
+from fides_plugins.serving.triton.operator.api import InferenceRefused, TritonApi
+from fides_plugins.serving.triton.operator.check import check
+from fides_plugins.serving.triton.operator.watch import Event, Watcher, watch_forever
 from fides_plugins.serving.triton.plan import AttachOptions
-from fides_plugins.serving.triton.server import TritonServer, is_available
-from fides_plugins.serving.triton.watch import Event, Watcher, watch_forever
 from fides_plugins.testing import fake_logits
 from fides_plugins.types import softmax
 from tests.triton_models import STRANGER_CONFIG, image_bundle, images, stranger_repository, tree_digest
@@ -160,7 +160,7 @@ def test_ten_thousand_mixed_requests_add_up_and_leave_the_server_as_it_was(serve
                     wrong.append(f"{sorted(inputs)}: {status}")
 
     def resident() -> int:
-        from fides_plugins.serving.process import resident_bytes
+        from fides_plugins.launch.process import resident_bytes
 
         return resident_bytes(served.process.tree)
 

@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 from fides_plugins.cli import app
 from fides_plugins.errors import ServerError
-from fides_plugins.serving.triton.api import InferenceRefused, TritonApi
+from fides_plugins.launch.triton import TritonServer, is_available
 from fides_plugins.serving.triton.attach import attach
-from fides_plugins.serving.triton.check import check
+from fides_plugins.serving.triton.operator.api import InferenceRefused, TritonApi
+from fides_plugins.serving.triton.operator.check import check
 from fides_plugins.serving.triton.plan import AttachOptions
-from fides_plugins.serving.triton.server import TritonServer, is_available
 from fides_plugins.testing import fake_logits
 from tests.triton_models import STRANGER_CONFIG, image_bundle, images, stranger_repository
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fides_plugins.launch.triton import TritonServer, is_available
 from fides_plugins.serving.triton.attach import attach
-from fides_plugins.serving.triton.check import check
+from fides_plugins.serving.triton.operator.check import check
 from fides_plugins.serving.triton.plan import AttachOptions
-from fides_plugins.serving.triton.server import TritonServer, is_available
 from fides_plugins.testing import fake_logits
 from tests.triton_models import image_bundle, images, kinds_model
 
@@ -103,7 +103,7 @@ def test_an_empty_batch_of_a_model_with_rows_of_its_own(server: TritonServer) ->
 
 
 def test_bytes_that_are_no_image_are_an_error_of_the_request(server: TritonServer) -> None:
-    from fides_plugins.serving.triton.api import InferenceRefused
+    from fides_plugins.serving.triton.operator.api import InferenceRefused
 
     junk = np.array([[b"no image"]], dtype=np.object_)
     with pytest.raises(InferenceRefused):

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from fides_plugins.serving.process import wait_until
-from fides_plugins.serving.triton.api import InferenceRefused, TritonApi
+from fides_plugins.launch.process import wait_until
+from fides_plugins.launch.triton import TritonServer, is_available
 from fides_plugins.serving.triton.attach import attach
-from fides_plugins.serving.triton.check import check
+from fides_plugins.serving.triton.operator.api import InferenceRefused, TritonApi
+from fides_plugins.serving.triton.operator.check import check
 from fides_plugins.serving.triton.plan import AttachOptions
-from fides_plugins.serving.triton.server import TritonServer, is_available
 from fides_plugins.testing import fake_logits
 from tests.triton_models import (
     STRANGER_CONFIG,

@@ -15,10 +15,10 @@ import tritonclient.http
 from numpy.typing import NDArray
 
 from fides_plugins.errors import ServerError
+from fides_plugins.launch.process import wait_until
+from fides_plugins.launch.triton import TritonServer, is_available
 from fides_plugins.pipeline import Pipeline
-from fides_plugins.serving.process import wait_until
-from fides_plugins.serving.triton.api import InferenceRefused, TritonApi
-from fides_plugins.serving.triton.server import TritonServer, is_available
+from fides_plugins.serving.triton.operator.api import InferenceRefused, TritonApi
 from fides_plugins.settings import Settings
 from fides_plugins.testing import fake_logits, make_bundle
 from fides_plugins.types import Prediction, Query, softmax

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fides_plugins.serving.triton.server import is_available
+from fides_plugins.launch.triton import is_available
 from tests.docs_blocks import REPOSITORY, Block, blocks
 
 pytestmark = [

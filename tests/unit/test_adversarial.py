@@ -9,15 +9,15 @@ import onnx
 import pytest
 import torch
 
-from fides_plugins import divergences
 from fides_plugins.onnx_model import OnnxModel
-from fides_plugins.training.adversarial import GanOptions, by_say, close_to_least, train_gan
+from fides_plugins.statistics import divergences
 from fides_plugins.training.attacks import default_registry
-from fides_plugins.training.detection import DetectionArtifacts, train_detection
-from fides_plugins.training.features import FEATURE_NAMES, Pair, Temper
-from fides_plugins.training.networks import Detector, DetectorGraph, export
-from fides_plugins.training.pools import Pools
-from fides_plugins.training.synthetic import synthetic_pair
+from fides_plugins.training.detector.adversarial import GanOptions, by_say, close_to_least, train_gan
+from fides_plugins.training.detector.detection import DetectionArtifacts, train_detection
+from fides_plugins.training.detector.features import FEATURE_NAMES, Pair, Temper
+from fides_plugins.training.detector.networks import Detector, DetectorGraph, export
+from fides_plugins.training.detector.pools import Pools
+from fides_plugins.training.evaluation.synthetic import synthetic_pair
 
 TEMPERATURES = (1.7, 4.0)
 #: Time of the CI machine is shared; the targets (150 us, 1 ms) are checked in benchmarks with nothing beside.

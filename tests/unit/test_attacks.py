@@ -11,8 +11,8 @@ from fides_plugins import hookimpl
 from fides_plugins.errors import PluginError, SettingsError
 from fides_plugins.manager import create_plugin_manager
 from fides_plugins.settings import Settings
-from fides_plugins.training import attacks
 from fides_plugins.training.attacks import AttackRegistry, OutputAttack, default_registry
+from fides_plugins.training.attacks import output as attacks
 
 NAMES = default_registry().names("output")
 CLASS_COUNTS = (2, 3, 10, 100, 1000)

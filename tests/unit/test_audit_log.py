@@ -26,8 +26,8 @@ from fides_plugins.audit.log import AuditLog
 from fides_plugins.audit.verify import LogReport, read_anchors, verify_log
 from fides_plugins.audit.writer import LaneWriter
 from fides_plugins.errors import InputError, SettingsError
+from fides_plugins.launch.process import wait_until
 from fides_plugins.pipeline import Pipeline
-from fides_plugins.serving.process import wait_until
 from fides_plugins.settings import Settings
 from fides_plugins.testing import fake_logits, fake_query, fake_service, make_bundle, switch_top_two
 from fides_plugins.types import Prediction

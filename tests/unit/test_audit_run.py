@@ -12,14 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from fides_plugins.audit import run as run_module
-from fides_plugins.audit.run import audit_run, prepare
+from fides_plugins.batch import run as run_module
+from fides_plugins.batch.job import prepare
+from fides_plugins.batch.run import audit_run
 from fides_plugins.bundle import Bundle, InputSpec
 from fides_plugins.cli import app
 from fides_plugins.errors import FidesError, InputError, SettingsError
-from fides_plugins.intervals import wilson
 from fides_plugins.pipeline import Pipeline
 from fides_plugins.settings import Settings
+from fides_plugins.statistics.intervals import wilson
 from fides_plugins.testing import make_bundle
 from fides_plugins.types import Prediction, Query
 from tests.recordings import recorded, write_jsonl, write_parquet

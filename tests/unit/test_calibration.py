@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 
-from fides_plugins.conformal import Calibration
 from fides_plugins.errors import TrainingError
-from fides_plugins.training.calibration import balanced_threshold, fit_temperature, require_rows
-from fides_plugins.training.detection import train_detection
-from fides_plugins.training.synthetic import synthetic_pair
+from fides_plugins.statistics.conformal import Calibration
+from fides_plugins.training.detector.calibration import balanced_threshold, fit_temperature, require_rows
+from fides_plugins.training.detector.detection import train_detection
+from fides_plugins.training.evaluation.synthetic import synthetic_pair
 from fides_plugins.types import softmax
 
 SPLITS = 4000
@@ -71,10 +71,10 @@ def test_the_realised_false_alarm_rate_is_inside_the_budgets_interval(budget: fl
 def stored_scores() -> np.ndarray:
     """Scores of a trained detector on 2,000 benign rows that it never saw."""
     from fides_plugins.onnx_model import OnnxModel
-    from fides_plugins.training.adversarial import GanOptions, train_gan
     from fides_plugins.training.attacks import default_registry
-    from fides_plugins.training.calibration import benign_scores
-    from fides_plugins.training.networks import DetectorGraph, export
+    from fides_plugins.training.detector.adversarial import GanOptions, train_gan
+    from fides_plugins.training.detector.calibration import benign_scores
+    from fides_plugins.training.detector.networks import DetectorGraph, export
 
     registry = default_registry()
     options = GanOptions(rounds=1, steps=40, generator=False)

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fides_plugins.conformal import Calibration, rows_needed
 from fides_plugins.errors import InputError
+from fides_plugins.statistics.conformal import Calibration, rows_needed
 
 
 def test_p_values_by_hand():

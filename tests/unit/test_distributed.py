@@ -11,8 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from fides_plugins.errors import TrainingError  # noqa: E402
-from fides_plugins.training.distillation import DistillationSettings, TransferSet, distil  # noqa: E402
-from fides_plugins.training.distributed import Member  # noqa: E402
+from fides_plugins.training.distil.distillation import DistillationSettings, TransferSet, distil  # noqa: E402
+from fides_plugins.training.distil.distributed import Member  # noqa: E402
 
 SETTINGS = DistillationSettings(epochs=5, batch_size=32)
 

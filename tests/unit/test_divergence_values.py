@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fides_plugins import divergences as d
+from fides_plugins.statistics import divergences as d
 
 P = np.array([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0], [0.2, 0.3, 0.5]])
 Q = np.array([[0.25, 0.5, 0.25], [0.0, 0.0, 1.0], [0.2, 0.3, 0.5]])

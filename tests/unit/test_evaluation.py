@@ -14,15 +14,15 @@ from typer.testing import CliRunner
 from fides_plugins.bundle import Bundle
 from fides_plugins.cli import app
 from fides_plugins.errors import InputError, TrainingError
-from fides_plugins.intervals import wilson
+from fides_plugins.statistics.intervals import wilson
 from fides_plugins.training.attacks import default_registry
-from fides_plugins.training.detection import fit_predictions
-from fides_plugins.training.evaluation import MEASURES, Evaluation, evaluate
-from fides_plugins.training.monitor_study import MonitorStudy, study_monitor
+from fides_plugins.training.detector.detection import fit_predictions
+from fides_plugins.training.evaluation.evaluation import MEASURES, Evaluation, evaluate
+from fides_plugins.training.evaluation.measures import Estimate, Scores, bootstrap_weights, mean
+from fides_plugins.training.evaluation.monitor_study import MonitorStudy, study_monitor
+from fides_plugins.training.evaluation.report import render
+from fides_plugins.training.evaluation.synthetic import synthetic_pair
 from fides_plugins.training.predictions import Predictions
-from fides_plugins.training.report import render
-from fides_plugins.training.statistics import Estimate, Scores, bootstrap_weights, mean
-from fides_plugins.training.synthetic import synthetic_pair
 from tests.docs_blocks import REPOSITORY
 
 PAGE = REPOSITORY / "docs" / "reference" / "evaluation.md"
@@ -297,7 +297,7 @@ def test_the_command_needs_one_source(arguments: list[str], folder: Path):
 
 def test_attacks_left_out_of_training_are_trained_without(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """The real training, with every call recorded."""
-    from fides_plugins.training import evaluation
+    from fides_plugins.training.evaluation import evaluation
 
     asked: list[tuple[str, ...]] = []
     real = evaluation.train_on

@@ -13,7 +13,7 @@ from examples.glyphs.__main__ import CHARACTERS, FONTS, SIZE, build, draw
 from examples.mnist.__main__ import EXAMPLE as MNIST
 from examples.study import Example, train_network
 from fides_plugins.training.data import Dataset
-from fides_plugins.training.distillation import predict
+from fides_plugins.training.distil.distillation import predict
 
 
 @pytest.mark.parametrize("example", [DIGITS, MNIST], ids=["digits", "mnist"])

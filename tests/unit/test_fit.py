@@ -19,7 +19,7 @@ from fides_plugins.training.data import Dataset
 from fides_plugins.training.export import export_onnx
 from fides_plugins.training.fit import FitOptions, fit_service
 from fides_plugins.training.fit_report import FitReport
-from fides_plugins.training.teachers import OnnxTeacher
+from fides_plugins.training.service.teachers import OnnxTeacher
 
 QUICK = FitOptions(agreement=0.9, epochs=6, transfer_rows=3000, false_alarm_rate=0.05)
 CENTRES = np.random.default_rng(5).normal(0, 1.2, (4, 10)).astype(np.float32)

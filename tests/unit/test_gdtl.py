@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from fides_plugins.errors import TrainingError
-from fides_plugins.training.distillation import (
+from fides_plugins.training.distil.distillation import (
     Augmentation,
     DistillationSettings,
     TransferSet,
@@ -20,9 +20,9 @@ from fides_plugins.training.distillation import (
     predict,
     training_mode,
 )
-from fides_plugins.training.gdtl import GdtlSettings, certain, divergence, layer_groups, search
-from fides_plugins.training.pretrained import PretrainedNetwork
-from fides_plugins.training.students import Student
+from fides_plugins.training.distil.gdtl import GdtlSettings, certain, divergence, layer_groups, search
+from fides_plugins.training.distil.pretrained import PretrainedNetwork
+from fides_plugins.training.distil.students import Student
 
 RNG = np.random.default_rng(0)
 CENTRES = RNG.normal(0, 1.5, (3, 6)).astype(np.float32)

@@ -11,10 +11,10 @@ from torch import nn
 
 from fides_plugins.bundle import Bundle, Manifest, VerificationSpec
 from fides_plugins.errors import TrainingError
+from fides_plugins.training.attacks.input import InputAttack, input_attacks
+from fides_plugins.training.attacks.model import Victim
 from fides_plugins.training.export import export_onnx
-from fides_plugins.training.input_attacks import InputAttack, input_attacks
-from fides_plugins.training.model_attacks import Victim
-from fides_plugins.training.teachers import OnnxTeacher, TorchTeacher
+from fides_plugins.training.service.teachers import OnnxTeacher, TorchTeacher
 
 pytest.importorskip("art", reason="the extra `attacks` is not installed")
 

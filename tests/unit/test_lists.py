@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fides_plugins.training.lists import LEARNED_ALONE, SAYS, Lists, Says
+from fides_plugins.training.detector.strata import LEARNED_ALONE, SAYS, Lists, Says
 
 N = 20_000
 

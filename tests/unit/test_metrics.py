@@ -14,12 +14,12 @@ import pytest
 from numpy.typing import NDArray
 
 from fides_plugins import hookimpl
-from fides_plugins.alarm import ServiceAlarm
-from fides_plugins.metrics import METRICS, Metric, MetricsRecorder
-from fides_plugins.monitor import SequenceMonitor
+from fides_plugins.launch.process import wait_until
+from fides_plugins.observation.alarm import ServiceAlarm
+from fides_plugins.observation.metrics import METRICS, Metric, MetricsRecorder
 from fides_plugins.pipeline import Pipeline
-from fides_plugins.serving.process import wait_until
 from fides_plugins.settings import Settings
+from fides_plugins.statistics.monitor import SequenceMonitor
 from fides_plugins.testing import fake_logits, fake_query, fake_service, make_bundle, switch_top_two
 from fides_plugins.types import Prediction
 

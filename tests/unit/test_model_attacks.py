@@ -10,10 +10,10 @@ from torch import nn
 from fides_plugins.bundle import Bundle, Manifest, VerificationSpec
 from fides_plugins.errors import PluginError, TrainingError
 from fides_plugins.training.attacks import default_registry
+from fides_plugins.training.attacks.input import add_service_attacks
+from fides_plugins.training.attacks.model import BadNets, BitFlips, LabelPermutation, Substitute, Victim, flip_bits
 from fides_plugins.training.export import export_onnx
-from fides_plugins.training.input_attacks import add_service_attacks
-from fides_plugins.training.model_attacks import BadNets, BitFlips, LabelPermutation, Substitute, Victim, flip_bits
-from fides_plugins.training.teachers import OnnxTeacher, TorchTeacher
+from fides_plugins.training.service.teachers import OnnxTeacher, TorchTeacher
 
 PROTOTYPES = (np.random.default_rng(3).random((4, 8, 8)) > 0.5).astype(np.float32)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fides_plugins.conformal import Calibration
 from fides_plugins.errors import InputError
-from fides_plugins.monitor import EProcess, SequenceMonitor, merge_e_values
+from fides_plugins.statistics.conformal import Calibration
+from fides_plugins.statistics.monitor import EProcess, SequenceMonitor, merge_e_values
 
 N = 999
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fides_plugins.training.replays import REPLAYS, Answers, Replay
-from fides_plugins.training.synthetic import synthetic_pair
+from fides_plugins.training.attacks.replays import REPLAYS, Answers, Replay
+from fides_plugins.training.evaluation.synthetic import synthetic_pair
 
 SERVICE = synthetic_pair(4000, 10, signal=3.0).service
 BY_NAME = {replay.name: replay for replay in REPLAYS}

@@ -14,10 +14,10 @@ import pytest
 
 from fides_plugins.bundle import Bundle
 from fides_plugins.training.attacks import default_registry
-from fides_plugins.training.detection import fit_predictions
-from fides_plugins.training.evaluation import evaluate
-from fides_plugins.training.report import picture, render
-from fides_plugins.training.synthetic import synthetic_pair
+from fides_plugins.training.detector.detection import fit_predictions
+from fides_plugins.training.evaluation.evaluation import evaluate
+from fides_plugins.training.evaluation.report import picture, render
+from fides_plugins.training.evaluation.synthetic import synthetic_pair
 from tests.docs_blocks import REPOSITORY
 
 BROWSER = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)

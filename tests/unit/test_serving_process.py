@@ -7,7 +7,8 @@ import time
 import pytest
 
 from fides_plugins.errors import ServerError
-from fides_plugins.serving.process import (
+from fides_plugins.launch import torchserve
+from fides_plugins.launch.process import (
     Process,
     descendants,
     free_ports,
@@ -15,7 +16,6 @@ from fides_plugins.serving.process import (
     stop_tree,
     wait_until,
 )
-from fides_plugins.serving.torchserve import server as torchserve
 
 # A parent that starts a child which ignores SIGTERM, prints its id and waits.
 _STUBBORN = """

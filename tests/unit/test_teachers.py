@@ -15,13 +15,12 @@ import torch
 from torch import nn
 
 from fides_plugins.errors import TrainingError
-from fides_plugins.training.endpoints import TorchServeTeacher
 from fides_plugins.training.export import export_onnx
-from fides_plugins.training.teachers import (
-    CHUNK_ROWS,
+from fides_plugins.training.service.endpoints import TorchServeTeacher
+from fides_plugins.training.service.teacher import CHUNK_ROWS, Teacher
+from fides_plugins.training.service.teachers import (
     AnswerCache,
     OnnxTeacher,
-    Teacher,
     TorchTeacher,
     as_logits,
     load_teacher,

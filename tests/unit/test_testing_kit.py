@@ -304,6 +304,6 @@ def test_pytest_finds_the_fixtures_by_their_entry_point_and_imports_little(tmp_p
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 passed" in done.stdout
 
-    code = "import sys, fides_plugins.pytest_plugin as p; print('onnxruntime' in sys.modules, 'torch' in sys.modules)"
+    code = "import sys, fides_plugins.pytest_plugin; print('onnxruntime' in sys.modules, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split() == ["False", "False"]

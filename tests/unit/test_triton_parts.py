@@ -15,15 +15,15 @@ import pytest
 
 from fides_plugins.errors import InputError, ServerError, SettingsError
 from fides_plugins.guard import Failure
-from fides_plugins.monitor import EProcess
 from fides_plugins.pipeline import VerifyOutcome
 from fides_plugins.serving.triton import wire
-from fides_plugins.serving.triton.api import NotExplicit, Statistics, TritonApi, UnknownModel, Unreachable
-from fides_plugins.serving.triton.check import _harm
 from fides_plugins.serving.triton.decoders import make_decoder
 from fides_plugins.serving.triton.dtypes import decode_bytes, encode_bytes, numpy_dtype, triton_dtype
-from fides_plugins.serving.triton.probe import recognise, sample_inputs, sample_png
-from fides_plugins.serving.triton.watch import Event, Watcher, degraded_config, full_config, watch_forever
+from fides_plugins.serving.triton.operator.api import NotExplicit, Statistics, TritonApi, UnknownModel, Unreachable
+from fides_plugins.serving.triton.operator.check import _harm
+from fides_plugins.serving.triton.operator.probe import recognise, sample_inputs, sample_png
+from fides_plugins.serving.triton.operator.watch import Event, Watcher, degraded_config, full_config, watch_forever
+from fides_plugins.statistics.monitor import EProcess
 from fides_plugins.types import Verification, softmax
 
 
@@ -350,7 +350,7 @@ def test_the_watch_ends_where_it_can_never_heal_and_says_once_what_it_waits_for(
 def test_a_missing_wheel_is_said_in_one_line() -> None:
     code = (
         "import sys; sys.modules['pytriton'] = None\n"
-        "from fides_plugins.serving.triton.server import TritonServer, is_available\n"
+        "from fides_plugins.launch.triton import TritonServer, is_available\n"
         "assert not is_available()\n"
         "TritonServer('.').start()\n"
     )
@@ -362,7 +362,7 @@ def test_a_missing_wheel_is_said_in_one_line() -> None:
 def test_the_watch_and_the_steps_import_neither_torch_nor_clients() -> None:
     code = (
         "import sys\n"
-        "from fides_plugins.serving.triton import watch, check, wire, decoders, entry\n"
+        "from fides_plugins.serving.triton import wire, decoders, entry\nfrom fides_plugins.serving.triton.operator import watch, check\n"
         "print([m for m in ('torch', 'tritonclient', 'gevent', 'PIL', 'onnx') if m in sys.modules])\n"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import statistics
@@ -15,14 +14,14 @@ from typing import Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
 from fides_plugins.errors import InputError, ServerError
-from fides_plugins.metrics import VERDICTS
-from fides_plugins.serving.process import wait_until
+from fides_plugins.observation.metrics import VERDICTS
 from fides_plugins.serving.torchserve.verdicts import HEADER_REASON, HEADER_STATUS
 
 StepState = Literal["good", "failed", "unknown"]
 
 _TIMEOUT_S = 60.0
 _METRIC_WAIT_S = 3.0
+_METRIC_PAUSE_S = 0.05
 METRIC_LINES = "Add `metrics_mode=prometheus` and `model_metrics_auto_detect=true` to config.properties."
 
 
@@ -156,9 +155,9 @@ def _check_protection(report: Report, answer: _Answer, count: Callable[[], float
     status = answer.headers.get(HEADER_STATUS, "")
     after = before
     if before is not None:
-        with contextlib.suppress(ServerError):
-            wait_until(lambda: (count() or 0) > (before or 0), _METRIC_WAIT_S, "the metric")
-        after = count()
+        deadline = time.monotonic() + _METRIC_WAIT_S
+        while (after := count()) is not None and after <= before and time.monotonic() < deadline:
+            time.sleep(_METRIC_PAUSE_S)
     counted = before is not None and after is not None and after > before
     if status in ("trusted", "attacked"):
         report.add("verdict", "good", f"{status}, in the response headers")

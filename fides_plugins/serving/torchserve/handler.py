@@ -17,7 +17,7 @@ from typing import Any
 
 from fides_plugins.builtin.remote import NAME as REMOTE
 from fides_plugins.errors import FidesError, SettingsError
-from fides_plugins.metrics import MetricsBackend
+from fides_plugins.observation.metrics import MetricsBackend
 from fides_plugins.serving.torchserve.body import BodyParser, make_parser
 from fides_plugins.serving.torchserve.body_capture import judge_bodies, read_requests
 from fides_plugins.serving.torchserve.judge import INTERNAL, Judge, Pending

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fides_plugins.errors import BundleError, FidesError
-from fides_plugins.metrics import MetricsBackend, MetricsRecorder
+from fides_plugins.observation.metrics import MetricsBackend, MetricsRecorder
 from fides_plugins.pipeline import Pipeline, VerifyOutcome
 from fides_plugins.policy import exempt_verdict, failed_verdict
 from fides_plugins.serving.torchserve.receipts import Receipts

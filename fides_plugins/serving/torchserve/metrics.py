@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fides_plugins.metrics import Metric
+from fides_plugins.observation.metrics import Metric
 
 logger = logging.getLogger("fides_plugins")
 

@@ -17,7 +17,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fides_plugins.errors import ServerError
-from fides_plugins.serving.triton.api import TritonApi
 from fides_plugins.serving.triton.config import (
     CONFIG_FILE,
     local_versions,
@@ -28,6 +27,7 @@ from fides_plugins.serving.triton.config import (
     to_text,
     without_name,
 )
+from fides_plugins.serving.triton.operator.api import TritonApi
 from fides_plugins.serving.triton.plan import CONFIG_NAME, AttachOptions, Plan, make_plan
 from fides_plugins.serving.triton.queues import refuse_at_attach
 

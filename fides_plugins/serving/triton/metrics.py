@@ -18,7 +18,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
-from fides_plugins.metrics import Metric
+from fides_plugins.observation.metrics import Metric
 
 logger = logging.getLogger("fides_plugins")
 
@@ -30,7 +30,7 @@ _Key = tuple[str, tuple[str, ...]]
 
 
 class TritonMetrics:
-    """A `fides_plugins.metrics.MetricsBackend` over `pb_utils.MetricFamily`."""
+    """A `fides_plugins.observation.metrics.MetricsBackend` over `pb_utils.MetricFamily`."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -12,7 +12,7 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from fides_plugins.errors import FidesError, InputError
-from fides_plugins.metrics import MetricsRecorder
+from fides_plugins.observation.metrics import MetricsRecorder
 from fides_plugins.pipeline import Pipeline
 from fides_plugins.serving.triton.metrics import TritonMetrics
 from fides_plugins.settings import Settings, nest

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from fides_plugins.bundle import Bundle
-from fides_plugins.serving.triton.server import TritonServer
+from fides_plugins.launch.triton import TritonServer
 from tests.enclave_world import World, enclave_repository
 from tests.lying_host import LyingHost
 from tests.triton_models import image_bundle

@@ -18,7 +18,7 @@ from fides_plugins.cli import app
 from fides_plugins.client import AsyncTritonClient, TritonClient
 from fides_plugins.enclave.providers import DevelopmentProvider
 from fides_plugins.enclave.verifier import Verifier, VerifierOptions
-from fides_plugins.serving.triton.server import is_available
+from fides_plugins.launch.triton import is_available
 from fides_plugins.settings import Settings
 from tests.enclave_world import MODEL, World, lie_with, refused, rows, swap_top_two
 from tests.verifiers import IDENTITY, RunningVerifier

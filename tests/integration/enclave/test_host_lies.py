@@ -19,7 +19,7 @@ from fides_plugins.attestation.tensors import tensor_digest
 from fides_plugins.attestation.wire import COMMITMENT_PARAMETER, PARAMETER, RECEIPT_OUTPUT
 from fides_plugins.enclave.verifier import VerifierOptions
 from fides_plugins.errors import ServerError
-from fides_plugins.serving.triton.server import is_available
+from fides_plugins.launch.triton import is_available
 from fides_plugins.testing import fake_logits
 from fides_plugins.training.attacks import OutputAttack, default_registry
 from fides_plugins.types import softmax

@@ -17,7 +17,7 @@ from fides_plugins.attestation.wire import PARAMETER, RECEIPT_OUTPUT
 from fides_plugins.bundle import Bundle
 from fides_plugins.enclave.providers import DevelopmentProvider
 from fides_plugins.enclave.verifier import Verifier, VerifierOptions
-from fides_plugins.serving.triton.server import is_available
+from fides_plugins.launch.triton import is_available
 from tests.enclave_world import World, refused, rows
 from tests.lying_host import Message
 from tests.pki import NOW_S

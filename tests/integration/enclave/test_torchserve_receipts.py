@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from fides_plugins.bundle import Bundle
 from fides_plugins.client import AsyncTorchServeClient, TorchServeClient
 from fides_plugins.client.trust import EvidenceUrl, Trust
+from fides_plugins.launch.torchserve import TorchServeServer
 from fides_plugins.serving.torchserve.build import SHIM_NAME, build_archive, bundle_files, shim
-from fides_plugins.serving.torchserve.server import TorchServeServer
 from fides_plugins.testing import fake_logits
 from tests.integration.test_every_host import HANDLER
 from tests.pki import NOW_S

@@ -35,7 +35,7 @@ from fides_plugins.client.trust import EvidenceUrl, Trust
 from fides_plugins.enclave.http import ServerLimits, WorkQueue
 from fides_plugins.enclave.providers import DevelopmentProvider
 from fides_plugins.enclave.verifier import Verifier, VerifierOptions
-from fides_plugins.serving.process import wait_until
+from fides_plugins.launch.process import wait_until
 from tests.verifier_process import Process, body, checker, image, receipt_in
 from tests.verifiers import IDENTITY, RunningVerifier, digits_bundle
 

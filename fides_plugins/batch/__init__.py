@@ -1,0 +1,1 @@
+"""Recorded predictions, judged after the fact by the pipeline that serves."""

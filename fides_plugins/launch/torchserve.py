@@ -1,0 +1,293 @@
+"""Start a real TorchServe on free ports and stop it cleanly.
+
+Used by the demo, the tests and the benchmarks. Three things that a plain `torchserve --start` gets
+wrong here are handled: parallel servers share a process-id file unless each has its own TMPDIR; ending
+the launcher leaves the Java process; and `/ping` says Healthy while no worker has ever loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+from fides_plugins.errors import ServerError
+from fides_plugins.launch.process import HOST, Process, free_ports
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+MetricsMode = Literal["prometheus", "log"]
+#: TorchServe appends `.model_server.pid` to its temporary folder; it holds the Java process id.
+PID_FILE = ".model_server.pid"
+_PORT_TRIES = 3
+_LOG_LINES = 2000
+_WORKER_DIED = "Backend worker process died"
+#: How long a dead worker's traceback is waited for, and how long nothing is written when it is whole.
+_TRACEBACK_S = 5.0
+_QUIET_S = 0.2
+_PYTHON_ERROR = re.compile(r"MODEL_LOG - (\w[\w.]*(?:Error|Exception)\w*: .*)")
+
+
+@dataclass(frozen=True)
+class WorkerState:
+    """What the management API says about one worker."""
+
+    id: str
+    ready: bool
+    pid: int
+
+
+def require_torchserve(python: str = sys.executable) -> None:
+    """Check that TorchServe can run here.
+
+    Raises
+    ------
+    ServerError
+        If Java or the `torchserve` package is absent, with what to install.
+    """
+    java_home = os.environ.get("JAVA_HOME")
+    java = shutil.which("java", path=str(Path(java_home) / "bin")) if java_home else shutil.which("java")
+    if java is None:
+        raise ServerError(
+            "TorchServe needs Java 11 or newer, and no `java` was found.", "Install a JRE or set JAVA_HOME."
+        )
+    missing = [m for m in ("ts", "yaml", "torch") if python == sys.executable and importlib.util.find_spec(m) is None]
+    if missing:
+        raise ServerError(
+            f"TorchServe cannot run: the Python package(s) {', '.join(missing)} are not installed.",
+            "Run `pip install 'fides-plugins[torchserve]'`.",
+        )
+
+
+class TorchServeServer:
+    """A TorchServe process tree, as a context manager.
+
+    Parameters
+    ----------
+    model_store:
+        Folder with the archives.
+    models:
+        Served name to archive (a file name in `model_store`).
+    workers, batch_size, max_batch_delay_ms:
+        For every model; an archive's own model-config.yaml wins over them.
+    response_timeout_s:
+        Seconds until TorchServe takes a worker that does not answer to be dead.
+    metrics_mode:
+        "prometheus" shows model metrics at `metrics_url`, "log" writes them to a file.
+    token_auth, model_api:
+        TorchServe's own switches. Both are what a local test needs by default: no token, fixed models.
+    python:
+        Interpreter of the workers and the launcher.
+    env:
+        Further environment of the server.
+    properties:
+        Further lines of config.properties.
+    """
+
+    def __init__(
+        self,
+        model_store: str | Path,
+        models: Mapping[str, str],
+        *,
+        workers: int = 1,
+        batch_size: int = 1,
+        max_batch_delay_ms: int = 20,
+        response_timeout_s: int = 60,
+        metrics_mode: MetricsMode = "prometheus",
+        token_auth: bool = False,
+        model_api: bool = False,
+        python: str = sys.executable,
+        env: Mapping[str, str] | None = None,
+        properties: Mapping[str, str] | None = None,
+        ready_timeout_s: float = 180.0,
+    ) -> None:
+        self.model_store = Path(model_store).resolve()
+        self.models = dict(models)
+        self._options: dict[str, Any] = {
+            "minWorkers": workers,
+            "maxWorkers": workers,
+            "batchSize": batch_size,
+            "maxBatchDelay": max_batch_delay_ms,
+            "responseTimeout": response_timeout_s,
+        }
+        self._workers = workers
+        self._metrics_mode = metrics_mode
+        self._token_auth = token_auth
+        self._model_api = model_api
+        self._python = python
+        self._env = dict(env or {})
+        self._properties = dict(properties or {})
+        self._ready_timeout_s = ready_timeout_s
+        self._process: Process | None = None
+        self._ports: list[int] = []
+        self.start_seconds = 0.0
+
+    @property
+    def inference_url(self) -> str:
+        """Root of the inference API."""
+        return f"http://{HOST}:{self._ports[0]}"
+
+    @property
+    def management_url(self) -> str:
+        """Root of the management API."""
+        return f"http://{HOST}:{self._ports[1]}"
+
+    @property
+    def metrics_url(self) -> str:
+        """Prometheus page, in metrics mode "prometheus"."""
+        return f"http://{HOST}:{self._ports[2]}/metrics"
+
+    @property
+    def grpc_target(self) -> str:
+        """host:port of the gRPC inference API."""
+        return f"{HOST}:{self._ports[3]}"
+
+    @property
+    def process(self) -> Process:
+        """The running process tree, for memory and processor time."""
+        if self._process is None:
+            raise ServerError("TorchServe was not started.")
+        return self._process
+
+    def log(self, lines: int = 40) -> str:
+        """The end of what the server and its workers wrote."""
+        return self.process.log(lines)
+
+    def workers(self, model: str) -> list[WorkerState]:
+        """State of a model's workers, as the management API tells it."""
+        with urllib.request.urlopen(f"{self.management_url}/models/{model}", timeout=5) as answer:
+            (description,) = json.load(answer)
+        return [WorkerState(w["id"], w["status"] == "READY", int(w["pid"])) for w in description["workers"]]
+
+    def start(self) -> Self:
+        """Start and wait until every model has all its workers ready.
+
+        Raises
+        ------
+        ServerError
+            If something is missing, or a model does not load; the end of the log is in the message.
+        """
+        require_torchserve(self._python)
+        missing = [a for a in self.models.values() if not (self.model_store / a).exists()]
+        if missing:
+            raise ServerError(f"The model store has no {', '.join(missing)}.", "Give archives that exist.")
+        for attempt in range(_PORT_TRIES):
+            try:
+                self._start_once()
+                return self
+            except ServerError as error:
+                self.stop()
+                # A port may be taken between looking for a free one and binding it.
+                if "Address already in use" not in str(error) or attempt == _PORT_TRIES - 1:
+                    raise
+            except BaseException:
+                self.stop()
+                raise
+        raise AssertionError("unreachable")
+
+    def _start_once(self) -> None:
+        self._ports = free_ports(6)
+        process = Process("TorchServe", self._command(), env=self._environment())
+        self._process = process
+        (process.folder / "config.properties").write_text(self._config())
+        process.command = [*process.command, "--ts-config", str(process.folder / "config.properties")]
+        process.start()
+        self.start_seconds = process.wait_ready(self._ready, self._ready_timeout_s)
+
+    def stop(self) -> None:
+        """Stop launcher, Java and workers, by id; may be called more than once."""
+        if self._process is None:
+            return
+        java: list[int] = []
+        with contextlib.suppress(OSError, ValueError):
+            java = [int((self._process.folder / PID_FILE).read_text())]
+        self._process.stop(also=java)
+        self._process = None
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _command(self) -> Sequence[str]:
+        models = [f"{name}={archive}" for name, archive in self.models.items()]
+        command = [self._python, "-m", "ts.model_server", "--start", "--foreground", "--no-config-snapshots"]
+        command += ["--model-store", str(self.model_store), "--models", *models]
+        if not self._token_auth:
+            command.append("--disable-token-auth")
+        if self._model_api:
+            command.append("--enable-model-api")
+        return command
+
+    def _environment(self) -> dict[str, str]:
+        # A user's own TS_CONFIG_FILE would win over the file written here.
+        quiet = {"LOG_LOCATION": "logs", "METRICS_LOCATION": "logs", "PYTHONUNBUFFERED": "1"}
+        hidden = {"TS_CONFIG_FILE": ""} if "TS_CONFIG_FILE" in os.environ else {}
+        return {**quiet, **hidden, **self._env}
+
+    def _config(self) -> str:
+        inference, management, metrics, grpc_inference, grpc_management, worker = self._ports
+        # The version in an archive's manifest is not known here, so its options are given for the usual one.
+        models = {name: {"1.0": {"marName": archive, **self._options}} for name, archive in self.models.items()}
+        lines = {
+            "inference_address": f"http://{HOST}:{inference}",
+            "management_address": f"http://{HOST}:{management}",
+            "metrics_address": f"http://{HOST}:{metrics}",
+            "grpc_inference_address": HOST,
+            "grpc_management_address": HOST,
+            "grpc_inference_port": str(grpc_inference),
+            "grpc_management_port": str(grpc_management),
+            "initial_worker_port": str(worker),
+            "default_workers_per_model": str(self._workers),
+            "default_response_timeout": str(self._options["responseTimeout"]),
+            "metrics_mode": self._metrics_mode,
+            "model_metrics_auto_detect": "true",
+            "disable_system_metrics": "true",
+            "models": json.dumps(models),
+            **self._properties,
+        }
+        return "".join(f"{key}={value}\n" for key, value in lines.items())
+
+    def _ready(self) -> bool:
+        # Workers that fail to load are started again for minutes; one death at start-up is enough to know.
+        log = self.process.log(_LOG_LINES)
+        if _WORKER_DIED in log:
+            errors = self._errors_of_worker() or ["its log names no error"]
+            raise ServerError(f"A TorchServe worker cannot load its model: {'; '.join(errors[:3])}.")
+        for name in self.models:
+            try:
+                workers = self.workers(name)
+            except urllib.error.HTTPError:
+                return False
+            if not workers or not all(w.ready for w in workers):
+                return False
+        return True
+
+    def _errors_of_worker(self) -> list[str]:
+        """The error lines of a worker that died.
+
+        It announces its death first and writes the traceback afterwards, line by line: the log is read until
+        an error stands there and nothing more is added, or the time is up.
+        """
+        deadline = time.monotonic() + _TRACEBACK_S
+        log, before = self.process.log(_LOG_LINES), None
+        while (log != before or not _PYTHON_ERROR.search(log)) and time.monotonic() < deadline:
+            time.sleep(_QUIET_S)
+            before, log = log, self.process.log(_LOG_LINES)
+        return list(dict.fromkeys(_PYTHON_ERROR.findall(log)))

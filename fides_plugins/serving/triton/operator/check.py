@@ -1,0 +1,220 @@
+"""One real inference through every step of a protected model, and what its answer says about the set-up."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fides_plugins.errors import ServerError
+from fides_plugins.serving.triton import wire
+from fides_plugins.serving.triton.config import parse_json
+from fides_plugins.serving.triton.operator.api import TritonApi
+from fides_plugins.serving.triton.operator.probe import (
+    ProbeResult,
+    Protected,
+    as_probe,
+    find_protected,
+    probe,
+    sample_inputs,
+    sample_references,
+)
+from fides_plugins.serving.triton.queues import queue_problem
+from fides_plugins.types import SUM_TOLERANCE
+
+#: Free bytes of /dev/shm below which a step may fail to grow its shared memory.
+SHM_NEEDED = 64 * 1024 * 1024
+#: P-values from here on lower the evidence of the service alarm, whatever it has seen (k p^(k-1) < 1 for its bets).
+HARMLESS_P_VALUE = 0.5
+_LOCAL = ("127.0.0.1", "localhost", "::1")
+
+#: What the server says when something goes wrong, and how to mend it.
+REMEDIES = (
+    (
+        "shared memory",
+        "/dev/shm is full: give the container more (docker run --shm-size=1g; an emptyDir of medium Memory).",
+    ),
+    ("not healthy", "The step's process died. Reload it: fides watch triton URL, or restart the server."),
+    (
+        "input byte size mismatch",
+        "The python backend handed back an empty tensor: pin numpy below 2 in the server's environment.",
+    ),
+    ("came with", "The python backend handed back an empty tensor: pin numpy below 2 in the server's environment."),
+    (
+        "no answer within",
+        "The step hangs or is overloaded; see the server's log, and raise --timeout if it is only slow.",
+    ),
+    ("unexpected shape", "The generated input does not fit: give a real one with --data."),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was checked.
+
+    Attributes
+    ----------
+    what:
+        The step or property.
+    good:
+        Whether it is as it should be.
+    seconds:
+        Time of the inference; NaN where there was none.
+    detail:
+        What was seen; with the remedy where it is not good.
+    """
+
+    what: str
+    good: bool
+    seconds: float
+    detail: str
+
+
+def check(
+    api: TritonApi, model: str, data: Mapping[str, NDArray[Any]] | None = None, timeout_s: float = 10.0
+) -> list[Finding]:
+    """Check a protected model step by step; findings in the order in which to mend them.
+
+    The steps are asked directly, and the verdict is marked as a probe's. A request through the protected
+    model itself is counted like any client's, because no mark from outside may keep it out of the records:
+    it is sent only if the marked verdict shows that it cannot raise the service alarm.
+
+    Parameters
+    ----------
+    data:
+        Real inputs by name; values are generated where it has none.
+
+    Raises
+    ------
+    ServerError
+        If the server cannot be reached or `model` is not served, or not protected.
+    """
+    try:
+        ready = api.ready()
+    except OSError as error:
+        raise ServerError(
+            f"Triton at {api.host}:{api.port} cannot be reached ({error}).", "Check the address."
+        ) from None
+    findings = [Finding("server ready", ready, float("nan"), "" if ready else "some model is not ready; see the log")]
+    (item,) = find_protected(api, model)
+    findings.append(_state(item))
+    if api.host in _LOCAL:
+        findings.append(_shared_memory())
+    problem, remedy = queue_problem(parse_json(api.config(item.base)))
+    if problem:
+        # Not tried: the inference itself could end the server.
+        return [*findings, Finding("service model", False, float("nan"), f"{item.base!r} {problem} {remedy}")]
+    inputs = sample_inputs(api.config(model), data)
+    base = probe(api, item.base, inputs, timeout_s)
+    findings.append(_finding("service model", base))
+    verified = probe(api, item.verify, inputs, timeout_s)
+    findings.append(_finding("verification", verified, _verification_detail(verified)))
+    judged, harmful = _judge(api, item, inputs, base, verified, timeout_s)
+    findings.append(judged)
+    bad = [f.what for f in findings if not f.good]
+    if bad:
+        detail = f"Not tried: mend first what is bad ({', '.join(bad)})."
+        findings.append(Finding("protected model", False, float("nan"), detail))
+    elif harmful:
+        detail = f"Its steps work; not sent through as a whole, because {harmful} Give benign rows with --data."
+        findings.append(Finding("protected model", True, float("nan"), detail))
+    else:
+        whole = probe(api, model, inputs, timeout_s)
+        findings.append(_finding("protected model", whole, _whole_detail(item, base, whole)))
+    return findings
+
+
+def _state(item: Protected) -> Finding:
+    if item.degraded:
+        detail = "The fallback stands in for verification; `fides watch triton URL` restores it."
+        return Finding("protection", False, float("nan"), detail)
+    return Finding("protection", True, float("nan"), f"{item.base} + {item.verify} -> {item.validate}")
+
+
+def _shared_memory() -> Finding:
+    try:
+        stats = os.statvfs("/dev/shm")
+    except OSError:
+        return Finding("/dev/shm", True, float("nan"), "not there; not checked")
+    free = stats.f_bavail * stats.f_frsize
+    detail = f"{free // 2**20} MiB free"
+    if free < SHM_NEEDED:
+        detail += f", {SHM_NEEDED // 2**20} needed. {REMEDIES[0][1]}"
+    return Finding("/dev/shm", free >= SHM_NEEDED, float("nan"), detail)
+
+
+def _finding(what: str, result: ProbeResult, problem: str = "") -> Finding:
+    if not result.alive:
+        problem = result.detail
+    remedy = next((text for sign, text in REMEDIES if problem and sign in problem), "")
+    return Finding(what, not problem, result.seconds, f"{problem} {remedy}".strip())
+
+
+def _verification_detail(result: ProbeResult) -> str:
+    if result.outputs is None:
+        return result.detail
+    references, available = result.outputs[wire.REFERENCES], result.outputs[wire.AVAILABLE]
+    if references.size == 0:
+        return "The references are empty: input byte size mismatch."
+    if not available.any():
+        outcome = wire.unpack_outcome(references, available, result.outputs[wire.VERIFICATION])
+        reasons = "; ".join(f.text for f in outcome.failures)
+        return f"No verifier answered. {reasons}".strip()
+    if not np.allclose(references.sum(axis=-1), 1.0, atol=SUM_TOLERANCE):
+        return "A reference is not a distribution: the numbers were damaged on their way; pin numpy below 2."
+    return ""
+
+
+def _judge(
+    api: TritonApi,
+    item: Protected,
+    inputs: Mapping[str, NDArray[Any]],
+    base: ProbeResult,
+    verified: ProbeResult,
+    timeout_s: float,
+) -> tuple[Finding, str]:
+    """The finding, and why the same rows should not be sent where they are counted; empty if they may."""
+    config = api.config(item.validate)
+    taken = {str(e["name"]) for e in config["input"]} - set(wire.INTERNAL)
+    if base.outputs is None:
+        return Finding("validation", False, float("nan"), "Not tried: the service model gave no answer."), ""
+    references = sample_references(config)
+    if verified.outputs is not None and verified.outputs[wire.VERIFICATION].size:
+        references = {name: verified.outputs[name] for name in wire.INTERNAL}
+    given = {n: a for n, a in {**inputs, **base.outputs}.items() if n in taken}
+    result = probe(api, item.validate, {**given, **as_probe(references)}, timeout_s)
+    problem = ""
+    if result.outputs is not None:
+        status = _texts(result.outputs[wire.STATUS])
+        reason = _texts(result.outputs[wire.REASON])
+        if status[0] in ("error", "indeterminate"):
+            problem = f"The verdict is {status[0]}: {reason[0]}."
+        else:
+            # A generated input is no digit and no flower, so `attacked` is as good a sign of life as `trusted`.
+            found = Finding("validation", True, result.seconds, f"verdict: {status[0]}")
+            return found, _harm(status, result.outputs[wire.P_VALUE])
+    return _finding("validation", result, problem), "its verdict is not known."
+
+
+def _harm(status: Sequence[str], p_values: NDArray[Any]) -> str:
+    """Why rows with these verdicts would count against the service."""
+    if set(status) != {"trusted"}:
+        return "it would be counted as attacked."
+    # A detector without a calibration has no p-values, and then there is no alarm either.
+    lowest = float(np.min(p_values))
+    return f"its p-value of {lowest:.2g} would be evidence for the service alarm." if lowest < HARMLESS_P_VALUE else ""
+
+
+def _texts(array: NDArray[Any]) -> list[str]:
+    return [v.decode(errors="replace") if isinstance(v, bytes) else str(v) for v in array.ravel()]
+
+
+def _whole_detail(item: Protected, base: ProbeResult, whole: ProbeResult) -> str:
+    if whole.outputs is None or base.outputs is None:
+        return "" if whole.alive else whole.detail
+    missing = sorted(set(base.outputs) - set(whole.outputs))
+    return f"Outputs of the service model are missing: {', '.join(missing)}." if missing else ""

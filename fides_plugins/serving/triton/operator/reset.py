@@ -1,0 +1,83 @@
+"""Withdraw the service alarm of a protected model: a new process of its validation, seen to be quiet."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fides_plugins.errors import ServerError
+from fides_plugins.observation.metrics import UNDER_ATTACK
+from fides_plugins.serving.triton.operator.api import TritonApi
+from fides_plugins.serving.triton.operator.probe import find_protected
+
+#: Triton takes new values over about twice a second; the gauge must be quiet for longer than that.
+_QUIET_S = 1.5
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Reset:
+    """What a reset did.
+
+    Attributes
+    ----------
+    step:
+        The step that was loaded anew.
+    was_under_attack, under_attack:
+        The alarm before and after.
+    """
+
+    step: str
+    was_under_attack: bool
+    under_attack: bool
+
+
+def reset(api: TritonApi, model: str, timeout_s: float = 10.0) -> Reset:
+    """Start the process of `fides_validate` anew, where the alarm lives, and wait until the metrics show it quiet.
+
+    Nothing else is touched: the old process serves until the new one is there.
+
+    Raises
+    ------
+    NotExplicit
+        If the server does not run in explicit mode; only a restart withdraws the alarm there.
+    ServerError
+        If the server or its metrics cannot be reached, `model` is not protected or has no alarm.
+    """
+    (item,) = find_protected(api, model)
+    label = _label(item.validate, api.config(item.validate))
+    was = _alarm(api, label)
+    api.reload(item.validate)
+    deadline = time.monotonic() + timeout_s
+    quiet_since = None
+    now = was
+    while time.monotonic() < deadline:
+        now = _alarm(api, label)
+        if now is not False:
+            quiet_since = None
+        elif quiet_since is None:
+            quiet_since = time.monotonic()
+        elif time.monotonic() - quiet_since > _QUIET_S:
+            return Reset(item.validate, bool(was), False)
+        time.sleep(_POLL_S)
+    if now is None:
+        raise ServerError(
+            f"{item.validate} was loaded anew, but the metrics show no alarm of {label!r}.",
+            "Its bundle has no calibrated detector, or another FIDES_SERVICE_NAME is set.",
+        )
+    return Reset(item.validate, bool(was), True)
+
+
+def _label(step: str, config: Mapping[str, Any]) -> str:
+    """The label `model` of the step's metrics, as `MetricsRecorder` gets it."""
+    value = config.get("parameters", {}).get("fides.service_name", {})
+    return str(value.get("string_value", "")) or step
+
+
+def _alarm(api: TritonApi, label: str) -> bool | None:
+    """The gauge on the metrics page; None where it is not shown."""
+    found = re.search(rf'^{UNDER_ATTACK.name}{{model="{re.escape(label)}"}} (\S+)$', api.metrics(), re.MULTILINE)
+    return None if found is None else float(found[1]) > 0

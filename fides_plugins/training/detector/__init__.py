@@ -1,0 +1,1 @@
+"""Detector, re-classifier and generator: their features, training and calibration."""

@@ -1,0 +1,1 @@
+"""Distillation: from a service's answers to a verification model."""

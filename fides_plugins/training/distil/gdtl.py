@@ -1,0 +1,294 @@
+"""Greedy Distillation Transfer Learning: the cheapest student that agrees with the service often enough.
+
+After Kumar et al. (ASIA CCS 2024). Students are tried in order of cost. A pre-trained one begins with
+everything frozen under a fresh head; then the group of layers nearest the output is unfrozen, batch norms
+excepted, and the step is kept only if agreement on held-out rows rises by more than a tolerance. A larger
+student is tried only where the wanted agreement was not reached. Students that are not pre-trained have
+nothing to keep and are trained whole, in one step.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional
+
+from fides_plugins.errors import TrainingError
+from fides_plugins.statistics.intervals import wilson
+from fides_plugins.training.costs import Cost
+from fides_plugins.training.distil.distillation import (
+    ALONE,
+    Alone,
+    DistillationSettings,
+    Share,
+    TransferSet,
+    agreement,
+    distil,
+    is_batch_norm,
+    predict,
+    silent,
+)
+from fides_plugins.training.distil.pretrained import PretrainedNetwork
+from fides_plugins.training.distil.students import Student, VerificationModel
+from fides_plugins.types import Float32Array
+
+
+@dataclass(frozen=True)
+class GdtlSettings:
+    """What the search looks for.
+
+    Attributes
+    ----------
+    agreement:
+        Wanted share of held-out rows on which student and service have the same top class. The search stops
+        at the first student whose agreement exceeds it by the estimate's own error, see `certain`.
+    tolerance:
+        A step must raise held-out agreement by more than this to be kept.
+    max_groups:
+        A backbone is cut into at most this many groups of layers; one is unfrozen at a time.
+    patience:
+        Steps in a row that may fail to pay before a student is done.
+    """
+
+    agreement: float = 0.98
+    tolerance: float = 0.002
+    max_groups: int = 5
+    patience: int = 1
+
+
+@dataclass(frozen=True)
+class Step:
+    """One row of the trade-off table. `kept`: later steps build on it, or it is the student's last word."""
+
+    student: str
+    action: str
+    parameters: int
+    macs: int
+    trainable: int
+    agreement: float
+    kept: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class GdtlResult:
+    """The chosen verification model and how it was found.
+
+    `agreement` is measured on the held-out rows; `reached` says whether it is what was wanted.
+    """
+
+    model: VerificationModel
+    student: str
+    cost: Cost
+    agreement: float
+    reached: bool
+    steps: tuple[Step, ...]
+
+
+def search(
+    students: Sequence[Student],
+    transfer: TransferSet,
+    held_out_images: NDArray[Any],
+    held_out_logits: Float32Array,
+    *,
+    settings: GdtlSettings | None = None,
+    distillation: DistillationSettings | None = None,
+    max_parameters: int | None = None,
+    max_macs: int | None = None,
+    seed: int = 0,
+    progress: Share = silent,
+    who: Alone = ALONE,
+) -> GdtlResult:
+    """Find the cheapest student that reaches the wanted agreement.
+
+    Parameters
+    ----------
+    students:
+        Candidates; they are tried in the order of their multiply-adds.
+    transfer:
+        What they are trained on.
+    held_out_images, held_out_logits:
+        (M, ...) and the service's (M, K): rows that no student is trained on; they decide every step.
+    max_parameters, max_macs:
+        Dearer students are left out.
+    who:
+        Who trains; see `distil`.
+
+    Returns
+    -------
+    The first student that surely reaches the agreement, or the best one when none does: the highest
+    agreement, and among equals the lowest divergence from the service. Where the held-out rows are too few
+    to be sure of any student, only the dearest is trained.
+
+    Raises
+    ------
+    TrainingError
+        If no student is within the limits.
+    """
+    wanted = settings or GdtlSettings()
+    training = distillation or DistillationSettings()
+    priced = sorted(((s.cost(transfer.images), s) for s in students), key=lambda c: (c[0].macs, c[0].parameters))
+    fitting = [
+        (cost, student)
+        for cost, student in priced
+        if (max_parameters is None or cost.parameters <= max_parameters) and (max_macs is None or cost.macs <= max_macs)
+    ]
+    if not fitting:
+        cheapest = f"{priced[0][0].parameters} parameters, {priced[0][0].macs} multiply-adds" if priced else "none"
+        raise TrainingError(
+            f"No student costs at most {max_parameters} parameters and {max_macs} multiply-adds; "
+            f"the cheapest one given: {cheapest}.",
+            "Allow a larger share of the service's cost, or give a smaller student.",
+        )
+    if not certain(1.0, len(held_out_images), wanted.agreement):
+        fitting = fitting[-1:]
+    steps: list[Step] = []
+    best: tuple[tuple[float, float], GdtlResult] | None = None
+    for index, (cost, student) in enumerate(fitting):
+
+        def report(done: float, index: int = index) -> None:
+            progress((index + done) / len(fitting))
+
+        model = student.model(transfer.images, seed)
+        run = _Run(
+            student, cost, model, transfer, held_out_images, held_out_logits, training, wanted, seed, report, who
+        )
+        value = run.greedy() if isinstance(model.network, PretrainedNetwork) else run.whole()
+        steps += run.steps
+        rank = (value, -divergence(held_out_logits, predict(model, held_out_images)))
+        if best is None or rank > best[0]:
+            best = rank, GdtlResult(model, student.name, cost, value, value >= wanted.agreement, ())
+        if certain(value, len(held_out_images), wanted.agreement):
+            break
+    progress(1.0)
+    assert best is not None
+    return replace(best[1], steps=tuple(steps))
+
+
+def certain(share: float, n_rows: int, wanted: float) -> bool:
+    """Whether a share seen on `n_rows` rows exceeds what is wanted by one standard error.
+
+    The lower end of Wilson's interval with z = 1; the plain standard error is 0 at a share of 1.
+    """
+    return wilson(share * n_rows, n_rows, z=1.0)[0] >= wanted - 1e-12
+
+
+def divergence(service: Float32Array, student: Float32Array) -> float:
+    """Mean Kullback-Leibler divergence of the students' distributions from the service's, both logits (N, K)."""
+    s, v = torch.from_numpy(service), torch.from_numpy(student)
+    log_s, log_v = functional.log_softmax(s, dim=1), functional.log_softmax(v, dim=1)
+    return float((log_s.exp() * (log_s - log_v)).sum(1).mean())
+
+
+@dataclass
+class _Run:
+    """The training of one student."""
+
+    student: Student
+    cost: Cost
+    model: VerificationModel
+    transfer: TransferSet
+    images: NDArray[Any]
+    logits: Float32Array
+    training: DistillationSettings
+    wanted: GdtlSettings
+    seed: int
+    report: Share
+    who: Alone
+
+    def __post_init__(self) -> None:
+        self.steps: list[Step] = []
+
+    def whole(self) -> float:
+        """Train every layer at once; returns held-out agreement."""
+        self._train(self.model, torch.from_numpy(self.transfer.images), self.training.learning_rate, 0, 1)
+        return self._note("train all layers", kept=True)
+
+    def greedy(self) -> float:
+        """Fresh head first, then one group of layers after the other; returns held-out agreement."""
+        network = self.model.network
+        assert isinstance(network, PretrainedNetwork)
+        for parameter in network.backbone.parameters():
+            parameter.requires_grad_(False)
+        groups = layer_groups(network.backbone, self.wanted.max_groups)
+        n_steps = 1 + len(groups)
+        # Nothing below the head moves, so its inputs are computed once.
+        body = nn.Sequential(self.model.preprocess, _Features(network))
+        features = torch.from_numpy(predict(body, self.transfer.images))
+        self._train(network.head, features, self.training.learning_rate, 0, n_steps)
+        value = self._note("fresh head", kept=True)
+        images = torch.from_numpy(self.transfer.images)
+        failed = 0
+        for number, group in enumerate(groups):
+            if certain(value, len(self.images), self.wanted.agreement) or failed > self.wanted.patience - 1:
+                break
+            before = copy.deepcopy(network.state_dict())
+            for layer in group:
+                for parameter in layer.parameters(recurse=False):
+                    parameter.requires_grad_(True)
+            self._train(self.model, images, self.training.fine_tune_learning_rate, number + 1, n_steps)
+            after = agreement(predict(self.model, self.images), self.logits)
+            paid = after > value + self.wanted.tolerance
+            self._note(f"unfreeze {len(group)} layers", kept=paid, value=after)
+            if paid:
+                value, failed = after, 0
+            else:
+                # The layers stay unfrozen for the next try, but it starts from the last weights that paid.
+                network.load_state_dict(before)
+                failed += 1
+        self.model.eval()
+        return value
+
+    def _train(self, module: nn.Module, inputs: torch.Tensor, rate: float, step: int, n_steps: int) -> None:
+        distil(
+            module,
+            inputs,
+            self.transfer,
+            self.training,
+            rate,
+            self.training.epochs,
+            self.seed + step,
+            lambda done: self.report((step + done) / n_steps),
+            self.who,
+        )
+
+    def _note(self, action: str, *, kept: bool, value: float | None = None) -> float:
+        value = agreement(predict(self.model, self.images), self.logits) if value is None else value
+        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        self.steps.append(Step(self.student.name, action, self.cost.parameters, self.cost.macs, trainable, value, kept))
+        return value
+
+
+class _Features(nn.Module):
+    """The pooled features of a network, as a module."""
+
+    def __init__(self, network: PretrainedNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network.features(x)
+
+
+def layer_groups(backbone: nn.Module, max_groups: int) -> list[list[nn.Module]]:
+    """Layers with parameters of their own, batch norms excepted, in groups: those nearest the output first.
+
+    Groups have about the same number of layers; the order is that of registration, which for sequential
+    networks is the order of the computation.
+    """
+    layers = [m for m in backbone.modules() if not is_batch_norm(m) and any(True for _ in m.parameters(recurse=False))]
+    layers.reverse()
+    n = min(max_groups, len(layers))
+    edges = np.round(np.linspace(0, len(layers), n + 1)).astype(int)
+    return [layers[a:b] for a, b in itertools.pairwise(edges)]

@@ -1,0 +1,1 @@
+"""The service model: asked as a teacher, wherever it runs."""

@@ -1,0 +1,208 @@
+"""Live endpoints as teachers: Triton over gRPC, TorchServe over HTTP."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fides_plugins.bundle import InputSpec
+from fides_plugins.errors import TrainingError
+from fides_plugins.training.data import image_layout
+from fides_plugins.training.service.teacher import CHUNK_ROWS, Teacher, class_matrix
+from fides_plugins.types import Float32Array
+
+_REMEDY = "Start it again and repeat the command: answers received so far are kept and not asked for again."
+
+
+class TritonTeacher(Teacher):
+    """A model behind a Triton server, asked over gRPC.
+
+    Parameters
+    ----------
+    address:
+        host:port of the gRPC endpoint.
+    model, version:
+        As the server names them; an empty version is the server's choice.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        model: str,
+        version: str = "",
+        input_name: str = "",
+        output_name: str = "",
+        timeout_s: float = 30.0,
+    ) -> None:
+        import tritonclient.grpc as grpc
+        from tritonclient.utils import InferenceServerException, triton_to_np_dtype
+
+        self.name = f"Triton model {model}"
+        self._grpc, self._failure, self._timeout = grpc, InferenceServerException, timeout_s
+        self._model, self._version = model, version
+        try:
+            self._client = grpc.InferenceServerClient(address)
+            metadata = self._client.get_model_metadata(model, version, client_timeout=timeout_s)
+            config = self._client.get_model_config(model, version, client_timeout=timeout_s).config
+        except InferenceServerException as error:
+            raise TrainingError(
+                f"{self.name} at {address} does not answer: {error.message()}.", "Check address, name and version."
+            ) from error
+        batched = config.max_batch_size > 0
+        self._batch = config.max_batch_size if batched else CHUNK_ROWS
+        source = _pick_named(metadata.inputs, input_name, "input", self.name)
+        target = _pick_named(metadata.outputs, output_name, "output", self.name)
+        self._input, self._output, self._datatype = source.name, target.name, source.datatype
+        shape = [int(s) if int(s) >= 0 else None for s in source.shape]
+        dtype = np.dtype(triton_to_np_dtype(source.datatype))
+        self.input = InputSpec(name=source.name, dtype=dtype.name, shape=(None, *shape[1:]))
+        # The server's model files cannot be seen: names, versions and tensors stand for them. The address does
+        # not count, so that a server that was moved goes on where it stopped; `AnswerCache` asks one row again.
+        about = [model, version, sorted(metadata.versions), source.name, source.datatype, shape, target.name]
+        self.digest = hashlib.sha256(repr(about).encode()).hexdigest()
+
+    def ask(self, images: NDArray[Any]) -> Float32Array:
+        parts = []
+        for start in range(0, len(images), self._batch):
+            rows = np.ascontiguousarray(images[start : start + self._batch])
+            tensor = self._grpc.InferInput(self._input, list(rows.shape), self._datatype)
+            tensor.set_data_from_numpy(rows)
+            wanted = [self._grpc.InferRequestedOutput(self._output)]
+            try:
+                answer = self._client.infer(
+                    self._model, [tensor], self._version, outputs=wanted, client_timeout=self._timeout
+                )
+            except self._failure as error:
+                raise TrainingError(f"{self.name} stopped answering: {error.message()}.", _REMEDY) from error
+            parts.append(class_matrix(answer.as_numpy(self._output), len(rows), self.name))
+        return np.concatenate(parts)
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def _pick_named(tensors: Any, name: str, what: str, model: str) -> Any:
+    names = [t.name for t in tensors]
+    if name and name in names:
+        return tensors[names.index(name)]
+    if name or len(names) != 1:
+        raise TrainingError(f"{model} has the {what}s {names}.", f"Name the one that matters with --{what}-name.")
+    return tensors[0]
+
+
+#: How one row becomes the body of an HTTP request, and its content type.
+Encoder = Callable[[NDArray[Any]], tuple[bytes, str]]
+
+
+def _encode_json(row: NDArray[Any]) -> tuple[bytes, str]:
+    return json.dumps(row.tolist()).encode(), "application/json"
+
+
+def _encode_npy(row: NDArray[Any]) -> tuple[bytes, str]:
+    buffer = io.BytesIO()
+    np.save(buffer, row, allow_pickle=False)
+    return buffer.getvalue(), "application/octet-stream"
+
+
+def _encode_png(row: NDArray[Any]) -> tuple[bytes, str]:
+    from PIL import Image
+
+    layout = image_layout((None, *row.shape))
+    if layout is None or row.dtype != np.uint8:
+        raise TrainingError("Only uint8 images can be sent as PNG.", "Choose the encoding json or npy.")
+    pixels = row if layout.channels_last or row.ndim == 2 else row.transpose(1, 2, 0)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(buffer, "PNG")
+    return buffer.getvalue(), "image/png"
+
+
+ENCODERS: dict[str, Encoder] = {"json": _encode_json, "npy": _encode_npy, "png": _encode_png}
+
+
+class TorchServeTeacher(Teacher):
+    """A model behind TorchServe, asked over HTTP, one row per request.
+
+    Parameters
+    ----------
+    url:
+        `http://host:port/predictions/model[/version]`.
+    encoding:
+        How a row is sent: "json" (nested lists), "npy" (the bytes of an .npy file) or "png" (uint8 images).
+    request_key, response_key:
+        Where JSON bodies hold the row and the class values, such as "x" in {"x": [...]}; empty: the body
+        itself.
+
+    Class values that are understood: a list of K numbers, such a list in a list of one or under an only
+    key, or an object from class index to number with every class in it.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        encoding: str = "json",
+        request_key: str = "",
+        response_key: str = "",
+        timeout_s: float = 30.0,
+    ) -> None:
+        import httpx
+
+        if encoding not in ENCODERS:
+            raise TrainingError(f"There is no encoding {encoding!r}; choose one of {sorted(ENCODERS)}.")
+        self._failure = httpx.HTTPError
+        self._client = httpx.Client(timeout=timeout_s)
+        if request_key and encoding != "json":
+            raise TrainingError(f"A request key needs the encoding json, not {encoding}.")
+        self._url, self._encode = url, ENCODERS[encoding]
+        self._request_key, self._response_key = request_key, response_key
+        self.name = f"TorchServe model {urlsplit(url).path.removeprefix('/predictions/')}"
+        about = f"{urlsplit(url).path} {encoding} {request_key} {response_key}"
+        self.digest = hashlib.sha256(about.encode()).hexdigest()
+
+    def ask(self, images: NDArray[Any]) -> Float32Array:
+        answers = []
+        for row in images:
+            body, kind = self._encode(row)
+            if self._request_key:
+                body = b"{%s: %s}" % (json.dumps(self._request_key).encode(), body)
+            try:
+                response = self._client.post(self._url, content=body, headers={"Content-Type": kind})
+            except self._failure as error:
+                raise TrainingError(f"{self.name} stopped answering: {error}.", _REMEDY) from error
+            if response.status_code >= 500:
+                raise TrainingError(f"{self.name} answered with status {response.status_code}.", _REMEDY)
+            if response.status_code != 200:
+                raise TrainingError(
+                    f"{self.name} refused a row with status {response.status_code}.", "Check the URL and the encoding."
+                )
+            answers.append(self._parse(response.content))
+        if len({len(a) for a in answers}) > 1:
+            raise TrainingError(f"{self.name} answers with different numbers of classes.", "Let it give all classes.")
+        return class_matrix(np.array(answers, np.float32), len(images), self.name)
+
+    def _parse(self, content: bytes) -> list[float]:
+        try:
+            value = json.loads(content)
+            if self._response_key:
+                value = (value[0] if isinstance(value, list) else value)[self._response_key]
+            while isinstance(value, (list, dict)) and len(value) == 1:
+                value = value[0] if isinstance(value, list) else next(iter(value.values()))
+            if isinstance(value, dict) and sorted(map(int, value)) == list(range(len(value))):
+                value = [value[str(i)] for i in range(len(value))]
+            if isinstance(value, list):
+                return [float(v) for v in value]
+        except (ValueError, TypeError, KeyError):
+            pass  # said below, whatever it was that did not fit
+        raise TrainingError(
+            f"{self.name} answered with something that is no list of all class values.",
+            "Say with --response-key where they are; a handler that gives only its top classes cannot teach.",
+        )
+
+    def close(self) -> None:
+        self._client.close()

@@ -1,0 +1,22 @@
+"""What an attack is to everything that only names it."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+
+@runtime_checkable
+class Attack(Protocol):
+    """What every kind of attack has."""
+
+    @property
+    def name(self) -> str:
+        """Unique name, as in `fides evaluate`'s table."""
+
+    @property
+    def kind(self) -> str:
+        """ "output", "input" or "model"."""
+
+    @property
+    def summary(self) -> str:
+        """One line for people."""
