@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from fides_plugins.codec import OutputCodec
 from fides_plugins.errors import BundleError, InputError, SettingsError
 from fides_plugins.onnx_model import OnnxModel
 from fides_plugins.statistics.conformal import Calibration
@@ -52,6 +53,11 @@ class ServiceSpec(_Part):
     output_kind: OutputKind = "logits"
     temperature: float = Field(1.0, gt=0)
 
+    @property
+    def codec(self) -> OutputCodec:
+        """Reads and writes this output."""
+        return OutputCodec(self.output_kind, self.temperature)
+
 
 class VerificationSpec(_Part):
     """The distilled model that gives the reference distribution."""
@@ -61,6 +67,11 @@ class VerificationSpec(_Part):
     output_name: str = "logits"
     output_kind: OutputKind = "logits"
     temperature: float = Field(1.0, gt=0)
+
+    @property
+    def codec(self) -> OutputCodec:
+        """Reads this output."""
+        return OutputCodec(self.output_kind, self.temperature)
 
 
 class GraphSpec(_Part):

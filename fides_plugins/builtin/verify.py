@@ -7,7 +7,7 @@ from fides_plugins.errors import BundleError, InputError
 from fides_plugins.hookspecs import hookimpl
 from fides_plugins.onnx_model import OnnxModel
 from fides_plugins.settings import Settings
-from fides_plugins.types import Prediction, Query, Verification
+from fides_plugins.types import Query, Verification
 
 
 class OnnxVerifier:
@@ -35,5 +35,5 @@ class OnnxVerifier:
         if tensor.dtype != info.dtype:
             raise InputError(f"Input {self._input!r} has dtype {tensor.dtype}; expected {info.dtype}.")
         output = self._model.run({info.name: tensor})[self._spec.output_name]
-        reference = Prediction.from_output(output, self._spec.output_kind, self._spec.temperature)
+        reference = self._spec.codec.read(output)
         return Verification.single(reference.probabilities, "verifier", available=reference.valid)

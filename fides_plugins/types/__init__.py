@@ -14,11 +14,12 @@ from fides_plugins.types.arrays import (
     Float64Array,
     IntArray,
     OutputKind,
+    Rows,
     softmax,
 )
 from fides_plugins.types.attack import Attack
 from fides_plugins.types.opinions import Detection, Reclassification
-from fides_plugins.types.query import ROWS_ONLY, Query
+from fides_plugins.types.query import ROWS_ONLY, Query, SignedRows
 from fides_plugins.types.verdict import STATUS_TEXTS, Status, Verdict
 
 __all__ = [
@@ -35,6 +36,8 @@ __all__ = [
     "Prediction",
     "Query",
     "Reclassification",
+    "Rows",
+    "SignedRows",
     "Status",
     "Verdict",
     "Verification",

@@ -18,6 +18,7 @@ from fides_plugins.types.arrays import (
     Float32Array,
     IntArray,
     OutputKind,
+    Rows,
     class_matrix,
     frozen,
     row_mask,
@@ -79,6 +80,17 @@ class Prediction:
             clipped = np.clip(np.where(valid[:, None], array, np.float32(1)), 0, None)
             probabilities = clipped / clipped.sum(axis=1, keepdims=True, dtype=np.float32)
         return cls(probabilities=probabilities, valid=valid)
+
+    @classmethod
+    def concat(cls, parts: Sequence[Prediction]) -> Prediction:
+        """The rows of several predictions over the same classes, in order."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(np.concatenate([p.probabilities for p in parts]), np.concatenate([p.valid for p in parts]))
+
+    def rows(self, index: Rows) -> Prediction:
+        """Some of the rows."""
+        return Prediction(self.probabilities[index], self.valid[index])
 
     @property
     def n_rows(self) -> int:
@@ -166,6 +178,24 @@ class Verification:
             tuple(s for p in parts for s in p.sources),
             tuple(e for p in parts for e in p.evidence),
         )
+
+    @classmethod
+    def concat(cls, parts: Sequence[Verification]) -> Verification:
+        """The rows of several verifications by the same verifiers, in order.
+
+        Evidence belongs to a whole request, so it is kept where there is one part, and dropped otherwise.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            np.concatenate([p.references for p in parts]),
+            np.concatenate([p.available for p in parts]),
+            parts[0].sources,
+        )
+
+    def rows(self, index: Rows) -> Verification:
+        """Some of the rows, with the evidence of all."""
+        return Verification(self.references[index], self.available[index], self.sources, self.evidence)
 
     @property
     def n_rows(self) -> int:

@@ -16,6 +16,8 @@ Float64Array = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 OutputKind = Literal["logits", "probabilities"]
+#: Which rows: a slice, indices or a mask, as numpy takes them.
+Rows = slice | IntArray | BoolArray
 
 #: A row of claimed probabilities may miss a sum of one by this much (float16 services over 1,000 classes do).
 SUM_TOLERANCE = 1e-2

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from fides_plugins.errors import InputError
 from fides_plugins.types.answers import Prediction
-from fides_plugins.types.arrays import BoolArray, Float32Array, IntArray, column, frozen, row_mask, set_field
+from fides_plugins.types.arrays import BoolArray, Float32Array, IntArray, Rows, column, frozen, row_mask, set_field
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +74,12 @@ class Detection:
     def n_rows(self) -> int:
         """N, the number of rows."""
         return int(self.score.shape[0])
+
+    def rows(self, index: Rows) -> Detection:
+        """Some of the rows; those without a score keep it missing."""
+        valid = self.valid[index]
+        score = np.where(valid | self.unscored[index], self.score[index], np.float32(0))
+        return Detection(score, self.attacked[index], self.source, self.p_value[index], valid | self.unscored[index])
 
 
 @dataclass(frozen=True, eq=False)

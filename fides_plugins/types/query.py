@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -11,10 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fides_plugins.errors import InputError
-from fides_plugins.types.arrays import EMPTY, frozen, set_field
+from fides_plugins.types.arrays import EMPTY, Rows, frozen, set_field
 
 #: Name of the row-only tensor of a query whose inputs the host does not have.
 ROWS_ONLY = "FIDES_ROWS"
+
+
+@dataclass(frozen=True)
+class SignedRows:
+    """A client's signed request for the next rows of a batch; without text, rows that nobody signed for."""
+
+    n_rows: int
+    request: str = ""
+    commitment: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,12 +40,16 @@ class Query:
         Name under which the service model is served.
     metadata:
         Host-specific strings (server, version). Never used for a decision by the built-ins.
+    signed:
+        The signed requests that the rows belong to, in their order; empty where no client signed one. A
+        request covers its rows together, so `rows` leaves them behind.
     """
 
     inputs: Mapping[str, NDArray[Any]]
     request_ids: tuple[str, ...] = ()
     model_name: str = ""
     metadata: Mapping[str, str] = field(default_factory=lambda: EMPTY)
+    signed: tuple[SignedRows, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.inputs:
@@ -54,6 +67,8 @@ class Query:
         set_field(self, "metadata", MappingProxyType(dict(self.metadata)))
         if self.request_ids and len(self.request_ids) != self.n_rows:
             raise InputError(f"{len(self.request_ids)} request ids for {self.n_rows} rows.")
+        if self.signed and sum(part.n_rows for part in self.signed) != self.n_rows:
+            raise InputError(f"Signed requests of {sum(p.n_rows for p in self.signed)} rows for {self.n_rows} rows.")
 
     @classmethod
     def without_inputs(
@@ -65,6 +80,37 @@ class Query:
     ) -> Query:
         """A query of N rows whose inputs the host does not have: its one tensor is empty, (N, 0)."""
         return cls({ROWS_ONLY: np.empty((n_rows, 0), dtype=np.float32)}, request_ids, model_name, metadata)
+
+    @classmethod
+    def concat(cls, parts: Sequence[Query]) -> Query:
+        """The rows of several queries, in order; model and metadata are the first one's.
+
+        Raises
+        ------
+        InputError
+            If the queries do not hold the same tensors, with rows of the same shape.
+        """
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        if any(p.inputs.keys() != first.inputs.keys() for p in parts):
+            raise InputError("Queries of different inputs cannot be put together.")
+        try:
+            inputs = {name: np.concatenate([p.inputs[name] for p in parts]) for name in first.inputs}
+        except ValueError:
+            raise InputError("Queries whose rows have different shapes cannot be put together.") from None
+        named = all(p.request_ids for p in parts if p.n_rows)
+        signed: list[SignedRows] = []
+        if any(p.signed for p in parts):
+            for part in parts:
+                signed += part.signed or (SignedRows(part.n_rows),)
+        ids = tuple(i for p in parts for i in p.request_ids) if named else ()
+        return cls(inputs, ids, first.model_name, first.metadata, tuple(signed))
+
+    def rows(self, index: Rows) -> Query:
+        """Some of the rows. Signed requests, which cover their rows together, do not come along."""
+        ids = tuple(np.asarray(self.request_ids)[index].tolist()) if self.request_ids else ()
+        return Query({n: a[index] for n, a in self.inputs.items()}, ids, self.model_name, self.metadata)
 
     @property
     def n_rows(self) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fides_plugins.errors import InputError
-from fides_plugins.types.arrays import BoolArray, Float32Array, IntArray, class_matrix, column, frozen, set_field
+from fides_plugins.types.arrays import BoolArray, Float32Array, IntArray, Rows, class_matrix, column, frozen, set_field
 
 
 class Status(IntEnum):
@@ -88,6 +89,20 @@ class Verdict:
         if n and (self.reason_codes.min() < 0 or self.reason_codes.max() >= len(self.reasons)):
             raise InputError("Verdict.reason_codes point outside Verdict.reasons.")
 
+    @classmethod
+    def concat(cls, parts: Sequence[Verdict]) -> Verdict:
+        """The rows of several verdicts over the same classes, in order."""
+        if len(parts) == 1:
+            return parts[0]
+        columns = {f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in _columns()}
+        starts = np.cumsum([0, *(len(p.reasons) for p in parts)])
+        codes = np.concatenate([p.reason_codes + start for p, start in zip(parts, starts, strict=False)])
+        return cls(**{**columns, "reason_codes": codes}, reasons=tuple(r for p in parts for r in p.reasons))
+
+    def rows(self, index: Rows) -> Verdict:
+        """Some of the rows."""
+        return replace(self, **{f.name: getattr(self, f.name)[index] for f in _columns()})
+
     @property
     def n_rows(self) -> int:
         """N, the number of rows."""
@@ -110,3 +125,7 @@ class Verdict:
     def counts(self) -> dict[str, int]:
         """Number of rows by status text."""
         return dict(zip(STATUS_TEXTS, np.bincount(self.status, minlength=len(STATUS_TEXTS)).tolist(), strict=True))
+
+
+def _columns() -> list[Any]:
+    return [f for f in fields(Verdict) if f.name != "reasons"]

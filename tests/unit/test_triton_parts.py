@@ -362,7 +362,8 @@ def test_a_missing_wheel_is_said_in_one_line() -> None:
 def test_the_watch_and_the_steps_import_neither_torch_nor_clients() -> None:
     code = (
         "import sys\n"
-        "from fides_plugins.serving.triton import wire, decoders, entry\nfrom fides_plugins.serving.triton.operator import watch, check\n"
+        "from fides_plugins.serving.triton import wire, decoders, entry\n"
+        "from fides_plugins.serving.triton.operator import watch, check\n"
         "print([m for m in ('torch', 'tritonclient', 'gevent', 'PIL', 'onnx') if m in sys.modules])\n"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
