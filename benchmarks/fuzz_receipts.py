@@ -32,7 +32,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fides_plugins.attestation.keys import key_id, raw_public
 from fides_plugins.bundle import InputSpec
 from fides_plugins.errors import FidesError
-from tests.receipts import sample_receipt
+from tests.support.receipts import sample_receipt
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 KEY_ID = key_id(raw_public(KEY.public_key()))

@@ -37,8 +37,8 @@ from fides_plugins.client.receipts import ReceiptChecker
 from fides_plugins.client.trust import Trust
 from fides_plugins.enclave.verifier import Verifier, VerifierOptions
 from fides_plugins.onnx_model import OnnxModel
-from tests.pki import NOW_S
-from tests.verifiers import IDENTITY, IDENTITY_PUBLIC, Hardware, RunningVerifier, digits_bundle, digits_cnn
+from tests.support.pki import NOW_S
+from tests.support.verifiers import IDENTITY, IDENTITY_PUBLIC, Hardware, RunningVerifier, digits_bundle, digits_cnn
 
 LIMIT_MS = 1.0
 

@@ -1,7 +1,7 @@
 # ruff: noqa: E501 - tables in Markdown cannot be broken
 """Writes the reference pages that come from the code: settings, command line, metrics.
 
-`python docs/generate.py` writes them; `tests/unit/test_docs.py` compares them with the code, so that a
+`python docs/generate.py` writes them; `tests/unit/project/test_docs.py` compares them with the code, so that a
 setting or a flag cannot change without its page.
 """
 

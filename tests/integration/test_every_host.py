@@ -20,7 +20,7 @@ from fides_plugins.pipeline import Pipeline
 from fides_plugins.serving.torchserve.build import SHIM_NAME, build_archive, bundle_files, shim
 from fides_plugins.settings import Settings
 from fides_plugins.testing import fake_logits
-from tests.triton_models import image_bundle, images, linear_image_onnx, template_repository
+from tests.support.triton_models import image_bundle, images, linear_image_onnx, template_repository
 
 pytestmark = pytest.mark.integration
 

@@ -27,8 +27,15 @@ from fides_plugins.pipeline import Pipeline
 from fides_plugins.settings import Settings
 from fides_plugins.testing import fake_logits
 from fides_plugins.types import Prediction, Query, Status
-from tests.plugin_environments import install, make_environment, search_path
-from tests.triton_models import REPOSITORY, image_bundle, images, linear_image_onnx, set_parameter, template_repository
+from tests.support.plugin_environments import install, make_environment, search_path
+from tests.support.triton_models import (
+    REPOSITORY,
+    image_bundle,
+    images,
+    linear_image_onnx,
+    set_parameter,
+    template_repository,
+)
 
 pytestmark = [
     pytest.mark.integration,

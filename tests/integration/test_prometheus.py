@@ -34,7 +34,7 @@ from fides_plugins.observation.metrics import METRICS
 from fides_plugins.statistics.divergences import DIVERGENCES
 from fides_plugins.testing import fake_logits
 from fides_plugins.types import softmax
-from tests.triton_models import images, linear_image_onnx, template_repository
+from tests.support.triton_models import images, linear_image_onnx, template_repository
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RULES = REPOSITORY / "deploy" / "prometheus" / "fides.rules.yml"

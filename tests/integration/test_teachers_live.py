@@ -15,8 +15,8 @@ from fides_plugins.testing import fake_logits
 from fides_plugins.training.service.teacher import CHUNK_ROWS
 from fides_plugins.training.service.teachers import AnswerCache, as_logits, load_teacher, output_kind
 from fides_plugins.types import softmax
-from tests.torchserve_models import WIDTH, plain_archive
-from tests.triton_models import images, linear_image_onnx, stranger_repository
+from tests.support.torchserve_models import WIDTH, plain_archive
+from tests.support.triton_models import images, linear_image_onnx, stranger_repository
 
 pytestmark = pytest.mark.integration
 

@@ -13,7 +13,7 @@ import pytest
 
 from fides_plugins.launch.torchserve import TorchServeServer
 from fides_plugins.launch.torchserve_grpc import GrpcClient
-from tests.torchserve_models import FAULTY, backdoor_bundle, body, plain_archive, protected_archive, rows
+from tests.support.torchserve_models import FAULTY, backdoor_bundle, body, plain_archive, protected_archive, rows
 
 pytestmark = pytest.mark.integration
 

@@ -16,7 +16,15 @@ from fides_plugins.launch.torchserve import TorchServeServer
 from fides_plugins.launch.torchserve_grpc import GrpcClient
 from fides_plugins.serving.torchserve.attach import attach, detach
 from fides_plugins.serving.torchserve.build import build_archive
-from tests.torchserve_models import HANDLERS, PURE_PARSER, backdoor_bundle, body, plain_archive, rows, torchscript
+from tests.support.torchserve_models import (
+    HANDLERS,
+    PURE_PARSER,
+    backdoor_bundle,
+    body,
+    plain_archive,
+    rows,
+    torchscript,
+)
 
 pytestmark = pytest.mark.integration
 

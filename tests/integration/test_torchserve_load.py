@@ -12,7 +12,7 @@ import pytest
 
 from fides_plugins.launch.process import wait_until
 from fides_plugins.launch.torchserve import TorchServeServer
-from tests.torchserve_models import backdoor_bundle, body, protected_archive, rows
+from tests.support.torchserve_models import backdoor_bundle, body, protected_archive, rows
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 

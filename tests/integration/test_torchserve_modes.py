@@ -18,7 +18,7 @@ from fides_plugins.launch.torchserve import TorchServeServer
 from fides_plugins.pipeline import Pipeline
 from fides_plugins.settings import Settings
 from fides_plugins.types import Prediction, Query
-from tests.torchserve_models import backdoor_bundle, body, plain_archive, protected_archive, rows
+from tests.support.torchserve_models import backdoor_bundle, body, plain_archive, protected_archive, rows
 
 pytestmark = pytest.mark.integration
 

@@ -23,7 +23,7 @@ from fides_plugins.errors import FidesError, InputError, ServerError
 from fides_plugins.launch.torchserve import TorchServeServer
 from fides_plugins.serving.torchserve.attach import attach
 from fides_plugins.serving.torchserve.build import build_archive
-from tests.torchserve_models import CLASS, READ_BYTES, SERVICE, backdoor_bundle, body, plain_archive, rows
+from tests.support.torchserve_models import CLASS, READ_BYTES, SERVICE, backdoor_bundle, body, plain_archive, rows
 
 pytestmark = pytest.mark.integration
 

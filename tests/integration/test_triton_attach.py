@@ -29,7 +29,7 @@ from fides_plugins.serving.triton.operator.watch import Event, Watcher, watch_fo
 from fides_plugins.serving.triton.plan import AttachOptions
 from fides_plugins.testing import fake_logits
 from fides_plugins.types import softmax
-from tests.triton_models import STRANGER_CONFIG, image_bundle, images, stranger_repository, tree_digest
+from tests.support.triton_models import STRANGER_CONFIG, image_bundle, images, stranger_repository, tree_digest
 
 pytestmark = [
     pytest.mark.integration,

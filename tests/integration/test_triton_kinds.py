@@ -15,7 +15,7 @@ from fides_plugins.serving.triton.attach import attach
 from fides_plugins.serving.triton.operator.check import check
 from fides_plugins.serving.triton.plan import AttachOptions
 from fides_plugins.testing import fake_logits
-from tests.triton_models import image_bundle, images, kinds_model
+from tests.support.triton_models import image_bundle, images, kinds_model
 
 pytestmark = [
     pytest.mark.integration,

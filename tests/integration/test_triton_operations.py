@@ -17,7 +17,7 @@ from fides_plugins.serving.triton.operator.api import InferenceRefused, TritonAp
 from fides_plugins.serving.triton.operator.check import check
 from fides_plugins.serving.triton.plan import AttachOptions
 from fides_plugins.testing import fake_logits
-from tests.triton_models import (
+from tests.support.triton_models import (
     STRANGER_CONFIG,
     image_bundle,
     images,

@@ -12,7 +12,7 @@ from fides_plugins.launch.triton import TritonServer, is_available
 from fides_plugins.serving.triton.attach import attach
 from fides_plugins.serving.triton.plan import AttachOptions
 from fides_plugins.testing import fake_logits
-from tests.triton_models import STRANGER_CONFIG, image_bundle, images, stranger_repository
+from tests.support.triton_models import STRANGER_CONFIG, image_bundle, images, stranger_repository
 
 pytestmark = [
     pytest.mark.integration,

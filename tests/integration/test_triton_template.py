@@ -22,7 +22,7 @@ from fides_plugins.serving.triton.operator.api import InferenceRefused, TritonAp
 from fides_plugins.settings import Settings
 from fides_plugins.testing import fake_logits, make_bundle
 from fides_plugins.types import Prediction, Query, softmax
-from tests.triton_models import add_mode, images, template_repository
+from tests.support.triton_models import add_mode, images, template_repository
 
 pytestmark = [
     pytest.mark.integration,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fides_plugins.launch.triton import is_available
-from tests.docs_blocks import REPOSITORY, Block, blocks
+from tests.support.docs_blocks import REPOSITORY, Block, blocks
 
 pytestmark = [
     pytest.mark.integration,

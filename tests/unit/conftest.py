@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.pki import AmdPki, IntelPki
+from tests.support.pki import AmdPki, IntelPki
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,10 @@ import pytest
 
 from fides_plugins.bundle import Bundle
 from fides_plugins.launch.triton import TritonServer
-from tests.enclave_world import World, enclave_repository
-from tests.lying_host import LyingHost
-from tests.triton_models import image_bundle
-from tests.verifiers import Hardware, RunningVerifier
+from tests.support.enclave_world import World, enclave_repository
+from tests.support.lying_host import LyingHost
+from tests.support.triton_models import image_bundle
+from tests.support.verifiers import Hardware, RunningVerifier
 
 
 @pytest.fixture(scope="package")

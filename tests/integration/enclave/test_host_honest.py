@@ -20,8 +20,8 @@ from fides_plugins.enclave.providers import DevelopmentProvider
 from fides_plugins.enclave.verifier import Verifier, VerifierOptions
 from fides_plugins.launch.triton import is_available
 from fides_plugins.settings import Settings
-from tests.enclave_world import MODEL, World, lie_with, refused, rows, swap_top_two
-from tests.verifiers import IDENTITY, RunningVerifier
+from tests.support.enclave_world import MODEL, World, lie_with, refused, rows, swap_top_two
+from tests.support.verifiers import IDENTITY, RunningVerifier
 
 pytestmark = [
     pytest.mark.integration,

@@ -23,10 +23,10 @@ from fides_plugins.launch.triton import is_available
 from fides_plugins.testing import fake_logits
 from fides_plugins.training.attacks import OutputAttack, default_registry
 from fides_plugins.types import softmax
-from tests.enclave_world import MODEL, World, lie_with, logits_of, refused, rows, swap_top_two
-from tests.lying_host import Message
-from tests.triton_models import images
-from tests.verifiers import Asked, RunningVerifier
+from tests.support.enclave_world import MODEL, World, lie_with, logits_of, refused, rows, swap_top_two
+from tests.support.lying_host import Message
+from tests.support.triton_models import images
+from tests.support.verifiers import Asked, RunningVerifier
 
 pytestmark = [
     pytest.mark.integration,

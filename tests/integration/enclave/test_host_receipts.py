@@ -18,11 +18,11 @@ from fides_plugins.bundle import Bundle
 from fides_plugins.enclave.providers import DevelopmentProvider
 from fides_plugins.enclave.verifier import Verifier, VerifierOptions
 from fides_plugins.launch.triton import is_available
-from tests.enclave_world import World, refused, rows
-from tests.lying_host import Message
-from tests.pki import NOW_S
-from tests.triton_models import image_bundle
-from tests.verifiers import IDENTITY_PUBLIC, Asked, RunningVerifier
+from tests.support.enclave_world import World, refused, rows
+from tests.support.lying_host import Message
+from tests.support.pki import NOW_S
+from tests.support.triton_models import image_bundle
+from tests.support.verifiers import IDENTITY_PUBLIC, Asked, RunningVerifier
 
 pytestmark = [
     pytest.mark.integration,

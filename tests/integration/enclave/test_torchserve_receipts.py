@@ -19,9 +19,9 @@ from fides_plugins.launch.torchserve import TorchServeServer
 from fides_plugins.serving.torchserve.build import SHIM_NAME, build_archive, bundle_files, shim
 from fides_plugins.testing import fake_logits
 from tests.integration.test_every_host import HANDLER
-from tests.pki import NOW_S
-from tests.triton_models import image_bundle, images, linear_image_onnx
-from tests.verifiers import IDENTITY, Hardware, RunningVerifier
+from tests.support.pki import NOW_S
+from tests.support.triton_models import image_bundle, images, linear_image_onnx
+from tests.support.verifiers import IDENTITY, Hardware, RunningVerifier
 
 pytestmark = pytest.mark.integration
 

@@ -22,8 +22,8 @@ from fides_plugins.enclave.bounds import request_bounds
 from fides_plugins.enclave.http import ServerLimits
 from fides_plugins.enclave.providers import DevelopmentProvider
 from fides_plugins.enclave.verifier import Verifier, VerifierOptions
-from tests.verifier_process import Process, body, checker, protobuf_field
-from tests.verifiers import IMAGE_28, RunningVerifier, digits_bundle
+from tests.support.verifier_process import Process, body, checker, protobuf_field
+from tests.support.verifiers import IMAGE_28, RunningVerifier, digits_bundle
 
 pytestmark = [
     pytest.mark.integration,

@@ -36,8 +36,8 @@ from fides_plugins.enclave.http import ServerLimits, WorkQueue
 from fides_plugins.enclave.providers import DevelopmentProvider
 from fides_plugins.enclave.verifier import Verifier, VerifierOptions
 from fides_plugins.launch.process import wait_until
-from tests.verifier_process import Process, body, checker, image, receipt_in
-from tests.verifiers import IDENTITY, RunningVerifier, digits_bundle
+from tests.support.verifier_process import Process, body, checker, image, receipt_in
+from tests.support.verifiers import IDENTITY, RunningVerifier, digits_bundle
 
 pytestmark = [
     pytest.mark.integration,

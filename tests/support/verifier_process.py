@@ -1,0 +1,102 @@
+"""`fides serve-verifier` as a process of its own, and clients' requests to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from fides_plugins.attestation.policy import EvidencePolicy
+from fides_plugins.attestation.wire import PARAMETER, RECEIPT_OUTPUT
+from fides_plugins.bundle import Bundle
+from fides_plugins.client.receipts import ReceiptChecker
+from fides_plugins.client.trust import EvidenceUrl, Trust
+from tests.support.verifiers import IDENTITY, IDENTITY_PUBLIC, IMAGE_28
+
+
+class Process:
+    """The command in a process of its own; free ports."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        command = [sys.executable, "-m", "fides_plugins.cli", "serve-verifier", "--bundle", str(folder)]
+        command += ["--evidence", "development", "--client", IDENTITY_PUBLIC.hex(), "--port", "0", "--grpc-port", "0"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        assert self.process.stderr is not None
+        self.errors: list[str] = []
+        for line in self.process.stderr:
+            self.errors.append(line)
+            if found := re.search(r"HTTP on (\S+), gRPC on (\S+)", line):
+                self.http, self.grpc = found.groups()
+                break
+        else:
+            raise AssertionError("".join(self.errors))
+        self._drain = threading.Thread(target=self._read, daemon=True)
+        self._drain.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.errors.append(line)
+
+    def memory_mb(self) -> float:
+        """Resident memory."""
+        return self._memory_mb("VmRSS")
+
+    def peak_mb(self) -> float:
+        """The most that was ever resident."""
+        return self._memory_mb("VmHWM")
+
+    def _memory_mb(self, name: str) -> float:
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(rf"{name}:\s+(\d+) kB", status).group(1)) / 1024  # type: ignore[union-attr]
+
+    def stop(self) -> int:
+        """SIGTERM, then the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(30)
+
+
+def image(seed: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return np.random.default_rng(seed).uniform(0, 1, (1, *IMAGE_28)).astype(np.float32)
+
+
+def checker(server: Process, bundle: Bundle) -> ReceiptChecker:
+    source = EvidenceUrl(f"http://{server.http}", timeout_s=60)
+    trust = Trust(
+        EvidencePolicy(bundle_digests=(bundle.digest,), allow_any_client=True), source, insecure_development=True
+    )
+    return ReceiptChecker(trust, IDENTITY, "hpke", 10)
+
+
+def body(text: str, tensor: np.ndarray[Any, Any]) -> tuple[bytes, dict[str, str]]:
+    raw = tensor.tobytes()
+    entry = {"name": "image", "shape": list(tensor.shape), "datatype": "FP32"}
+    document = {"parameters": {PARAMETER: text}, "inputs": [{**entry, "parameters": {"binary_data_size": len(raw)}}]}
+    head = json.dumps(document).encode()
+    return head + raw, {"Inference-Header-Content-Length": str(len(head))}
+
+
+def receipt_in(response: httpx.Response) -> str | None:
+    outputs = {o["name"]: o["data"][0] for o in response.json().get("outputs", [])}
+    return outputs.get(RECEIPT_OUTPUT)
+
+
+def protobuf_field(number: int, data: bytes) -> bytes:
+    """A field of bytes, text or a message, as it stands in a protobuf message."""
+    length, size = b"", len(data)
+    while size > 127:
+        length, size = length + bytes([size & 127 | 128]), size >> 7
+    return bytes([number << 3 | 2]) + length + bytes([size]) + data

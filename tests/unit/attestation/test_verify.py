@@ -1,0 +1,241 @@
+"""Our own PKI for every TEE, the full path key -> evidence -> receipt, and everything that must be refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fides_plugins.attestation import development
+from fides_plugins.attestation.evidence import Evidence
+from fides_plugins.attestation.keys import key_id, raw_public
+from fides_plugins.attestation.policy import EvidencePolicy, SnpTcb
+from fides_plugins.attestation.receipt import open_receipt
+from fides_plugins.attestation.refusal import Refusal
+from fides_plugins.attestation.verify import InsecureEvidenceWarning, TrustRoots, new_challenge, verify_evidence
+from tests.support.evidence import KEY, TEES, evidence_for, policy, refusal, statement
+from tests.support.pki import NOW_S, AmdPki, IntelPki, measurement_of, pem, roots_of
+from tests.support.receipts import sample_receipt
+
+# AMD issues VCEKs with serial number 0, which `cryptography` warns about.
+pytestmark = pytest.mark.filterwarnings("ignore:Parsed a serial number")
+
+
+@pytest.mark.parametrize("tee", TEES)
+def test_from_key_over_evidence_to_receipt(tee: str, intel: IntelPki, amd: AmdPki) -> None:
+    document = evidence_for(tee, intel, amd, statement()).to_json()
+    trusted = verify_evidence(Evidence.from_json(document), policy(tee), NOW_S, roots=roots_of(intel, amd))
+    assert trusted.statement is not None
+    assert not trusted.development
+    signed_by = trusted.statement.key_id
+    assert signed_by == key_id(raw_public(KEY.public_key()))
+    receipt = sample_receipt(tee=tee, evidence_id=trusted.facts.evidence_id)
+    opened = open_receipt(receipt.sign(KEY, signed_by), {signed_by: trusted.signing_key})
+    assert opened.evidence_id == trusted.facts.evidence_id
+    stranger = Ed25519PrivateKey.generate()
+    with pytest.raises(Refusal, match="signature"):
+        open_receipt(receipt.sign(stranger, signed_by), {signed_by: trusted.signing_key})
+
+
+@pytest.mark.parametrize("tee", TEES)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"signing_key": bytes(32)},
+        {"encryption_key": b"\x01" * 32},
+        {"bundle_digest": b"\x23" * 32},
+        {"configuration": json.dumps({"bundle_version": 9})},
+        {"boot_id": b"\x45" * 16},
+        {"issued_at": int(NOW_S)},
+        {"challenge": bytes(32)},
+    ],
+)
+def test_nothing_in_the_statement_can_be_exchanged(
+    tee: str, change: dict[str, Any], intel: IntelPki, amd: AmdPki
+) -> None:
+    honest = evidence_for(tee, intel, amd, statement())
+    forged = dataclasses.replace(honest, statement=dataclasses.replace(statement(), **change))
+    assert refusal(forged, policy(tee), roots=roots_of(intel, amd)) == "evidence-report-data"
+
+
+@pytest.mark.parametrize("tee", TEES)
+def test_policies_are_closed_on_empty(tee: str, intel: IntelPki, amd: AmdPki) -> None:
+    evidence, roots = evidence_for(tee, intel, amd, statement()), roots_of(intel, amd)
+    assert refusal(evidence, EvidencePolicy(), roots=roots) == "policy-empty"
+    assert refusal(evidence, policy(tee, measurements=[]), roots=roots) == "policy-empty"
+    assert refusal(evidence, policy(tee, bundle_digests=[]), roots=roots) == "policy-empty"
+    # A policy that names no client would trust a verifier that answers the host.
+    assert refusal(evidence, policy(tee, allow_any_client=False), roots=roots) == "policy-empty"
+    named = policy(tee, allow_any_client=True, clients=["55" * 32])
+    assert refusal(evidence, named, roots=roots) == "evidence-clients"
+    bare = dataclasses.replace(evidence, statement=None)
+    assert refusal(bare, policy(tee), roots=roots) == "evidence-report-data"
+    loose = verify_evidence(bare, policy(tee, allow_unbound_report_data=True), NOW_S, roots=roots)
+    with pytest.raises(Refusal, match="vouches for no key"):
+        loose.signing_key
+
+
+@pytest.mark.parametrize("tee", TEES)
+def test_evidence_is_refused_for_the_reason_at_hand(tee: str, intel: IntelPki, amd: AmdPki) -> None:
+    roots = roots_of(intel, amd)
+    evidence = evidence_for(tee, intel, amd, statement())
+    others = [t for t in TEES if t != tee]
+    assert refusal(evidence, policy(tee, measurements=[measurement_of(tee, "another")]), roots=roots) == (
+        "evidence-measurement"
+    )
+    assert refusal(evidence, policy(tee, measurements=[measurement_of(t) for t in others]), roots=roots) == (
+        "evidence-measurement"
+    )
+    assert refusal(evidence, policy(tee, bundle_digests=["33" * 32]), roots=roots) == "evidence-bundle"
+    assert refusal(evidence, policy(tee, minimum_bundle_version=4), roots=roots) == "evidence-bundle-version"
+    assert refusal(evidence, policy(tee, maximum_age_s=10), roots=roots) == "evidence-age"
+    assert refusal(evidence, policy(tee), NOW_S - 3600, roots=roots) == "evidence-age"
+    assert refusal(evidence, policy(tee, clients=["aa" * 32]), roots=roots) == "evidence-clients"
+    assert refusal(evidence, policy(tee), roots=roots, challenge=new_challenge()) == "evidence-challenge"
+    # Real roots do not know us.
+    assert refusal(evidence, policy(tee)) in {"evidence-quote", "evidence-root"}
+
+
+@pytest.mark.parametrize("tee", TEES)
+def test_a_challenge_proves_the_age(tee: str, intel: IntelPki, amd: AmdPki) -> None:
+    challenge = new_challenge()
+    # The clock of this host is a day behind: only the challenge can say that the evidence is new.
+    fresh = statement(challenge=challenge, issued_at=int(NOW_S) - 90_000)
+    evidence, roots = evidence_for(tee, intel, amd, fresh), roots_of(intel, amd)
+    assert verify_evidence(evidence, policy(tee), NOW_S, roots=roots, challenge=challenge).facts.tee == tee
+    assert refusal(evidence, policy(tee), roots=roots) == "evidence-age"
+
+
+@pytest.mark.parametrize("tee", ["sgx", "tdx"])
+def test_debug_enclaves_are_refused(tee: str, intel: IntelPki, amd: AmdPki) -> None:
+    evidence = evidence_for(tee, intel, amd, statement(), debug=True)
+    assert refusal(evidence, policy(tee), roots=roots_of(intel, amd)) == "evidence-debug"
+
+
+def test_out_of_date_platforms_need_a_named_relaxation(amd: AmdPki) -> None:
+    old = IntelPki(tcb_status="OutOfDate")
+    evidence, roots = evidence_for("tdx", old, amd, statement()), roots_of(old, amd)
+    assert refusal(evidence, policy("tdx"), roots=roots) == "evidence-quote"
+    allowed = policy("tdx", allowed_tcb_status=["OutOfDate"], out_of_date_grace_days=30)
+    assert refusal(evidence, allowed, roots=roots) == "evidence-quote"  # five months old, 30 days allowed
+    relaxed = policy("tdx", allowed_tcb_status=["OutOfDate"], out_of_date_grace_days=365)
+    assert verify_evidence(evidence, relaxed, NOW_S, roots=roots).facts.tcb == "OutOfDate"
+    names = ("allow_any_client", "out_of_date_grace_days:365", "allowed_tcb_status:OutOfDate")
+    assert relaxed.relaxations() == names
+
+
+def test_a_refusal_names_the_field_of_the_policy_that_would_accept_it(amd: AmdPki) -> None:
+    cloud = IntelPki(dynamic_platform=True)
+    evidence, roots = evidence_for("tdx", cloud, amd, statement()), roots_of(cloud, amd)
+    given: dict[str, bool] = {}
+    for field in ("allow_dynamic_platform", "allow_cached_keys", "allow_smt"):
+        with pytest.raises(Refusal) as caught:
+            verify_evidence(evidence, policy("tdx", **given), NOW_S, roots=roots)
+        assert f"`{field}`" in caught.value.remedy
+        given[field] = True
+    verify_evidence(evidence, policy("tdx", **given), NOW_S, roots=roots)
+
+
+@pytest.mark.parametrize(
+    ("status", "changes", "field"),
+    [
+        ("OutOfDate", {}, "allowed_tcb_status"),
+        ("ConfigurationNeeded", {}, "allowed_tcb_status"),
+        ("OutOfDate", {"allowed_tcb_status": ["OutOfDate"], "out_of_date_grace_days": 30}, "out_of_date_grace_days"),
+        ("UpToDate", {"minimum_tcb_evaluation": 18}, "minimum_tcb_evaluation"),
+        ("Revoked", {}, ""),
+    ],
+)
+def test_a_refusal_of_the_platforms_firmware_names_the_field(
+    status: str, changes: dict[str, Any], field: str, amd: AmdPki
+) -> None:
+    intel = IntelPki(tcb_status=status)
+    with pytest.raises(Refusal) as caught:
+        verify_evidence(
+            evidence_for("tdx", intel, amd, statement()), policy("tdx", **changes), NOW_S, roots=roots_of(intel, amd)
+        )
+    assert caught.value.code == "evidence-quote"
+    assert (f"`{field}`" in caught.value.remedy) if field else caught.value.remedy == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ({"guest_policy": 1 << 17 | 1 << 19}, "evidence-debug"),
+        ({"guest_policy": 1 << 17 | 1 << 18}, "evidence-platform"),
+        ({"guest_policy": 1 << 17 | 1 << 16, "platform": 1}, "evidence-platform"),
+        ({"vmpl": 1}, "evidence-vmpl"),
+        ({"version": 6}, "evidence-malformed"),
+        ({"version": 1}, "evidence-malformed"),
+        ({"chip_id": b"\xee" * 64}, "evidence-chip"),
+        ({"chip_id": bytes(64)}, "evidence-chip"),
+        ({"levels": (3, 0, 21, 209)}, "evidence-tcb"),
+        ({"flags": 1 << 2}, "evidence-platform"),
+    ],
+)
+def test_snp_reports_are_refused(options: dict[str, Any], code: str, intel: IntelPki, amd: AmdPki) -> None:
+    evidence = evidence_for("sev-snp", intel, amd, statement(), **options)
+    assert refusal(evidence, policy("sev-snp"), roots=roots_of(intel, amd)) == code
+
+
+def test_snp_platforms_and_chains_are_checked(intel: IntelPki, amd: AmdPki) -> None:
+    evidence, roots = evidence_for("sev-snp", intel, amd, statement()), roots_of(intel, amd)
+    floor = SnpTcb(bootloader=3, tee=0, snp=20, microcode=210)
+    assert refusal(evidence, policy("sev-snp", snp_minimum_tcb=floor), roots=roots) == "evidence-tcb"
+    assert refusal(evidence, policy("sev-snp", snp_minimum_tcb=None), roots=roots) == "evidence-tcb"
+    unknown = TrustRoots(amd={"Turin": "00" * 32})
+    assert refusal(evidence, policy("sev-snp"), roots=unknown) == "evidence-root"
+    renamed = TrustRoots(amd={"Genoa": next(iter(amd.roots.values()))})
+    assert refusal(evidence, policy("sev-snp"), roots=renamed) == "evidence-chip"
+    other = AmdPki(ark_key=amd.ark_key)
+    crossed = dataclasses.replace(evidence, chain=pem(other.ask, amd.ark))
+    assert refusal(crossed, policy("sev-snp"), roots=roots) == "evidence-certificate"
+    assert refusal(dataclasses.replace(evidence, vcek=b""), policy("sev-snp"), roots=roots) == "evidence-certificate"
+    assert refusal(dataclasses.replace(evidence, chain=""), policy("sev-snp"), roots=roots) == "evidence-certificate"
+    assert refusal(evidence, policy("sev-snp"), NOW_S + 400 * 86400, roots=roots) == "evidence-expired"
+    for position in (0x50, 0x90, 672, 672 + 60, 672 + 72, 672 + 150, 1183):
+        changed = bytearray(evidence.report)
+        changed[position] ^= 1
+        altered = dataclasses.replace(evidence, report=bytes(changed))
+        assert refusal(altered, policy("sev-snp"), roots=roots) == "evidence-signature"
+
+
+# Development evidence
+
+
+def test_development_evidence_needs_the_insecure_flag_and_warns() -> None:
+    what = statement()
+    evidence = Evidence("development", development.make_report(what.report_data()), what)
+    trusting = EvidencePolicy(bundle_digests=("22" * 32,), allow_any_client=True)
+    assert refusal(evidence, trusting) == "evidence-development"
+    with pytest.warns(InsecureEvidenceWarning, match="nothing is protected"):
+        assert verify_evidence(evidence, trusting, NOW_S, insecure_development=True).development
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InsecureEvidenceWarning)
+        # The flag relaxes the hardware, not the rest of the policy.
+        assert refusal(evidence, EvidencePolicy(), insecure_development=True) == "policy-empty"
+        forged = dataclasses.replace(evidence, statement=dataclasses.replace(what, boot_id=bytes(16)))
+        assert refusal(forged, trusting, insecure_development=True) == "evidence-report-data"
+        for report in (b"", evidence.report[:-1], bytes(len(evidence.report))):
+            broken = dataclasses.replace(evidence, report=report)
+            assert refusal(broken, trusting, insecure_development=True) == "evidence-malformed"
+        changed = evidence.report[:-1] + bytes((evidence.report[-1] ^ 1,))
+        assert refusal(dataclasses.replace(evidence, report=changed), trusting, insecure_development=True) == (
+            "evidence-signature"
+        )
+
+
+def test_development_evidence_does_not_pass_as_hardware(intel: IntelPki, amd: AmdPki) -> None:
+    what = statement()
+    for tee in TEES:
+        posing = Evidence(tee, development.make_report(what.report_data()), what)  # type: ignore[arg-type]
+        assert refusal(posing, policy(tee), roots=roots_of(intel, amd)) == "evidence-malformed"
+        real = dataclasses.replace(evidence_for(tee, intel, amd, what), tee="development")
+        with pytest.warns(InsecureEvidenceWarning):
+            assert refusal(real, policy(tee), insecure_development=True) == "evidence-malformed"
+    swapped = dataclasses.replace(evidence_for("tdx", intel, amd, what), tee="sgx")
+    assert refusal(swapped, policy("sgx"), roots=roots_of(intel, amd)) == "evidence-malformed"

@@ -1,0 +1,252 @@
+"""Clients before a host that is silent, slow or talks nonsense: one kind of error, in time, and no receipt believed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+from typing_extensions import Self
+
+from fides_plugins.attestation.evidence import Evidence
+from fides_plugins.attestation.refusal import Refusal
+from fides_plugins.cli import app
+from fides_plugins.client import AsyncTorchServeClient, AsyncTritonClient, TorchServeClient, TritonClient
+from fides_plugins.client.trust import EvidenceUrl, Trust
+from fides_plugins.enclave.providers import DevelopmentProvider
+from fides_plugins.enclave.verifier import Verifier, VerifierOptions
+from fides_plugins.errors import InputError, ServerError
+from fides_plugins.testing import fake_logits, make_bundle, memory_bundle
+from tests.support.pki import NOW_S
+from tests.support.verifiers import IDENTITY, Hardware
+
+ROWS = fake_logits(1)
+#: Longer than any time-out here, shorter than a test may take.
+SILENCE_S = 20.0
+
+
+def reply(body: bytes, status: str = "200 OK", more: str = "") -> bytes:
+    return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n{more}\r\n".encode() + body
+
+
+class Raw:
+    """A socket that answers every request with the same bytes; with none it stays silent."""
+
+    def __init__(self, answer: bytes, pause_s: float = 0.0) -> None:
+        self._answer, self._pause_s = answer, pause_s
+        self._closed = threading.Event()
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection = self._socket.accept()[0]
+            except OSError:
+                return
+            threading.Thread(target=self._speak, args=(connection,), daemon=True).start()
+
+    def _speak(self, connection: socket.socket) -> None:
+        with connection:
+            try:
+                connection.recv(1 << 20)
+                if not self._answer:
+                    self._closed.wait(SILENCE_S)
+                elif not self._pause_s:
+                    connection.sendall(self._answer)
+                else:
+                    for byte in self._answer:
+                        connection.sendall(bytes((byte,)))
+                        if self._closed.wait(self._pause_s):
+                            return
+            except OSError:
+                pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self._closed.set()
+        self._socket.close()
+
+
+class Known:
+    """Evidence that was fetched when all was well."""
+
+    challenges = True
+
+    def __init__(self, hardware: Hardware) -> None:
+        self.bundle = memory_bundle()
+        self.verifier = hardware.verifier(self.bundle)
+        self.trust = Trust(hardware.policy(self.bundle), self, roots=hardware.roots, clock=lambda: NOW_S)
+        self.options: dict[str, Any] = {"trust": self.trust, "identity": IDENTITY}
+
+    def fetch(self, challenge: bytes) -> Evidence:
+        return Evidence.from_json(self.verifier.evidence(challenge).to_json())
+
+
+@pytest.fixture(scope="module")
+def known() -> Known:
+    return Known(Hardware())
+
+
+NONSENSE = {
+    "no status line": b"hello\r\n\r\n",
+    "half a body": b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{",
+    "endless header": b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 300_000 + b"\r\n\r\n",
+    "bad chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    "nothing": b" ",
+    "an error": reply(b"", "500 Internal Server Error"),
+    "sent elsewhere": reply(b"", "302 Found", "Location: http://[bad\r\n"),
+}
+
+
+@pytest.mark.parametrize("answer", list(NONSENSE.values()), ids=list(NONSENSE))
+def test_nonsense_instead_of_evidence_is_a_server_error(answer: bytes) -> None:
+    with Raw(answer) as host, pytest.raises(ServerError, match=r"cannot be fetched|with status"):
+        EvidenceUrl(f"http://{host.address}", 2.0).fetch(bytes(32))
+
+
+@pytest.mark.parametrize("body", [b"{", b"[" * 100_000, b"{}", b" " * (2 << 20)], ids=["half", "deep", "empty", "long"])
+def test_documents_that_are_no_evidence_are_refused(body: bytes) -> None:
+    with Raw(reply(body)) as host, pytest.raises(Refusal) as caught:
+        EvidenceUrl(f"http://{host.address}", 5.0).fetch(bytes(32))
+    assert caught.value.code == "evidence-malformed"
+
+
+def test_evidence_that_drips_is_given_up() -> None:
+    begin = time.monotonic()
+    with Raw(reply(b"{" * 400), pause_s=0.1) as host, pytest.raises(ServerError, match=r"in time|cannot be fetched"):
+        EvidenceUrl(f"http://{host.address}", 0.5).fetch(bytes(32))
+    assert time.monotonic() - begin < SILENCE_S / 2
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+@pytest.mark.parametrize("answer", [b"", b"hello\r\n\r\n", reply(b"[]"), reply(b'{"outputs": 3}')])
+def test_triton_clients_give_one_kind_of_error_in_time(known: Known, protocol: Any, answer: bytes) -> None:
+    """The question for the model's outputs comes first, and has the same time-out."""
+
+    async def ask(url: str) -> None:
+        client = AsyncTritonClient(
+            url, "m", known.bundle, known.trust.policy, protocol=protocol, timeout_s=1.0, **known.options
+        )
+        async with client:
+            await client.infer({"input": ROWS})
+
+    with Raw(answer) as host:
+        client = TritonClient(
+            host.address, "m", known.bundle, known.trust.policy, protocol=protocol, timeout_s=1.0, **known.options
+        )
+        begin = time.monotonic()
+        with client, pytest.raises(ServerError, match=r"no answer|another form"):
+            client.infer({"input": ROWS})
+        with pytest.raises(ServerError, match=r"no answer|another form"):
+            asyncio.run(ask(host.address))
+    assert time.monotonic() - begin < SILENCE_S / 2
+
+
+@pytest.mark.parametrize("body", [b"[" * 100_000, b"no json", b'{"a": 1}', b'["x"]'])
+def test_bodies_of_torchserve_that_cannot_be_decoded_are_server_errors(known: Known, body: bytes) -> None:
+    async def ask(url: str) -> None:
+        async with AsyncTorchServeClient(url, "m", known.bundle, known.trust.policy, **known.options) as client:
+            await client.infer({"input": ROWS})
+
+    with Raw(reply(body, more="Connection: close\r\n")) as host:
+        url = f"http://{host.address}"
+        with (
+            TorchServeClient(url, "m", known.bundle, known.trust.policy, **known.options) as client,
+            pytest.raises(ServerError, match="cannot be decoded"),
+        ):
+            client.infer({"input": ROWS})
+        with pytest.raises(ServerError, match="cannot be decoded"):
+            asyncio.run(ask(url))
+
+
+EXCUSES = {
+    "its reason": (reply(b'{"error": "request-rate: Too many rows."}', "429 Too Many Requests"), "request-rate: Too"),
+    "control characters": (reply(b'{"error": "a\\u001b[2Jb"}', "400 Bad Request"), "unsigned: a [2Jb"),
+    "too deep": (reply(b"[" * 100_000), "no JSON"),
+    "another form": (reply(b'{"outputs": [3]}'), "status 200"),
+    "a list": (reply(b"[1]", "404 Not Found"), "status 404"),
+    "nonsense": (b"hello\r\n\r\n", "no answer (RemoteProtocolError)"),
+}
+
+
+@pytest.mark.parametrize(("answer", "words"), list(EXCUSES.values()), ids=list(EXCUSES))
+def test_what_the_verifier_said_instead_of_a_receipt_is_in_the_reason(known: Known, answer: bytes, words: str) -> None:
+    logits = json.dumps(fake_logits(1)[0].tolist()).encode()
+    with Raw(reply(logits, more="Connection: close\r\n")) as service, Raw(answer) as verifier:
+        client = TorchServeClient(
+            f"http://{service.address}",
+            "m",
+            known.bundle,
+            known.trust.policy,
+            receipt_from="verifier",
+            verifier_url=f"http://{verifier.address}",
+            **known.options,
+        )
+        with client:
+            found = client.ask({"input": ROWS})
+    assert found.refusal is not None
+    assert found.refusal.code == "receipt-missing"
+    assert found.verdict.status_text.tolist() == ["attacked"]
+    assert words in found.verdict.reason[0]
+
+
+@pytest.mark.parametrize("kind", [TritonClient, AsyncTritonClient])
+def test_addresses_by_tls_are_taken_and_others_refused(known: Known, kind: Any) -> None:
+    arguments = ("m", known.bundle, known.trust.policy)
+    direct = {"receipt_from": "verifier", **known.options}
+    kind("https://localhost:9", *arguments, verifier_url="https://localhost:9", **direct)
+    for url in ("ftp://localhost:9", "https://", ""):
+        with pytest.raises(InputError, match="no address of Triton"):
+            kind(url, *arguments, **known.options)
+    for url in ("localhost:9", "http://[bad", "http://", "http://a:b", "http://a:99999"):
+        with pytest.raises(InputError, match="no address of a verifier"):
+            kind("localhost:9", *arguments, verifier_url=url, **direct)
+    with pytest.raises(InputError, match="no address of TorchServe"):
+        TorchServeClient("localhost:9", *arguments, **known.options)
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_tls_is_spoken_where_the_address_says_so(known: Known, protocol: Any) -> None:
+    with Raw(reply(b"{}")) as host:
+        client = TritonClient(
+            f"https://{host.address}",
+            "m",
+            known.bundle,
+            known.trust.policy,
+            protocol=protocol,
+            timeout_s=2.0,
+            **known.options,
+        )
+        # A server without TLS is no server for this client; without the s it would be asked, and misunderstood.
+        with client, pytest.raises(ServerError, match="no answer"):
+            client.infer({"input": ROWS})
+
+
+def test_infer_says_that_the_service_is_down(tmp_path: Path) -> None:
+    """With good evidence, so that the service is what is missing."""
+    bundle = make_bundle(tmp_path / "bundle", 10)
+    verifier = Verifier(bundle, DevelopmentProvider(), VerifierOptions())
+    evidence, rules, rows = tmp_path / "evidence.json", tmp_path / "policy.toml", tmp_path / "rows.npy"
+    evidence.write_text(verifier.evidence().to_json())
+    rules.write_text(f'[evidence]\nbundle_digests = ["{bundle.digest}"]\nallow_any_client = true\n')
+    np.save(rows, ROWS)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = ["infer", address, "m", str(rows), "--bundle", str(tmp_path / "bundle"), "--policy", str(rules)]
+    command += ["--evidence", str(evidence), "--insecure-accept-development"]
+    for server in ("triton-http", "triton-grpc", "torchserve"):
+        result = CliRunner().invoke(app, [*command, "--server", server])
+        assert isinstance(result.exception, ServerError), result.exception
+        assert "gave no answer" in str(result.exception)

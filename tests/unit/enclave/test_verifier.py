@@ -1,0 +1,466 @@
+"""The verifier without sockets: requests, bounds, the protocol's messages, and where evidence comes from."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fides_plugins.attestation import sealing
+from fides_plugins.attestation.evidence import Evidence
+from fides_plugins.attestation.receipt import open_receipt
+from fides_plugins.attestation.refusal import Refusal
+from fides_plugins.attestation.request import from_text, to_text
+from fides_plugins.attestation.tensors import tensor_digest, tensor_from_bytes
+from fides_plugins.attestation.verify import evidence_id, new_challenge, verify_evidence
+from fides_plugins.attestation.wire import PARAMETER, RECEIPT_OUTPUT
+from fides_plugins.bundle import Bundle, InputSpec, Manifest
+from fides_plugins.enclave import oip
+from fides_plugins.enclave.bounds import request_bounds
+from fides_plugins.enclave.limits import RateLimit, SpentNonces
+from fides_plugins.enclave.providers import (
+    DevelopmentProvider,
+    GramineProvider,
+    TsmProvider,
+    certificates,
+    make_provider,
+)
+from fides_plugins.enclave.rounding import round_rows
+from fides_plugins.enclave.verifier import Verifier, VerifierOptions
+from fides_plugins.errors import BundleError, EvidenceError, InputError
+from fides_plugins.testing import fake_logits, memory_bundle
+from fides_plugins.types import softmax
+from tests.support.pki import NOW_S, AmdPki
+from tests.support.verifiers import IDENTITY_PUBLIC, Asked, Hardware
+
+ROWS = fake_logits(3)
+BOUNDS = request_bounds(InputSpec(name="pixels", dtype="float32", shape=(None, 10)), 1024)
+
+
+@pytest.fixture(scope="module")
+def hardware() -> Hardware:
+    return Hardware()
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    return memory_bundle()
+
+
+@pytest.fixture(scope="module")
+def verifier(hardware: Hardware, bundle: Bundle) -> Verifier:
+    return hardware.verifier(bundle)
+
+
+def code(call: Any) -> str:
+    with pytest.raises(Refusal) as caught:
+        call()
+    return caught.value.code
+
+
+# Answers
+
+
+def test_an_answer_is_a_receipt_that_only_the_client_can_open(verifier: Verifier, bundle: Bundle) -> None:
+    asked = Asked(verifier, ROWS)
+    answer = verifier.answer(asked.text, ROWS)
+    assert answer.reference is None
+    receipt = open_receipt(answer.receipt, {verifier.key_id: verifier._signing.public_key()})
+    opened = sealing.unseal(receipt.output, asked.key, sealing.context(asked.request.nonce, tensor_digest(ROWS)))
+    reference = tensor_from_bytes(opened, "FP32", (3, 10))
+    np.testing.assert_allclose(reference, softmax(ROWS), atol=1e-6)
+    assert receipt.bundle_digest.hex() == bundle.digest
+    assert receipt.bundle_version == 1
+    assert (receipt.input_shape, receipt.input_dtype, receipt.tee) == ((3, 10), "FP32", "tdx")
+
+
+def test_commitment_answers_are_readable_and_carry_the_digest(verifier: Verifier) -> None:
+    digest = tensor_digest(np.zeros((3, 10), np.float32))
+    answer = verifier.answer(Asked(verifier, ROWS, "commitment").text, ROWS, to_text(digest))
+    receipt = open_receipt(answer.receipt, {verifier.key_id: verifier._signing.public_key()})
+    assert receipt.service_digest == digest
+    assert answer.reference is not None
+    assert receipt.output == answer.reference.tobytes()
+
+
+def test_receipts_count_and_references_repeat_bit_by_bit(verifier: Verifier) -> None:
+    keys = {verifier.key_id: verifier._signing.public_key()}
+    text = to_text(bytes(32))
+    receipts = [
+        open_receipt(verifier.answer(Asked(verifier, ROWS, "commitment").text, ROWS, text).receipt, keys)
+        for _ in range(5)
+    ]
+    assert len({r.output for r in receipts}) == 1
+    numbers = [r.sequence for r in receipts]
+    assert numbers == list(range(numbers[0], numbers[0] + 5))
+
+
+def test_requests_that_are_not_answered(hardware: Hardware, bundle: Bundle, verifier: Verifier) -> None:
+    other = fake_logits(3, seed=9)
+    spent = Asked(verifier, ROWS)
+    verifier.answer(spent.text, ROWS)
+    assert code(lambda: verifier.answer(spent.text, ROWS)) == "request-replay"
+    assert code(lambda: verifier.answer(Asked(verifier, ROWS).text, other)) == "request-input"
+    assert code(lambda: verifier.answer(Asked(verifier, ROWS, "commitment").text, ROWS)) == "request-commitment"
+    stranger = Ed25519PrivateKey.generate()
+    assert code(lambda: verifier.answer(Asked(verifier, ROWS, identity=stranger).text, ROWS)) == "request-client"
+    assert code(lambda: verifier.answer(Asked(verifier, ROWS, evidence_id=bytes(32)).text, ROWS)) == "request-evidence"
+    assert code(lambda: verifier.answer(Asked(verifier, ROWS, client_key=bytes(32)).text, ROWS)) == "request-client-key"
+    restarted = hardware.verifier(bundle)
+    assert code(lambda: restarted.answer(Asked(verifier, ROWS).text, ROWS)) == "request-evidence"
+    sealed_only = hardware.verifier(
+        bundle, options=VerifierOptions(clients=frozenset((IDENTITY_PUBLIC,)), schemes=("hpke",))
+    )
+    text = Asked(sealed_only, ROWS, "commitment").text
+    assert code(lambda: sealed_only.answer(text, ROWS, to_text(bytes(32)))) == "request-scheme"
+    with pytest.raises(InputError, match="shape"):
+        verifier.answer(Asked(verifier, ROWS[:, :5]).text, ROWS[:, :5])
+    with pytest.raises(InputError, match="at most 1024"):
+        verifier.answer(Asked(verifier, ROWS).text, np.zeros((2000, 10), np.float32))
+
+
+def test_rounding_is_part_of_the_attested_configuration(hardware: Hardware, bundle: Bundle) -> None:
+    options = VerifierOptions(clients=frozenset((IDENTITY_PUBLIC,)), decimals=2)
+    rounding = hardware.verifier(bundle, options=options)
+    reference = rounding.answer(Asked(rounding, ROWS, "commitment").text, ROWS, to_text(bytes(32))).reference
+    assert reference is not None
+    np.testing.assert_array_equal(reference, round_rows(softmax(ROWS), 2))
+    statement = rounding.evidence().statement
+    assert statement is not None
+    assert statement.settings["decimals"] == 2
+    assert statement.settings["clients"] == [IDENTITY_PUBLIC.hex()]
+
+
+def test_clients_are_rate_limited_one_by_one(hardware: Hardware, bundle: Bundle) -> None:
+    second = Ed25519PrivateKey.generate()
+    slow = hardware.verifier(bundle, options=VerifierOptions(rate=0.001, burst=6))
+    for _ in range(2):
+        slow.answer(Asked(slow, ROWS).text, ROWS)
+    assert code(lambda: slow.answer(Asked(slow, ROWS).text, ROWS)) == "request-rate"
+    slow.answer(Asked(slow, ROWS, identity=second).text, ROWS)
+
+
+def test_rows_without_an_answer_are_no_distribution(hardware: Hardware) -> None:
+    broken = np.full((2, 10), np.nan, np.float32)
+    broken[0] = ROWS[0]
+    verifier = hardware.verifier(memory_bundle())
+    answer = verifier.answer(Asked(verifier, broken, "commitment").text, broken, to_text(bytes(32)))
+    assert answer.reference is not None
+    assert answer.reference[0].sum() == pytest.approx(1, abs=1e-5)
+    assert not answer.reference[1].any()
+
+
+def test_a_bundle_must_have_a_verification_model_and_an_input(hardware: Hardware) -> None:
+    whole = memory_bundle()
+    files = {name: whole.file(name) for name in whole.file_names}
+    for missing in ("verification", "input"):
+        fields = {**whole.manifest.model_dump(), missing: None, "files": {}}
+        with pytest.raises(BundleError):
+            hardware.verifier(Bundle.in_memory(Manifest.model_validate(fields), files))
+
+
+@pytest.mark.parametrize("tee", ["sgx", "tdx", "sev-snp"])
+def test_evidence_for_challenges_is_trusted_and_named_in_receipts(hardware: Hardware, bundle: Bundle, tee: Any) -> None:
+    verifier = hardware.verifier(bundle, tee)
+    challenge = new_challenge()
+    document = Evidence.from_json(verifier.evidence(challenge).to_json())
+    policy = hardware.policy(bundle, tee)
+    trusted = verify_evidence(document, policy, NOW_S, challenge=challenge, roots=hardware.roots)
+    assert trusted.facts.evidence_id == evidence_id(document) != evidence_id(verifier.evidence())
+    asked = Asked(verifier, ROWS, evidence_id=trusted.facts.evidence_id)
+    assert trusted.statement is not None
+    keys = {trusted.statement.key_id: trusted.signing_key}
+    assert open_receipt(verifier.answer(asked.text, ROWS).receipt, keys).evidence_id == trusted.facts.evidence_id
+    assert code(lambda: verifier.evidence(b"short")) == "request-challenge"
+
+
+def test_evidence_is_rate_limited(hardware: Hardware, bundle: Bundle) -> None:
+    verifier = hardware.verifier(bundle)
+    verifier._evidence_rate = RateLimit(per_second=1e-6, burst=3, keys=1)
+    for _ in range(3):
+        verifier.evidence(new_challenge())
+    assert code(lambda: verifier.evidence(new_challenge())) == "request-rate"
+    assert verifier.evidence().statement is not None
+
+
+# Bounds
+
+
+def test_nonces_are_spent_once_and_never_forgotten_early() -> None:
+    now = [0.0]
+    table = SpentNonces(capacity=3, lifetime_s=10, clock=lambda: now[0])
+    for n in range(3):
+        table.spend(bytes([n]) * 32)
+    assert code(lambda: table.spend(bytes(32))) == "request-replay"
+    # Full: refused, because forgetting one would let it be spent again.
+    assert code(lambda: table.spend(b"\x09" * 32)) == "request-busy"
+    now[0] = 10.0
+    table.spend(b"\x09" * 32)
+    assert len(table) == 1
+
+
+def test_buckets_refill_and_unknown_keys_do_not_pile_up() -> None:
+    now = [0.0]
+    limit = RateLimit(per_second=2, burst=4, keys=10, clock=lambda: now[0])
+    limit.take(b"a", 4)
+    assert code(lambda: limit.take(b"a")) == "request-rate"
+    now[0] = 0.5
+    limit.take(b"a")
+    limit.take(b"b", 1000)  # more than the bucket holds: takes it all, once
+    for n in range(1000):
+        limit.take(n.to_bytes(2, "big"))
+    assert len(limit._buckets) == 10
+
+
+# The protocol
+
+
+def test_http_bodies_in_json_and_in_binary(verifier: Verifier, bundle: Bundle) -> None:
+    name = verifier.input.name
+    entry = {"name": name, "shape": [3, 10], "datatype": "FP32"}
+    for binary in (False, True):
+        asked = Asked(verifier, ROWS)
+        document: dict[str, Any] = {"id": "7", "parameters": {PARAMETER: asked.text}}
+        if binary:
+            raw = ROWS.tobytes()
+            document["inputs"] = [{**entry, "parameters": {"binary_data_size": len(raw)}}]
+            document["outputs"] = [{"name": RECEIPT_OUTPUT, "parameters": {"binary_data": True}}]
+            text = json.dumps(document).encode()
+            request = oip.parse_http(text + raw, len(text), BOUNDS)
+        else:
+            document["inputs"] = [{**entry, "data": ROWS.tolist()}]
+            request = oip.parse_http(json.dumps(document).encode(), None, BOUNDS)
+        body, length = oip.render_http(oip.infer(verifier, bundle.manifest.name, request), request)
+        answer = json.loads(body[:length])
+        assert answer["id"] == "7"
+        (output,) = answer["outputs"]
+        if binary:
+            assert length is not None
+            receipt = body[length + 4 :].decode()
+        else:
+            receipt = output["data"][0]
+        assert open_receipt(from_text(receipt, "receipt"), {verifier.key_id: verifier._signing.public_key()})
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        [], "text", {"inputs": 7}, {"inputs": [7]}, {"inputs": [{"name": "x"}]},
+        {"inputs": [{"name": "x", "datatype": "FP32", "shape": [-1], "data": []}]},
+        {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1] * 9, "data": [1]}]},
+        {"inputs": [{"name": "x", "datatype": "FP32", "shape": [True], "data": [1]}]},
+        {"inputs": [{"name": "x", "datatype": "FP32", "shape": [2], "data": ["1", "2"]}]},
+        {"inputs": [{"name": "x", "datatype": "FP32", "shape": [3], "data": [1, 2]}]},
+        {"inputs": [{"name": "x", "datatype": "BYTES", "shape": [1], "data": ["a"]}]},
+        {"inputs": [{"name": "x", "datatype": "UINT8", "shape": [1], "data": [-1]}]},
+        {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1], "parameters": {"binary_data_size": 99}}]},
+        {"inputs": [{"name": "x", "datatype": "FP32", "shape": [2147483647], "data": [1]}]},
+        {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1], "data": [1]}] * 5},
+    ],
+)  # fmt: skip
+def test_malformed_bodies_are_refused(document: Any) -> None:
+    with pytest.raises(InputError):
+        oip.parse_http(json.dumps(document).encode(), None, BOUNDS)
+
+
+def test_lengths_that_do_not_fit_are_refused() -> None:
+    for body, length in ((b"{}", 3), (b"{}", -1), (b"{}rest", 2), (b"[" * 100_000, None), (b"\xff", None)):
+        with pytest.raises(InputError):
+            oip.parse_http(body, length, BOUNDS)
+
+
+@given(st.binary(max_size=300), st.none() | st.integers(-5, 300))
+@settings(max_examples=300, deadline=None)
+def test_arbitrary_bodies_never_crash(body: bytes, length: int | None) -> None:
+    try:
+        request = oip.parse_http(body, length, BOUNDS)
+    except InputError:
+        return
+    assert isinstance(request.tensors, dict)
+
+
+def test_unsigned_and_misaddressed_requests_are_refused(verifier: Verifier, bundle: Bundle) -> None:
+    request = oip.InferRequest({verifier.input.name: ROWS}, {})
+    with pytest.raises(InputError, match="Only signed requests"):
+        oip.infer(verifier, bundle.manifest.name, request)
+    with pytest.raises(InputError, match="no model"):
+        oip.infer(verifier, "other", request)
+    with pytest.raises(InputError, match="exactly the input"):
+        oip.infer(verifier, bundle.manifest.name, oip.InferRequest({}, {PARAMETER: "x"}))
+    with pytest.raises(InputError, match="no model"):
+        oip.model_metadata(verifier, "other")
+    with pytest.raises(InputError, match="no version"):
+        oip.check_version("2")
+    evidence = oip.infer(verifier, oip.EVIDENCE_MODEL, oip.InferRequest({}, {"challenge": to_text(bytes(32))}))
+    document = Evidence.from_json(str(evidence.outputs["EVIDENCE"]))
+    assert document.statement is not None
+    assert document.statement.challenge == bytes(32)
+    assert oip.model_metadata(verifier, oip.EVIDENCE_MODEL)["outputs"][0]["datatype"] == "BYTES"
+
+
+# Where evidence comes from
+
+
+class Kernel:
+    """Plays Linux's configfs-tsm and Gramine's files: attributes appear with the folder, writes are requests."""
+
+    def __init__(self, make: Any, provider: str = "tdx_guest", extra: bytes | None = None, disturb: int = 0) -> None:
+        self.make_report = make
+        self.provider = provider
+        self.extra = extra
+        self.disturb = disturb
+        self.entries: dict[Path, dict[str, Any]] = {}
+        self.removed: list[Path] = []
+
+    def make(self, path: Path) -> None:
+        if self.make_report is None:
+            raise FileNotFoundError(2, "No such file or directory")
+        self.entries[path] = {"generation": 0, "inblob": b""}
+
+    def remove(self, path: Path) -> None:
+        del self.entries[path]
+        self.removed.append(path)
+
+    def write(self, path: Path, data: bytes) -> None:
+        entry = self.entries.setdefault(path.parent, {"generation": 0})
+        entry["inblob"] = data
+        entry["generation"] += 1
+
+    def read(self, path: Path) -> bytes:
+        entry = self.entries.setdefault(path.parent, {"generation": 0})
+        if path.name == "generation":
+            return f"{entry['generation']}\n".encode()
+        if path.name in ("outblob", "quote"):
+            blob = bytes(self.make_report(entry["inblob"]))
+            if self.disturb:
+                self.disturb -= 1
+                entry["generation"] += 1  # another process wrote to this entry
+            return blob
+        if path.name == "provider":
+            return f"{self.provider}\n".encode()
+        if path.name == "attestation_type":
+            return self.provider.encode()
+        if path.name == "auxblob" and self.extra is not None:
+            return self.extra
+        raise FileNotFoundError(2, "No such file or directory")
+
+
+DATA = bytes(range(64))
+
+
+@pytest.fixture(scope="module")
+def amd() -> AmdPki:
+    return AmdPki()
+
+
+def test_tdx_reports_from_the_kernel(hardware: Hardware) -> None:
+    kernel = Kernel(lambda data: hardware.intel.quote("tdx", data))
+    evidence = TsmProvider("tdx", files=kernel).report(DATA)
+    assert evidence.tee == "tdx"
+    assert kernel.entries == {}
+    assert len(kernel.removed) == 1
+    # Somebody else wrote to the entry twice: asked again, then given up.
+    assert TsmProvider("tdx", files=Kernel(kernel.make_report, disturb=2)).report(DATA).report
+    busy = Kernel(kernel.make_report, disturb=1000)
+    with pytest.raises(EvidenceError, match="keeps writing"):
+        TsmProvider("tdx", files=busy).report(DATA)
+    assert busy.entries == {}
+
+
+def certificate_table(entries: dict[str, bytes]) -> bytes:
+    """GUIDs, offsets and lengths, then the certificates, as SEV-SNP firmware hands them out."""
+    offset = 24 * (len(entries) + 1)
+    table, tail = b"", b""
+    for guid, data in entries.items():
+        table += uuid.UUID(guid).bytes_le + (offset + len(tail)).to_bytes(4, "little") + len(data).to_bytes(4, "little")
+        tail += data
+    return table + bytes(24) + tail
+
+
+def test_snp_reports_and_certificates_from_the_kernel(amd: AmdPki) -> None:
+    table = certificate_table(
+        {
+            "c0b406a4-a803-4952-9743-3fb6014cd0ae": amd.ark.public_bytes(Encoding.DER),
+            "4ab7b379-bbac-4fe4-a02f-05aef327c782": amd.ask.public_bytes(Encoding.DER),
+            "63da758d-e664-4564-adc5-f4b93be8accd": amd.vcek,
+        }
+    )
+    kernel = Kernel(lambda data: amd.report(data), "sev_guest", table)
+    evidence = TsmProvider("sev-snp", files=kernel).report(DATA)
+    assert evidence.vcek == amd.vcek
+    assert evidence.chain == amd.chain
+    without = TsmProvider("sev-snp", files=Kernel(lambda data: amd.report(data), "sev_guest")).report(DATA)
+    assert (without.vcek, without.chain) == (b"", "")
+
+
+@given(st.binary(max_size=400))
+@settings(max_examples=200, deadline=None)
+def test_broken_certificate_tables_give_nothing_and_do_not_crash(table: bytes) -> None:
+    vcek, chain = certificates(table)
+    assert isinstance(vcek, bytes)
+    assert chain == ""
+
+
+def test_gramine_quotes(hardware: Hardware) -> None:
+    class Gramine(Kernel):
+        def write(self, path: Path, data: bytes) -> None:
+            assert path.name == "user_report_data"
+            super().write(path, data)
+
+    kernel = Gramine(lambda data: hardware.intel.quote("sgx", data), "dcap")
+    assert GramineProvider(files=kernel).report(DATA).tee == "sgx"
+    with pytest.raises(EvidenceError, match="'none', not 'dcap'"):
+        GramineProvider(files=Gramine(lambda data: b"", "none")).report(DATA)
+
+
+def test_hardware_that_is_not_there_or_lies(hardware: Hardware, amd: AmdPki, tmp_path: Path) -> None:
+    with pytest.raises(EvidenceError, match="confidential VM"):
+        TsmProvider("tdx", files=Kernel(None)).report(DATA)
+    with pytest.raises(EvidenceError, match="confidential VM"):
+        TsmProvider("tdx", root=tmp_path / "absent").report(DATA)
+    with pytest.raises(EvidenceError, match="gramine-sgx"):
+        GramineProvider(root=tmp_path).report(DATA)
+    with pytest.raises(EvidenceError, match="come from 'sev_guest'"):
+        TsmProvider("tdx", files=Kernel(lambda d: hardware.intel.quote("tdx", d), "sev_guest")).report(DATA)
+    with pytest.raises(EvidenceError, match="not about the data"):
+        TsmProvider("tdx", files=Kernel(lambda d: hardware.intel.quote("tdx", bytes(64)))).report(DATA)
+    with pytest.raises(EvidenceError, match="not about the data"):
+        TsmProvider("sev-snp", files=Kernel(lambda d: b"short", "sev_guest")).report(DATA)
+    with pytest.raises(EvidenceError, match="64 bytes"):
+        TsmProvider("tdx", files=Kernel(lambda d: b"")).report(b"short")
+
+
+def test_providers_by_name() -> None:
+    assert make_provider("tdx").tee == "tdx"
+    assert make_provider("sev-snp").tee == "sev-snp"
+    assert make_provider("gramine-sgx").tee == "sgx"
+    assert isinstance(make_provider("development"), DevelopmentProvider)
+
+
+def test_the_real_files_write_in_one_call(tmp_path: Path) -> None:
+    files = GramineProvider().files
+    target = tmp_path / "folder"
+    files.make(target)
+    (target / "inblob").write_bytes(b"")
+    files.write(target / "inblob", DATA)
+    assert files.read(target / "inblob") == DATA
+    (target / "inblob").unlink()
+    files.remove(target)
+    assert not target.exists()
+
+
+def test_keys_of_a_verifier_are_new_at_every_start(bundle: Bundle) -> None:
+    first, second = (Verifier(bundle, DevelopmentProvider()) for _ in range(2))
+    a, b = first.evidence().statement, second.evidence().statement
+    assert a is not None
+    assert b is not None
+    assert len({a.signing_key, b.signing_key, a.encryption_key, b.encryption_key}) == 4
+    assert a.boot_id != b.boot_id
