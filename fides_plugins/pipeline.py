@@ -10,11 +10,9 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from fides_plugins.bundle import Bundle
 from fides_plugins.errors import PluginError, SettingsError
@@ -22,7 +20,7 @@ from fides_plugins.guard import CircuitBreaker, Failure, GuardedHook, PartialAns
 from fides_plugins.manager import FidesPluginManager, create_plugin_manager
 from fides_plugins.policy import decide, failed_verdict, make_verdict
 from fides_plugins.settings import Settings
-from fides_plugins.types import Detection, Prediction, Query, Reclassification, Verdict, Verification
+from fides_plugins.types import Detection, Prediction, Query, Reclassification, Rows, Verdict, Verification
 
 logger = logging.getLogger("fides_plugins")
 
@@ -36,6 +34,11 @@ class VerifyOutcome:
 
     verification: Verification | None
     failures: tuple[Failure, ...] = ()
+
+    def rows(self, index: Rows) -> VerifyOutcome:
+        """The outcome for some of the rows."""
+        failures = tuple(f if f.rows is None else replace(f, rows=f.rows[index]) for f in self.failures)
+        return VerifyOutcome(None if self.verification is None else self.verification.rows(index), failures)
 
 
 class Pipeline:
@@ -128,7 +131,12 @@ class Pipeline:
         correction: Reclassification | None = None
         attacked = decision.attacked
         if verification is not None and attacked.any():
-            arguments = _rows(attacked, query, service, verification, decision.detection)
+            arguments = {
+                "query": query.rows(attacked),
+                "service": service.rows(attacked),
+                "verification": verification.rows(attacked),
+                "detection": decision.detection.rows(attacked),
+            }
             # A failure here cannot undo the alarm: the rows stay attacked, and it is counted and logged.
             correction, _ = self._timed("reclassify", self._reclassify.call_first, arguments)
         verdict = make_verdict(self.settings, service, verification, decision, correction)
@@ -188,31 +196,6 @@ class Pipeline:
         finally:
             if self.on_stage is not None:
                 self.on_stage(stage, time.perf_counter() - start)
-
-
-def _rows(
-    rows: np.ndarray[Any, np.dtype[np.bool_]],
-    query: Query,
-    service: Prediction,
-    verification: Verification,
-    detection: Detection,
-) -> dict[str, Any]:
-    """The same arguments with only the given rows."""
-    ids = tuple(np.asarray(query.request_ids)[rows].tolist()) if query.request_ids else ()
-    return {
-        "query": Query({n: a[rows] for n, a in query.inputs.items()}, ids, query.model_name, query.metadata),
-        "service": Prediction(service.probabilities[rows], service.valid[rows]),
-        "verification": Verification(
-            verification.references[rows], verification.available[rows], verification.sources, verification.evidence
-        ),
-        "detection": Detection(
-            np.nan_to_num(detection.score[rows]),
-            detection.attacked[rows],
-            detection.source,
-            detection.p_value[rows],
-            detection.valid[rows],
-        ),
-    }
 
 
 def _expect(

@@ -206,6 +206,41 @@ def failed_verdict(settings: Settings, n_rows: int, n_classes: int, reason: str)
     return make_verdict(settings, service, None, replace(decision, reasons=texts), None)
 
 
+def refused_verdict(n_rows: int, n_classes: int, reason: str) -> Verdict:
+    """`attacked` and refused for every row, with nothing to use: the answer is known to be a lie."""
+    unknown = np.full(n_rows, -1, dtype=np.int64)
+    none = np.zeros(n_rows, dtype=np.bool_)
+    return Verdict(
+        status=np.full(n_rows, Status.ATTACKED, dtype=np.uint8),
+        score=np.ones(n_rows, dtype=np.float32),
+        p_value=np.full(n_rows, np.nan, dtype=np.float32),
+        service_label=unknown,
+        verified_label=unknown,
+        label=unknown,
+        probabilities=np.zeros((n_rows, max(n_classes, 2)), dtype=np.float32),
+        corrected=none,
+        refused=~none,
+        reason_codes=np.zeros(n_rows, dtype=np.int64),
+        reasons=(reason,),
+    )
+
+
+def without_corrections(settings: Settings, verdict: Verdict, why: str) -> Verdict:
+    """The verdict on rows whose corrections cannot be handed out: attacked, with nothing to use, for `why`."""
+    lost = verdict.corrected
+    codes = np.where(lost, verdict.reason_codes + len(verdict.reasons), verdict.reason_codes)
+    none = np.zeros_like(lost)
+    return replace(
+        verdict,
+        label=np.where(lost, -1, verdict.label),
+        probabilities=np.where(lost[:, None], np.float32(0), verdict.probabilities),
+        corrected=none,
+        refused=verdict.refused | (lost & refused_rows(settings, verdict.status.astype(np.int64), none)),
+        reason_codes=codes,
+        reasons=(*verdict.reasons, *(f"{reason}; {why}" for reason in verdict.reasons)),
+    )
+
+
 def exempt_verdict(settings: Settings, n_rows: int, n_classes: int, reason: str) -> Verdict:
     """`indeterminate` for rows that are no class output to verify (explanations, streams).
 

@@ -14,8 +14,6 @@ from __future__ import annotations
 import http.client
 import json
 import threading
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -28,35 +26,16 @@ from fides_plugins.bundle import Bundle
 from fides_plugins.errors import ServerError, SettingsError
 from fides_plugins.hookspecs import hookimpl
 from fides_plugins.settings import Settings
-from fides_plugins.types import Query, Verification
+from fides_plugins.types import Query, SignedRows, Verification
 
 NAME = "remote"
-#: Key of `Query.metadata` under which a host hands over the signed requests of a batch.
-REQUESTS = "fides_requests"
 #: Key of the evidence under which the receipts come back: one text per request, empty where there is none.
 RECEIPTS = "receipts"
 _MAX_ANSWER = 16 << 20
 
 
-@dataclass(frozen=True)
-class SignedRows:
-    """A client's signed request for the next rows of a batch; without text, rows that nobody asked about."""
-
-    n_rows: int
-    request: str = ""
-    commitment: str = ""
-
-
-def pack_requests(parts: Iterable[SignedRows]) -> dict[str, str]:
-    """Metadata for a `Query` whose rows belong to these requests, in order; empty where none is signed."""
-    rows = list(parts)
-    if not any(p.request for p in rows):
-        return {}
-    return {REQUESTS: json.dumps([[p.n_rows, p.request, p.commitment] for p in rows])}
-
-
 def receipts_of(verification: Verification | None, n_requests: int) -> tuple[str, ...]:
-    """The receipts of a batch, one text per request of `pack_requests`; empty texts where there are none."""
+    """The receipts of a batch, one text per part of `Query.signed`; empty texts where there are none."""
     for evidence in verification.evidence if verification is not None else ():
         receipts = evidence.get(RECEIPTS)
         if isinstance(receipts, list) and len(receipts) == n_requests:
@@ -106,16 +85,14 @@ class RemoteVerifier:
         ServerError
             If the verifier cannot be reached, or is not well.
         """
-        packed = query.metadata.get(REQUESTS, "")
-        parts = [SignedRows(*entry) for entry in json.loads(packed)] if packed else []
-        if not parts or sum(p.n_rows for p in parts) != query.n_rows:
+        if not query.signed:
             return None
         tensor = query.tensor(self._input)
         references = np.full((query.n_rows, self._n_classes), 1.0 / self._n_classes, dtype=np.float32)
         available = np.zeros(query.n_rows, dtype=np.bool_)
         receipts = []
         start = 0
-        for part in parts:
+        for part in query.signed:
             rows = slice(start, start + part.n_rows)
             start = rows.stop
             receipt, reference = self._ask(tensor[rows], part) if part.request else ("", None)

@@ -8,20 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.bundle import Bundle
-from fides_plugins.errors import FidesError, InputError
-from fides_plugins.manager import create_plugin_manager
-from fides_plugins.pipeline import Pipeline, VerifyOutcome
-from fides_plugins.settings import PluginSettings, Settings
+from fides_plugins.errors import InputError
+from fides_plugins.pipeline import VerifyOutcome
+from fides_plugins.protection import Protection
+from fides_plugins.settings import Settings
 from fides_plugins.statistics.monitor import Alarm, SequenceMonitor
-from fides_plugins.types import Float32Array, Prediction, Query, Status, Verdict, Verification
+from fides_plugins.types import Float32Array, Query, Verdict, Verification
 
-#: References come from the enclave; a client that also ran the model itself would need no enclave.
-_NOT_HERE = ("verifier", "remote")
 SOURCE = "enclave"
 
 
@@ -72,13 +69,9 @@ class ClientJudge:
     def __init__(self, bundle: Bundle | str | Path, settings: Settings | None = None) -> None:
         loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
         chosen = settings or Settings(mode="correct", on_error="closed")
-        plugins = chosen.plugins.model_copy(update={"blocked": (*chosen.plugins.blocked, *_NOT_HERE)})
-        self.settings = chosen.model_copy(update={"plugins": PluginSettings.model_validate(plugins.model_dump())})
+        # References come from the enclave; a client that also ran the model itself would need no enclave.
+        self.protection = Protection.load(chosen, bundle=loaded, references="brought", concurrent=False)
         self.bundle = loaded
-        self.pipeline = Pipeline(self.settings, loaded, create_plugin_manager(self.settings, loaded))
-        service = loaded.manifest.service
-        self._kind = self.settings.output_kind or service.output_kind
-        self._temperature = service.temperature
         self._lock = threading.Lock()
         self.refusals: Counter[str] = Counter()
         self.alarm: Alarm | None = None
@@ -86,7 +79,7 @@ class ClientJudge:
         self._monitor: SequenceMonitor | None = None
         if calibrations:
             rows = min(c.n for c in calibrations.values())
-            self._monitor = SequenceMonitor(rows, self.settings.monitor_error)
+            self._monitor = SequenceMonitor(rows, chosen.monitor_error)
 
     def input_name(self, inputs: dict[str, NDArray[Any]]) -> str:
         """Name of the tensor that the verifier sees.
@@ -96,8 +89,7 @@ class ClientJudge:
         InputError
             If it is not among the inputs.
         """
-        spec = self.bundle.manifest.input
-        name = self.settings.input or (spec.name if spec is not None else "")
+        name = self.protection.input_name
         if name in inputs:
             return name
         if len(inputs) == 1:
@@ -105,39 +97,17 @@ class ClientJudge:
         raise InputError(f"The inputs {sorted(inputs)} lack {name!r}.", "Set `input` to the verifier's tensor.")
 
     def judge(self, query: Query, output: NDArray[Any], reference: Float32Array, raw: Any) -> Answer:
-        """Judge an answer whose receipt is good; `output` is (N, K), or of a shape that ends so."""
-        verification = Verification.single(reference, SOURCE)
-        try:
-            service = Prediction.from_output(output.reshape(len(output), -1), self._kind, self._temperature)
-        except (FidesError, TypeError, ValueError) as error:
-            reason = error.cause_text if isinstance(error, FidesError) else "the answer is no array of rows"
-            verdict = self.pipeline.fail(query, query.n_rows, reason)
-        else:
-            verdict = self.pipeline.validate(query, service, VerifyOutcome(verification))
+        """Judge an answer whose receipt is good; `output` is what `OutputCodec.read` reads."""
+        brought = VerifyOutcome(Verification.single(reference, SOURCE))
+        verdict = self.protection.judge(query, output, brought)
         self._observe(verdict)
         return Answer(verdict, output, raw, None, reference)
 
     def refuse(self, query: Query, output: NDArray[Any], refusal: Refusal, raw: Any) -> Answer:
         """The verdict on an answer whose receipt is refused: every row attacked, nothing to use."""
-        n, k = query.n_rows, self.bundle.n_classes
-        unknown = np.full(n, -1, dtype=np.int64)
-        verdict = Verdict(
-            status=np.full(n, Status.ATTACKED, dtype=np.uint8),
-            score=np.ones(n, dtype=np.float32),
-            p_value=np.full(n, np.nan, dtype=np.float32),
-            service_label=unknown,
-            verified_label=unknown,
-            label=unknown,
-            probabilities=np.zeros((n, k), dtype=np.float32),
-            corrected=np.zeros(n, dtype=np.bool_),
-            refused=np.ones(n, dtype=np.bool_),
-            reason_codes=np.zeros(n, dtype=np.int64),
-            reasons=(refusal.reason,),
-        )
         with self._lock:
             self.refusals[refusal.code] += 1
-        self.pipeline.record(query, verdict)
-        return Answer(verdict, output, raw, refusal, None)
+        return Answer(self.protection.refuse(query, refusal.reason), output, raw, refusal, None)
 
     def _observe(self, verdict: Verdict) -> None:
         if self._monitor is None:
@@ -159,4 +129,4 @@ class ClientJudge:
 
     def close(self) -> None:
         """Tell the plug-ins."""
-        self.pipeline.close()
+        self.protection.close()

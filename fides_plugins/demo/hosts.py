@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from fides_plugins.demo.compromised import tamper_logits
 from fides_plugins.demo.digits import INPUT_NAME, OUTPUT_NAME
 from fides_plugins.onnx_model import OnnxModel
-from fides_plugins.pipeline import Pipeline
+from fides_plugins.protection import Protection
 from fides_plugins.settings import Settings
-from fides_plugins.types import Float32Array, IntArray, Prediction, Query
+from fides_plugins.types import Float32Array, IntArray, Verdict
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -77,28 +77,32 @@ class InProcessHost:
         d = self.deployment
         values = {"bundle": str(d.bundle), "mode": MODE, "false_alarm_rate": d.false_alarm_rate}
         self._service = OnnxModel(d.service, name="service.onnx")
-        self._pipeline = Pipeline.from_settings(Settings.from_mapping(values))
+        self._protection = Protection.load(Settings.from_mapping(values))
         self._rng = np.random.default_rng(d.seed)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pipeline.close()
+        self._protection.close()
 
     def ask(self, images: Float32Array, attack: str = "") -> Answers:
         """See `Host.ask`."""
         logits = self._service.run({INPUT_NAME: images})[OUTPUT_NAME]
         if attack:
             logits = tamper_logits(logits, attack, self._rng)
-        verdict = self._pipeline.run(Query({INPUT_NAME: images}), Prediction.from_output(logits, "logits"))
+        verdict = self._judge(images, logits)
         return Answers(verdict.service_label, verdict.status_text, verdict.label, verdict.p_value)
 
     def call(self, image: Float32Array, protected: bool) -> None:
         """See `Host.call`."""
         logits = self._service.run({INPUT_NAME: image})[OUTPUT_NAME]
         if protected:
-            self._pipeline.run(Query({INPUT_NAME: image}), Prediction.from_output(logits, "logits"))
+            self._judge(image, logits)
+
+    def _judge(self, images: Float32Array, logits: Float32Array) -> Verdict:
+        query = self._protection.query({INPUT_NAME: images}, len(images))
+        return self._protection.judge(query, logits, self._protection.verify(query))
 
 
 def latency_ms(

@@ -27,9 +27,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fides_plugins.hookspecs import hookimpl
 from fides_plugins.observation.alarm import ServiceAlarm, make_alarm
-from fides_plugins.types import STATUS_TEXTS, Query, Verdict
+from fides_plugins.types import STATUS_TEXTS, Verdict
 
 if TYPE_CHECKING:
     from fides_plugins.pipeline import Pipeline
@@ -131,8 +130,8 @@ class CountsLines(Protocol):
 class MetricsRecorder:
     """Turns verdicts, stage times and plug-in failures into metrics.
 
-    A plug-in for the manager (`fides_record`) and the pipeline's stage observer at once; `attach`
-    connects both ways. A backend that fails is logged once and never reaches the serving path.
+    A `Protection` shows it every verdict; `attach` makes it the pipeline's stage observer too. A backend that
+    fails is logged once and never reaches the serving path.
 
     Parameters
     ----------
@@ -149,9 +148,6 @@ class MetricsRecorder:
     failures:
         Updates that the backend refused.
     """
-
-    #: Its time is that of a few dictionary updates, so it needs no thread of its own per call.
-    runs_inline = True
 
     def __init__(self, backend: MetricsBackend, model: str, alarm: bool = True) -> None:
         self.backend = backend
@@ -185,19 +181,13 @@ class MetricsRecorder:
             self._set(UNDER_ATTACK, 0.0)
         self.refresh()
 
-    @hookimpl
-    def fides_record(self, query: Query, verdict: Verdict) -> None:
-        """Count statuses, observe scores and test the sequence of N rows."""
-        self.observe_verdict(verdict, query.request_ids)
-
-    @hookimpl
-    def fides_unconfigure(self) -> None:
+    def close(self) -> None:
         """Stop the service alarm's thread."""
         if self.alarm is not None:
             self.alarm.close()
 
     def observe_verdict(self, verdict: Verdict, request_ids: Sequence[str] = ()) -> None:
-        """What `fides_record` does, for hosts that call it themselves."""
+        """Count statuses, observe scores and test the sequence of N rows."""
         for status, count in verdict.counts().items():
             if count:
                 self._increment(VERDICTS, status, count)

@@ -67,6 +67,7 @@ class Query:
         set_field(self, "metadata", MappingProxyType(dict(self.metadata)))
         if self.request_ids and len(self.request_ids) != self.n_rows:
             raise InputError(f"{len(self.request_ids)} request ids for {self.n_rows} rows.")
+        set_field(self, "signed", tuple(self.signed) if any(part.request for part in self.signed) else ())
         if self.signed and sum(part.n_rows for part in self.signed) != self.n_rows:
             raise InputError(f"Signed requests of {sum(p.n_rows for p in self.signed)} rows for {self.n_rows} rows.")
 

@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fides_plugins.errors import FidesError, InputError
+from fides_plugins.errors import InputError
+from fides_plugins.serving.http import RowVerdict, rows_of
 from fides_plugins.serving.torchserve.body import BodyParser
-from fides_plugins.serving.torchserve.judge import Judge, Pending
-from fides_plugins.serving.torchserve.verdicts import RowVerdict, rows_of
+from fides_plugins.serving.torchserve.judge import InferenceJudge, PendingCall
 
 logger = logging.getLogger("fides_plugins")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Requests:
     """Requests of a batch that could be read, and why the others could not."""
 
-    pending: Pending
+    pending: PendingCall
     readable: list[int]
     problems: dict[int, str]
     request_ids: Sequence[str] = ()
@@ -32,7 +32,9 @@ class Requests:
         return [self.request_ids[i] for i in indices] if self.request_ids else []
 
 
-def read_requests(judge: Judge, parser: BodyParser, data: Sequence[Any], request_ids: Sequence[str]) -> Requests:
+def read_requests(
+    judge: InferenceJudge, parser: BodyParser, data: Sequence[Any], request_ids: Sequence[str]
+) -> Requests:
     """Parse every request and start the verification of those that could be read."""
     rows: dict[int, NDArray[Any]] = {}
     problems: dict[int, str] = {}
@@ -48,19 +50,20 @@ def read_requests(judge: Judge, parser: BodyParser, data: Sequence[Any], request
             problems[index] = f"the input has shape {rows[index].shape}, unlike the rest of the batch"
             del rows[index]
     ids = request_ids if len(request_ids) == len(data) else ()
-    unread = Pending(None, None, "no request of the batch can be read")
-    requests = Requests(unread, list(rows), problems, ids)
-    if rows:
-        requests.pending = judge.begin(np.stack(list(rows.values())), requests.ids(requests.readable))
-    return requests
+    if not rows:
+        return Requests(PendingCall(problem="no request of the batch can be read"), [], problems, ids)
+    kept = [ids[i] for i in rows] if ids else []
+    return Requests(judge.begin(np.stack(list(rows.values())), kept), list(rows), problems, ids)
 
 
-def judge_bodies(judge: Judge, parser: BodyParser, requests: Requests, answer: Any) -> tuple[list[RowVerdict], Any]:
+def judge_bodies(
+    judge: InferenceJudge, parser: BodyParser, requests: Requests, answer: Any
+) -> tuple[list[RowVerdict], Any]:
     """Verdict per request, and the answers to send (changed only where corrected)."""
     n_requests = len(requests.readable) + len(requests.problems)
     verdicts = [judge.failed(requests.problems.get(i, "")) for i in range(n_requests)]
     for index, reason in requests.problems.items():
-        judge.record_unjudged(1, reason, requests.ids([index]))
+        judge.unjudged(1, reason, requests.ids([index]))
     if not isinstance(answer, list) or len(answer) != n_requests:
         # TorchServe refuses such an answer itself.
         return _none_judged(judge, requests, verdicts, "the handler did not answer once per request"), answer
@@ -78,26 +81,27 @@ def judge_bodies(judge: Judge, parser: BodyParser, requests: Requests, answer: A
     for position, index in enumerate(requests.readable):
         if index in outputs and len(outputs[index]) == width:
             array[position] = outputs[index]
-    try:
-        verdict = judge.validate_array(requests.pending, array)
-    except FidesError as error:
-        return _none_judged(judge, requests, verdicts, error.cause_text), answer
+    verdict = judge.judge_array(requests.pending, array)
+    written, verdict = judge.protection.correct(array, verdict)
     changed = list(answer)
     for position, (index, row) in enumerate(zip(requests.readable, rows_of(verdict), strict=True)):
         if index not in outputs:
             continue
         verdicts[index] = row
-        if judge.settings.mode == "correct" and row.corrected and parser.replace is not None:
-            values = verdict.probabilities[position]
-            # What the response held is what it holds again: logits stay on a logarithmic scale.
-            values = np.log(np.maximum(values, 1e-7)) if judge.output_kind == "logits" else values
-            changed[index] = parser.replace(answer[index], values)
+        if row.corrected and written is not array and parser.replace is not None:
+            try:
+                changed[index] = parser.replace(answer[index], written[position])
+            except Exception:  # host boundary: a foreign parser; the row is attacked and uncorrected
+                logger.exception("a correction cannot be written into a body")
+                (verdicts[index],) = rows_of(judge.protection.uncorrected(verdict.rows(slice(position, position + 1))))
     return verdicts, changed
 
 
-def _none_judged(judge: Judge, requests: Requests, verdicts: list[RowVerdict], reason: str) -> list[RowVerdict]:
+def _none_judged(
+    judge: InferenceJudge, requests: Requests, verdicts: list[RowVerdict], reason: str
+) -> list[RowVerdict]:
     """The same verdicts, where the requests that could be read cannot be judged after all."""
-    made = judge.record_unjudged(len(requests.readable), reason, requests.ids(requests.readable))
+    made = judge.unjudged(len(requests.readable), reason, requests.ids(requests.readable))
     for index, verdict in zip(requests.readable, made, strict=True):
         verdicts[index] = verdict
     return verdicts

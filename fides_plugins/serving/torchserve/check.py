@@ -15,7 +15,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from fides_plugins.errors import InputError, ServerError
 from fides_plugins.observation.metrics import VERDICTS
-from fides_plugins.serving.torchserve.verdicts import HEADER_REASON, HEADER_STATUS
+from fides_plugins.serving.http import HEADER_REASON, HEADER_STATUS
 
 StepState = Literal["good", "failed", "unknown"]
 

@@ -18,14 +18,15 @@ from typing import Any
 from fides_plugins.builtin.remote import NAME as REMOTE
 from fides_plugins.errors import FidesError, SettingsError
 from fides_plugins.observation.metrics import MetricsBackend
+from fides_plugins.protection import INTERNAL
+from fides_plugins.serving.http import RowVerdict, envelope, headers, per_request, refusal
 from fides_plugins.serving.torchserve.body import BodyParser, make_parser
 from fides_plugins.serving.torchserve.body_capture import judge_bodies, read_requests
-from fides_plugins.serving.torchserve.judge import INTERNAL, Judge, Pending
+from fides_plugins.serving.torchserve.judge import InferenceJudge, PendingCall
 from fides_plugins.serving.torchserve.metrics import TorchServeMetrics
 from fides_plugins.serving.torchserve.options import HostOptions, read_section
 from fides_plugins.serving.torchserve.original import Found, Original, find_handler, protect, require_wrappable
 from fides_plugins.serving.torchserve.receipts import Receipts
-from fides_plugins.serving.torchserve.verdicts import RowVerdict, envelope, headers, per_request, refusal
 from fides_plugins.settings import Settings
 from fides_plugins.types import Status
 
@@ -51,7 +52,7 @@ class FidesHandler:
         Set by `initialize`.
     """
 
-    judge: Judge
+    judge: InferenceJudge
     original: Original
 
     def __init__(self) -> None:
@@ -67,7 +68,7 @@ class FidesHandler:
     @property
     def settings(self) -> Settings:
         """Shared settings of this worker."""
-        return self.judge.settings
+        return self.judge.protection.settings
 
     def initialize(self, context: Any) -> None:
         """Load the original handler and the protection.
@@ -123,7 +124,7 @@ class FidesHandler:
             return answered
         except Exception:  # host boundary: the answer exists, and only policy may hold it back
             logger.exception("the protection failed")
-            failed = self.judge.record_unjudged(n_requests, INTERNAL, self._request_ids)
+            failed = self.judge.unjudged(n_requests, INTERNAL, self._request_ids)
             return self._answer(answer, context, failed, []) if visible else answer
 
     def _capture(self, call: Callable[[], Any], data: Any, micro_batch: int | None) -> Any:
@@ -132,17 +133,17 @@ class FidesHandler:
             return call()
         pending = self.judge.begin(data, self._request_ids, self._receipts)
         output = call()
-        rows, output = self.judge.judge(pending, output)
+        rows, output, problem = self.judge.judge(pending, output)
         self._collect_receipts(pending)
         with self._lock:
             if not rows:
-                self._unread.append(pending.problem or NO_ROWS)
+                self._unread.append(problem or NO_ROWS)
                 rows = [self.judge.failed(self._unread[-1])]
             self._calls.append((micro_batch, len(self._calls), rows))
         return output
 
-    def _collect_receipts(self, pending: Pending) -> None:
-        if self._receipts is None or pending.outcome is None:
+    def _collect_receipts(self, pending: PendingCall) -> None:
+        if self._receipts is None or pending.query is None:
             return
         try:
             self._receipts.collect(pending.outcome())
@@ -162,9 +163,9 @@ class FidesHandler:
         if nothing_read:
             # Nothing of the batch could be read: its requests say why, however many there are.
             reason = self._unread[0] if self._unread else MIXED if EXPLAINED in exempt.values() else NOT_CALLED
-            self.judge.record_unjudged(len(others), reason, [self._request_ids[i] for i in others])
+            self.judge.unjudged(len(others), reason, [self._request_ids[i] for i in others])
         elif self._unread:
-            self.judge.record_unjudged(len(self._unread), self._unread[0])
+            self.judge.unjudged(len(self._unread), self._unread[0])
         # A handler hands over the rows of the whole batch, or leaves out those that it answers otherwise.
         whole = not nothing_read and n_rows == n_requests * (self.options.rows_per_request or 1)
         judged = range(n_requests) if whole else others
@@ -216,7 +217,7 @@ class FidesHandler:
                     items[position] = refusal(verdict)
             elif wanted and wanted[index]:
                 for position in where:
-                    items[position] = envelope(items[position], verdict, self.judge.class_names)
+                    items[position] = envelope(items[position], verdict, self.judge.protection.class_names)
         return items
 
 
@@ -224,7 +225,12 @@ class _Bodies:
     """Bodies of those requests of a batch that ask for a prediction."""
 
     def __init__(
-        self, judge: Judge, parser: BodyParser, data: Sequence[Any], request_ids: Sequence[str], asked: Sequence[bool]
+        self,
+        judge: InferenceJudge,
+        parser: BodyParser,
+        data: Sequence[Any],
+        request_ids: Sequence[str],
+        asked: Sequence[bool],
     ) -> None:
         self._judge, self._parser, self._ids, self._asked = judge, parser, request_ids, asked
         self._n_items = len(data)
@@ -254,7 +260,7 @@ class Prepared:
     """Everything that is known before the original handler is made."""
 
     options: HostOptions
-    judge: Judge
+    judge: InferenceJudge
     found: Found
     parser: BodyParser | None
 
@@ -279,7 +285,7 @@ def prepare(
         require_wrappable(found)
     if parser is not None and settings.mode == "correct" and parser.replace is None:
         raise SettingsError("`mode: correct` needs a function `replace` in the parser.")
-    judge = Judge(settings, model_name, options.concurrent, metrics if options.metrics else None)
+    judge = InferenceJudge(settings, model_name, options.concurrent, metrics if options.metrics else None)
     return Prepared(options, judge, found, parser)
 
 
@@ -333,8 +339,8 @@ def _streamed(context: Any, index: int) -> bool:
     return bool(context.request_processor and context.get_response_headers(index).get("ts_stream_next"))
 
 
-def _record_exempt(judge: Judge, reason: str, request_id: str) -> RowVerdict:
-    (verdict,) = judge.record_unjudged(1, reason, [request_id], exempt=True)
+def _record_exempt(judge: InferenceJudge, reason: str, request_id: str) -> RowVerdict:
+    (verdict,) = judge.unjudged(1, reason, [request_id], exempt=True)
     return verdict
 
 

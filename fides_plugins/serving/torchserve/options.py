@@ -10,15 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fides_plugins.bundle import MANIFEST_NAME
 from fides_plugins.errors import SettingsError
+from fides_plugins.serving.http import CallsRule, RowsRule
 from fides_plugins.settings import Settings
 
 SECTION = "fides"
 #: Folder of the bundle inside an archive that `fides attach` wrote.
 BUNDLE_FOLDER = "fides_bundle"
 
-RowsRule = Literal["any", "worst", "refuse"]
-#: What several calls of `inference()` are to a batch: parts of it in order, or passes over all of it.
-CallsRule = Literal["parts", "passes"]
 EnvelopeRule = Literal["request", "grpc", "always", "never"]
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from fides_plugins.attestation.wire import COMMITMENT_HEADER, RECEIPT_HEADER, REQUEST_HEADER
-from fides_plugins.builtin.remote import SignedRows, pack_requests, receipts_of
+from fides_plugins.builtin.remote import receipts_of
 from fides_plugins.pipeline import VerifyOutcome
+from fides_plugins.types import SignedRows
 
 _MAX_HEADER = 2048
 
@@ -22,9 +23,9 @@ class Receipts:
         self._parts = tuple(_signed(context.get_all_request_header(i)) for i in range(n_requests))
         self._texts: tuple[str, ...] = ()
 
-    def metadata(self, n_rows: int) -> dict[str, str]:
-        """What the plug-in `remote` needs to know about a query of `n_rows` rows."""
-        return pack_requests(self._parts) if n_rows == len(self._parts) else {}
+    def signed(self, n_rows: int) -> tuple[SignedRows, ...]:
+        """The signed requests of a query of `n_rows` rows; none where rows and requests are not one to one."""
+        return self._parts if n_rows == len(self._parts) else ()
 
     def collect(self, outcome: VerifyOutcome) -> None:
         """Take the receipts from a verification."""

@@ -15,10 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fides_plugins.errors import InputError
-from fides_plugins.types import Float32Array, IntArray, OutputKind
-
-#: Smallest probability written back as a logarithm; exp(log(p)) stays a normal float16.
-_SMALLEST = 1e-7
+from fides_plugins.types import IntArray
 
 
 def is_tensor(value: Any) -> bool:
@@ -95,7 +92,7 @@ class ClassOutput:
     Attributes
     ----------
     array:
-        (N, K) numbers.
+        (N, ...) numbers, see `OutputCodec.read`.
     whole:
         What `inference()` returned.
     key:
@@ -138,13 +135,11 @@ class ClassOutput:
             raise _unknown(name, [str(i) for i, a in enumerate(arrays) if a is not None])
         return cls(to_numpy(output), output, None)
 
-    def replaced(self, rows: IntArray, probabilities: Float32Array, kind: OutputKind) -> Any:
-        """What `inference()` should return instead, with `probabilities` (R, K) in these R rows.
+    def replaced(self, rows: IntArray, values: NDArray[Any]) -> Any:
+        """What `inference()` should return instead, with `values` (R, ...) in these R rows of the class output.
 
-        Where `postprocess` still applies a softmax, because the class output holds logits, the rows
-        are logarithms: softmax(log p) = p. Everything else is the original object's.
+        Everything else is the original object's.
         """
-        values = np.log(np.maximum(probabilities, _SMALLEST)) if kind == "logits" else probabilities
         if self.key is None:
             return _with_rows(self.whole, rows, values)
         if isinstance(self.key, int) or isinstance(self.whole, Mapping):

@@ -1,4 +1,4 @@
-"""What both steps share: settings from a model's parameters, the pipeline, logging, refusals."""
+"""What both steps share: their protection, tensors with the row as first axis, logging, refusals."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
-from fides_plugins.errors import FidesError, InputError
-from fides_plugins.observation.metrics import MetricsRecorder
-from fides_plugins.pipeline import Pipeline
+from fides_plugins.errors import FidesError
+from fides_plugins.protection import Protection
 from fides_plugins.serving.triton.metrics import TritonMetrics
 from fides_plugins.settings import Settings, nest
-from fides_plugins.types import Query
 
 logger = logging.getLogger("fides_plugins")
 
@@ -59,14 +57,25 @@ class Step:
         self.batching = int(self.config.get("max_batch_size", 0)) > 0
         self.batchless = self.option("batchless") == "true"
         self.input_names = tuple(item["name"] for item in self.config.get("input", []))
+        self._metrics = TritonMetrics()
         try:
             self.settings = Settings.for_host(nest(self.parameters))
-            self.pipeline = Pipeline.from_settings(self.settings, base=arguments["model_repository"])
+            self.protection = Protection.load(
+                self.settings,
+                arguments["model_repository"],
+                host="triton",
+                model_name=self.name,
+                metrics=self._metrics,
+                alarm=alarm,
+                concurrent=False,
+            )
         except FidesError as error:
-            raise pb_utils.TritonModelException(f"fides: {self.name} cannot start: {error}") from None
-        self._backend = TritonMetrics()
-        self.metrics = MetricsRecorder(self._backend, self.settings.service_name or self.name, alarm)
-        self.metrics.attach(self.pipeline)
+            self._metrics.close()
+            raise self.cannot_start(error) from None
+
+    def cannot_start(self, error: object) -> Exception:
+        """What keeps the model from loading, as Triton shows it."""
+        return pb_utils.TritonModelException(f"fides: {self.name} cannot start: {error}")  # type: ignore[no-any-return]
 
     def option(self, name: str, default: str = "") -> str:
         """A parameter of the adapter itself."""
@@ -80,6 +89,10 @@ class Step:
         array: NDArray[Any] = tensor.as_numpy()
         return array[None, ...] if self.batchless else array
 
+    def arrays(self, request: Any, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
+        """Those of the inputs that the request has."""
+        return {name: a for name in names if (a := self.array(request, name)) is not None}
+
     def tensor(self, name: str, array: NDArray[Any], per_row: bool = False) -> Any:
         """An output tensor. `per_row`: one value per row, which a batching model gives as (N, 1)."""
         if per_row and self.batching:
@@ -88,24 +101,10 @@ class Step:
             array = array[0]
         return pb_utils.Tensor(name, np.ascontiguousarray(array))
 
-    def query(
-        self,
-        arrays: Mapping[str, NDArray[Any]],
-        n_rows: int,
-        ids: tuple[str, ...] = (),
-        metadata: Mapping[str, str] | None = None,
-    ) -> Query:
-        """A query of those tensors that have one entry per row; of an empty one where there is none."""
-        rows = {name: a for name, a in arrays.items() if a.ndim and len(a) == n_rows}
-        model = self.settings.service_name or self.name
-        rest = (ids if len(ids) == n_rows else (), model, {"server": "triton", **(metadata or {})})
-        return Query(rows, *rest) if rows else Query.without_inputs(n_rows, *rest)
-
     def close(self) -> None:
-        """Tell the plug-ins that the model is unloaded."""
-        self.pipeline.close()
-        self.metrics.fides_unconfigure()
-        self._backend.close()
+        """The model is unloaded."""
+        self.protection.close()
+        self._metrics.close()
 
 
 def row_ids(request_id: str, n_rows: int) -> tuple[str, ...]:
@@ -125,8 +124,3 @@ def refusal(message: str, attacked: bool) -> Any:
     """
     code = pb_utils.TritonError.ALREADY_EXISTS if attacked else pb_utils.TritonError.UNAVAILABLE
     return pb_utils.InferenceResponse(output_tensors=[], error=pb_utils.TritonError(f"fides: {message}", code))
-
-
-def safe_text(error: Exception) -> str:
-    """What a client may read about an error: our own words, or a class name; never a path."""
-    return error.cause_text if isinstance(error, InputError) else f"internal error ({type(error).__name__})"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,29 +18,29 @@ from numpy.typing import NDArray
 from fides_plugins.builtin.remote import receipts_of
 from fides_plugins.guard import Failure
 from fides_plugins.pipeline import VerifyOutcome
+from fides_plugins.protection import Part, safe_text
 from fides_plugins.serving.triton import wire
-from fides_plugins.serving.triton.step import Step, refusal, row_ids, safe_text
-from fides_plugins.types import OutputKind, Prediction, Query, Status, Verdict, Verification
+from fides_plugins.serving.triton.step import Step, refusal, row_ids
+from fides_plugins.types import Status, Verdict
 
 logger = logging.getLogger("fides_plugins")
 
-#: Smallest probability written as a logit; a corrected row must stay finite in float16 too.
-_FLOOR = 1e-6
+#: What a step without the verification's tensors judges with: it stands in while another one is dead.
+_NOBODY_VERIFIED = VerifyOutcome(None, (Failure("triton", "fides_verify", "open"),))
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Work:
-    """One request on its way: what was read of it, or why it could not be, then its verdict."""
+    """One request: what was read of it, or why it could not be."""
 
-    request: Any
-    output: NDArray[Any] | None = None
-    n_rows: int = 0
-    ids: tuple[str, ...] = ()
-    service: Prediction | None = None
-    outcome: VerifyOutcome | None = None
-    probe: bool = False
+    output: NDArray[Any] | None
+    part: Part | None = None
     problem: str = ""
-    verdict: Verdict | None = None
+    ids: tuple[str, ...] = ()
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.output) if self.output is not None and self.output.ndim else 0
 
 
 class TritonPythonModel:
@@ -50,171 +50,72 @@ class TritonPythonModel:
         """Load settings, bundle and plug-ins."""
         # The stand-in for dead steps judges nothing: its gauges would only overwrite those of the real one.
         self._step = Step(args, alarm=wire.REFERENCES in args["model_config"])
-        settings, bundle = self._step.settings, self._step.pipeline.bundle
         inputs = [n for n in self._step.input_names if n not in wire.INTERNAL]
         outputs = {o["name"]: o for o in self._step.config.get("output", [])}
         shared = [n for n in outputs if n not in wire.VERDICT_TYPES]
-        name = settings.output or (shared[0] if len(shared) == 1 else "")
+        name = self._step.settings.output or (shared[0] if len(shared) == 1 else "")
         if name not in inputs or name not in outputs:
-            raise pb_utils.TritonModelException(
-                f"fides: {self._step.name} needs its class output {name!r} among its inputs and its outputs; "
+            raise self._step.cannot_start(
+                f"it needs its class output {name!r} among its inputs and its outputs; "
                 "set the parameter fides.output to its name."
             )
         self._output = name
-        self._query_inputs = [n for n in inputs if n != name]
-        # A step without the verification's tensors stands in while a step is dead: it marks or refuses.
+        self._query_inputs = tuple(n for n in inputs if n != name)
         self._verified = set(wire.INTERNAL) <= set(self._step.input_names)
-        spec = bundle.manifest.service if bundle is not None else None
-        self._kind: OutputKind = settings.output_kind or (spec.output_kind if spec is not None else "logits")
-        self._temperature = spec.temperature if spec is not None else 1.0
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """One response per request: an answer, or the refusal of that request."""
         works = [self._read(request) for request in requests]
-        groups: dict[Any, list[_Work]] = {}
-        for index, work in enumerate(works):
-            groups.setdefault(self._signature(work) or index, []).append(work)
-        for group in groups.values():
-            if len(group) > 1:
-                self._judge_together(group)
-        return [self._answer(work) for work in works]
+        judged = iter(self._step.protection.judge_many([w.part for w in works if w.part is not None]))
+        return [
+            self._answer(request, work, None if work.part is None else next(judged))
+            for request, work in zip(requests, works, strict=True)
+        ]
 
     def finalize(self) -> None:
         """Close the plug-ins."""
         self._step.close()
 
     def _read(self, request: Any) -> _Work:
-        work = _Work(request)
+        output: NDArray[Any] | None = None
+        ids: tuple[str, ...] = ()
         try:
-            work.output = self._step.array(request, self._output)
-            if work.output is None:
-                return work
-            work.n_rows = len(work.output) if work.output.ndim else 0
-            work.ids = row_ids(request.request_id(), work.n_rows)
-            # A trailing (K, 1, 1) or a leading (1, K) inside the row is the same distribution.
-            flat = work.output.reshape(work.n_rows, -1)
-            work.service = Prediction.from_output(flat, self._kind, self._temperature)
+            output = self._step.array(request, self._output)
+            if output is None:
+                return _Work(None, problem="the service gave no class output")
+            n_rows = len(output) if output.ndim else 0
+            ids = row_ids(request.request_id(), n_rows)
+            outcome, probe = _NOBODY_VERIFIED, False
             if self._verified:
                 # What travels between the steps always has the row axis, so it is taken as it is.
                 parts = [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in wire.INTERNAL]
-                work.outcome, work.probe = wire.unpack_outcome(*parts), wire.is_probe(parts[-1])
-            else:
-                work.outcome = VerifyOutcome(None, (Failure("triton", "fides_verify", "open"),))
+                outcome, probe = wire.unpack_outcome(*parts), wire.is_probe(parts[-1])
+            query = self._step.protection.query(self._step.arrays(request, self._query_inputs), n_rows, ids)
+            return _Work(output, Part(query, output, outcome, probe))
         except Exception as error:  # host boundary: the row is an error, and policy decides what that means
             logger.error("fides_validate cannot read a request", exc_info=error)
-            work.problem = safe_text(error)
-        return work
+            return _Work(output, problem=safe_text(error), ids=ids)
 
-    def _signature(self, work: _Work) -> Any:
-        """What requests must have in common to be judged in one call; None for one that is judged alone.
-
-        Where the inputs are handed on, or a verifier shows evidence or failed, every request is its own.
-        """
-        if work.problem or work.service is None or work.outcome is None or work.probe or self._query_inputs:
-            return None
-        verification = work.outcome.verification
-        if verification is None or work.outcome.failures or any(verification.evidence):
-            return None
-        rows, verifiers, classes = verification.references.shape
-        if work.service.probabilities.shape != (rows, classes):
-            return None
-        return verifiers, classes, verification.sources
-
-    def _judge_together(self, works: Sequence[_Work]) -> None:
-        """One verdict for several requests: a call costs much the same for one row and for many.
-
-        If a plug-in fails, one client's rows may be the cause; each request is then judged alone.
-        """
-        pipeline = self._step.pipeline
-        try:
-            n_rows = sum(w.n_rows for w in works)
-            query = self._step.query({}, n_rows, tuple(i for w in works for i in w.ids))
-            verdict, failed = self._try_together(query, works)
-            if failed:
-                return
-            pipeline.record(query, verdict)
-            self._step.metrics.observe_verdict(verdict, query.request_ids)
-        except Exception as error:  # host boundary: what cannot be judged together is judged one by one
-            logger.error("fides_validate cannot judge requests together", exc_info=error)
-            return
-        start = 0
-        for work in works:
-            work.verdict = _rows_of(verdict, start, start + work.n_rows)
-            start += work.n_rows
-
-    def _try_together(self, query: Query, works: Sequence[_Work]) -> tuple[Verdict, bool]:
-        services = [w.service for w in works if w.service is not None]
-        found = [w.outcome.verification for w in works if w.outcome is not None]
-        parts = [v for v in found if v is not None]
-        service = Prediction(
-            np.concatenate([s.probabilities for s in services]), np.concatenate([s.valid for s in services])
-        )
-        verification = Verification(
-            np.concatenate([v.references for v in parts]),
-            np.concatenate([v.available for v in parts]),
-            parts[0].sources,
-        )
-        errors = self._step.pipeline.plugin_errors
-        before = sum(errors.values())
-        verdict = self._step.pipeline.validate(query, service, VerifyOutcome(verification), record=False)
-        return verdict, sum(errors.values()) > before
-
-    def _answer(self, work: _Work) -> Any:
+    def _answer(self, request: Any, work: _Work, verdict: Verdict | None) -> Any:
         if work.output is None:
-            return refusal(work.problem or "the service gave no class output", attacked=False)
+            return refusal(work.problem, attacked=False)
+        protection = self._step.protection
         try:
-            receipt = ""
-            if work.verdict is None:
-                work.verdict, receipt = self._judge(work)
-            return self._respond(work.request, work.output, work.verdict, receipt)
+            return self._respond(request, work, verdict or protection.unjudged(work.n_rows, work.problem, work.ids))
         except Exception as error:  # host boundary: nothing may end the step or show a traceback to a client
             logger.error("fides_validate failed", exc_info=error)
-            return self._without_verdict(work.request, work.output, safe_text(error))
+            return self._respond(request, work, protection.unjudged(work.n_rows, safe_text(error), work.ids))
 
-    def _judge(self, work: _Work) -> tuple[Verdict, str]:
-        arrays = {n: a for n in self._query_inputs if (a := self._step.array(work.request, n)) is not None}
-        query = self._step.query(arrays, work.n_rows, work.ids)
-        receipt = ""
-        if work.problem or work.service is None or work.outcome is None:
-            verdict = self._step.pipeline.fail(query, work.n_rows, work.problem)
-        else:
-            verdict = self._step.pipeline.validate(query, work.service, work.outcome, record=not work.probe)
-            (receipt,) = receipts_of(work.outcome.verification, 1)
-        if not work.probe:
-            self._step.metrics.observe_verdict(verdict, query.request_ids)
-        return verdict, receipt
-
-    def _without_verdict(self, request: Any, output: NDArray[Any] | None, reason: str) -> Any:
-        """Our own failure: on_error decides, as for any other."""
-        settings = self._step.settings
-        if output is None or (settings.on_error == "closed" and settings.mode != "observe"):
-            return refusal(f"validation failed: {reason}", attacked=False)
-        n_rows = len(output) if output.ndim else 0
-        query = self._step.query({}, n_rows)
-        return self._respond(request, output, self._step.pipeline.fail(query, n_rows, reason))
-
-    def _respond(self, request: Any, output: NDArray[Any], verdict: Verdict, receipt: str = "") -> Any:
+    def _respond(self, request: Any, work: _Work, verdict: Verdict) -> Any:
+        assert work.output is not None  # `_answer` refused the others
+        output, verdict = self._step.protection.correct(work.output, verdict)
         if verdict.refused.any():
             return _refuse(verdict)
-        if self._step.settings.mode == "correct" and verdict.corrected.any():
-            output = self._corrected(output, verdict)
         wanted = set(request.requested_output_names())
-        tensors = []
-        if self._output in wanted:
-            tensors.append(self._step.tensor(self._output, output))
+        tensors = [self._step.tensor(self._output, output)] if self._output in wanted else []
+        receipt = receipts_of(work.part.outcome.verification, 1)[0] if work.part is not None else ""
         tensors += [self._verdict_tensor(name, verdict, receipt) for name in wire.VERDICT_TYPES if name in wanted]
         return pb_utils.InferenceResponse(tensors)
-
-    def _corrected(self, output: NDArray[Any], verdict: Verdict) -> NDArray[Any]:
-        """The service's tensor with the attacked rows replaced, of the same kind, dtype and shape."""
-        rows = verdict.corrected
-        values = verdict.probabilities[rows]
-        if self._kind == "logits":
-            # softmax(z / T) gives the probabilities back, so the client's own softmax sees the same sharpness.
-            values = np.log(np.maximum(values, _FLOOR)) * self._temperature
-        result = np.array(output)
-        result[rows] = values.reshape(result[rows].shape).astype(result.dtype)
-        return result
 
     def _verdict_tensor(self, name: str, verdict: Verdict, receipt: str) -> Any:
         if name == wire.PROBABILITIES:
@@ -232,11 +133,6 @@ class TritonPythonModel:
         else:
             column = verdict.score if name == wire.SCORE else verdict.p_value
         return self._step.tensor(name, column, per_row=True)
-
-
-def _rows_of(verdict: Verdict, start: int, stop: int) -> Verdict:
-    columns = {f.name: getattr(verdict, f.name)[start:stop] for f in fields(verdict) if f.name != "reasons"}
-    return replace(verdict, **columns)
 
 
 def _refuse(verdict: Verdict) -> Any:

@@ -9,50 +9,21 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from numpy.typing import NDArray
 
 from fides_plugins.attestation.wire import COMMITMENT_PARAMETER, PARAMETER
-from fides_plugins.builtin.remote import SignedRows, pack_requests
 from fides_plugins.errors import FidesError
-from fides_plugins.guard import Failure
 from fides_plugins.pipeline import VerifyOutcome
+from fides_plugins.protection import unverified
 from fides_plugins.serving.triton.decoders import make_decoder
-from fides_plugins.serving.triton.step import Step, row_ids, safe_text
+from fides_plugins.serving.triton.step import Step, row_ids
 from fides_plugins.serving.triton.wire import pack_outcome
-from fides_plugins.types import Query, Verification
+from fides_plugins.types import Query, SignedRows
 
 logger = logging.getLogger("fides_plugins")
-
-#: Failures that one request's rows may have caused for others in the same merged call.
-_ROW_CAUSED = ("raised", "contract", "input")
-
-
-_UNSIGNED = SignedRows(0)
-
-
-@dataclass
-class _Work:
-    """One request on its way: its query, or why it has none, then its outcome."""
-
-    request_id: str
-    arrays: dict[str, NDArray[Any]]
-    n_rows: int
-    outcome: VerifyOutcome | None = None
-    signed: SignedRows = _UNSIGNED
-
-    @property
-    def signature(self) -> tuple[Any, ...]:
-        """Requests with the same signature can be verified in one call."""
-        # A signed request is for its own rows and can be spent once, so it is never merged and asked again.
-        return (
-            self.signed.request,
-            *((n, a.dtype.str, a.shape[1:], len(a) == self.n_rows) for n, a in sorted(self.arrays.items())),
-        )
 
 
 class TritonPythonModel:
@@ -65,84 +36,38 @@ class TritonPythonModel:
         try:
             self._decode = make_decoder(self._step.option("decode"))
         except FidesError as error:
-            raise pb_utils.TritonModelException(f"fides: {self._step.name} cannot start: {error}") from None
+            raise self._step.cannot_start(error) from None
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """One response per request; requests of equal shape are verified in one call."""
-        works = [self._read(request) for request in requests]
-        groups: dict[tuple[Any, ...], list[_Work]] = {}
-        for work in works:
-            if work.outcome is None:
-                groups.setdefault(work.signature, []).append(work)
-        for group in groups.values():
-            self._verify(group)
-        self._step.metrics.refresh()
-        return [self._respond(work) for work in works]
+        read = [self._read(request) for request in requests]
+        verified = iter(self._step.protection.verify_many([q for q, _ in read if isinstance(q, Query)]))
+        return [self._respond(next(verified) if isinstance(q, Query) else q, n_rows) for q, n_rows in read]
 
     def finalize(self) -> None:
         """Close the plug-ins."""
         self._step.close()
 
-    def _read(self, request: Any) -> _Work:
-        work = _Work(request.request_id(), {}, 0)
+    def _read(self, request: Any) -> tuple[Query | VerifyOutcome, int]:
+        """The query, or what became of it, and its number of rows."""
+        n_rows = 0
         try:
-            for name in self._step.input_names:
-                array = self._step.array(request, name)
-                if array is not None:
-                    work.arrays[name] = array
-            work.n_rows = self._rows(work.arrays)
-            work.signed = _signed(request, work.n_rows)
-            main = self._main_name(work.arrays)
+            arrays = self._step.arrays(request, self._step.input_names)
+            wanted = self._step.settings.input
+            main = wanted if wanted in arrays else next(iter(arrays))
+            n_rows = len(arrays[main])
             if self._decode is not None:
-                work.arrays[main] = self._decode(work.arrays[main])
+                arrays[main] = self._decode(arrays[main])
             elif self._cast is not None:
-                work.arrays[main] = work.arrays[main].astype(self._cast)
+                arrays[main] = arrays[main].astype(self._cast)
+            ids = row_ids(request.request_id(), n_rows)
+            return self._step.protection.query(arrays, n_rows, ids, [_signed(request, n_rows)]), n_rows
         except Exception as error:  # host boundary: a client's tensor must not end the step or show a traceback
             logger.error("fides_verify cannot read a request", exc_info=error)
-            work.outcome = _failed(error)
-        return work
+            return unverified(error, "triton"), n_rows
 
-    def _main_name(self, arrays: Mapping[str, NDArray[Any]]) -> str:
-        wanted = self._step.settings.input
-        return wanted if wanted in arrays else next(iter(arrays))
-
-    def _rows(self, arrays: Mapping[str, NDArray[Any]]) -> int:
-        return len(arrays[self._main_name(arrays)]) if arrays else 0
-
-    def _query(self, works: Sequence[_Work]) -> Query:
-        n_rows = sum(w.n_rows for w in works)
-        names = [n for n, a in works[0].arrays.items() if len(a) == works[0].n_rows]
-        arrays = {
-            n: np.concatenate([w.arrays[n] for w in works]) if len(works) > 1 else works[0].arrays[n] for n in names
-        }
-        ids = tuple(i for w in works for i in row_ids(w.request_id, w.n_rows))
-        return self._step.query(arrays, n_rows, ids, pack_requests(w.signed for w in works))
-
-    def _verify(self, works: Sequence[_Work]) -> None:
-        outcome = self._ask(works)
-        alone = len(works) == 1
-        if not alone and any(f.kind in _ROW_CAUSED for f in outcome.failures):
-            # One client's rows may be the cause; nobody else's rows shall suffer for them.
-            for work in works:
-                work.outcome = self._ask([work])
-            return
-        start = 0
-        for work in works:
-            work.outcome = outcome if alone else _rows_of(outcome, start, start + work.n_rows)
-            start += work.n_rows
-
-    def _ask(self, works: Sequence[_Work]) -> VerifyOutcome:
-        try:
-            if not sum(w.n_rows for w in works):
-                return VerifyOutcome(None)
-            return self._step.pipeline.verify(self._query(works))
-        except Exception as error:  # host boundary, as above
-            logger.error("fides_verify failed", exc_info=error)
-            return _failed(error)
-
-    def _respond(self, work: _Work) -> Any:
-        outcome = work.outcome or VerifyOutcome(None)
-        packed = pack_outcome(outcome, work.n_rows, self._step.pipeline.n_classes)
+    def _respond(self, outcome: VerifyOutcome, n_rows: int) -> Any:
+        packed = pack_outcome(outcome, n_rows, len(self._step.protection.class_names))
         # The row axis of a batch-less model exists between the steps only, so it is kept here.
         return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in packed.items()])
 
@@ -151,15 +76,3 @@ def _signed(request: Any, n_rows: int) -> SignedRows:
     """What a client asks of a verifier in an enclave, from the request's parameters."""
     parameters = json.loads(request.parameters() or "{}")
     return SignedRows(n_rows, str(parameters.get(PARAMETER, "")), str(parameters.get(COMMITMENT_PARAMETER, "")))
-
-
-def _failed(error: Exception) -> VerifyOutcome:
-    return VerifyOutcome(None, (Failure("triton", "fides_verify", "input", safe_text(error)),))
-
-
-def _rows_of(outcome: VerifyOutcome, start: int, stop: int) -> VerifyOutcome:
-    whole = outcome.verification
-    if whole is None:
-        return outcome
-    part = Verification(whole.references[start:stop], whole.available[start:stop], whole.sources, whole.evidence)
-    return VerifyOutcome(part, outcome.failures)

@@ -14,14 +14,14 @@ import pytest
 from fides_plugins.attestation.receipt import open_receipt
 from fides_plugins.attestation.request import from_text, to_text
 from fides_plugins.attestation.tensors import tensor_digest
-from fides_plugins.builtin.remote import SignedRows, pack_requests, receipts_of
+from fides_plugins.builtin.remote import receipts_of
 from fides_plugins.bundle import Bundle
-from fides_plugins.errors import FidesError
+from fides_plugins.errors import FidesError, InputError
 from fides_plugins.manager import create_plugin_manager
 from fides_plugins.pipeline import Pipeline
 from fides_plugins.settings import Settings
 from fides_plugins.testing import fake_logits, memory_bundle
-from fides_plugins.types import Prediction, Query, softmax
+from fides_plugins.types import Prediction, Query, SignedRows, softmax
 from tests.support.verifiers import Asked, Hardware, RunningVerifier
 
 ROWS = fake_logits(5)
@@ -45,7 +45,7 @@ def pipeline(bundle: Bundle, url: str, **settings: Any) -> Pipeline:
 
 
 def query(*parts: SignedRows) -> Query:
-    return Query({"pixels": ROWS}, metadata=pack_requests(parts))
+    return Query({"pixels": ROWS}, signed=parts)
 
 
 def test_each_request_of_a_batch_gets_its_own_receipt(bundle: Bundle, running: RunningVerifier) -> None:
@@ -75,7 +75,8 @@ def test_requests_without_a_signature_are_not_judged(bundle: Bundle, running: Ru
     assert host.verify(query()).verification is None
     assert host.verify(query(SignedRows(5))).verification is None
     # Rows and requests that do not fit are not guessed at.
-    assert host.verify(query(SignedRows(3, "x"))).verification is None
+    with pytest.raises(InputError, match="3 rows for 5"):
+        query(SignedRows(3, "x"))
     assert receipts_of(None, 2) == ("", "")
 
 

@@ -30,6 +30,7 @@ from fides_plugins.client.torchserve import decode_json, encode_json
 from fides_plugins.client.trust import EvidenceFile, EvidenceUrl, Trust
 from fides_plugins.enclave.verifier import Verifier
 from fides_plugins.errors import FidesError, InputError, ServerError
+from fides_plugins.protection import Protection
 from fides_plugins.settings import Settings
 from fides_plugins.testing import fake_logits, memory_bundle, switch_top_two
 from fides_plugins.types import softmax
@@ -247,8 +248,10 @@ def judge(settings: Settings | None = None) -> ClientJudge:
 
 
 def test_the_clients_judge_runs_no_model_of_its_own() -> None:
-    assert not judge().pipeline.manager.has_plugin("verifier")
-    assert judge().settings.mode == "correct"
+    protection = judge().protection
+    # Its bundle has a verification model, and yet there is nobody here to ask for a reference.
+    assert protection.verify(Query({"input": ROWS})).verification is None
+    assert protection.settings.mode == "correct"
 
 
 def test_refused_answers_are_attacked_recorded_and_counted() -> None:
@@ -262,8 +265,9 @@ def test_refused_answers_are_attacked_recorded_and_counted() -> None:
             seen.extend(verdict.reason.tolist())
 
     mine = judge()
-    mine.pipeline.manager.add_plugin(Recorder(), "recorder", "test")
-    mine.pipeline._record = mine.pipeline._hook("fides_record", lambda raw, arguments: None)
+    mine.protection = Protection.load(
+        mine.protection.settings, bundle=mine.bundle, plugins={"recorder": Recorder()}, references="brought"
+    )
     answer = mine.refuse(Query({"input": ROWS}), OUTPUT, Refusal("receipt-missing", "No receipt."), None)
     assert answer.verdict.status_text.tolist() == ["attacked"] * 2
     assert seen == ["receipt-missing: No receipt."] * 2

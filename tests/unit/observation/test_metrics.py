@@ -18,10 +18,11 @@ from fides_plugins.launch.process import wait_until
 from fides_plugins.observation.alarm import ServiceAlarm
 from fides_plugins.observation.metrics import METRICS, Metric, MetricsRecorder
 from fides_plugins.pipeline import Pipeline
+from fides_plugins.protection import Protection
 from fides_plugins.settings import Settings
 from fides_plugins.statistics.monitor import SequenceMonitor
 from fides_plugins.testing import fake_logits, fake_query, fake_service, make_bundle, switch_top_two
-from fides_plugins.types import Prediction
+from fides_plugins.types import Prediction, Query, Verdict
 
 REQUIRED = {
     "fides_verdicts_total": ("model", "status"),
@@ -81,12 +82,14 @@ class Log:
     def fides_record(self) -> None: ...
 
 
-def protected(tmp_path: Path, recorder: MetricsRecorder, **extra: object) -> Pipeline:
+def protected(tmp_path: Path, recorder: MetricsRecorder, **plugins: object) -> Protection:
     make_bundle(tmp_path / "bundle")
-    settings = Settings(bundle="bundle", false_alarm_rate=0.02, timeout_ms=500)
-    pipeline = Pipeline.from_settings(settings, tmp_path, {"metrics": recorder, **extra})
-    recorder.attach(pipeline)
-    return pipeline
+    settings = Settings(bundle="bundle", false_alarm_rate=0.02, timeout_ms=500, output_kind="probabilities")
+    return Protection(settings, Pipeline.from_settings(settings, tmp_path, plugins), recorder=recorder)
+
+
+def judged(protection: Protection, query: Query, service: Prediction) -> Verdict:
+    return protection.judge(query, service.probabilities, protection.verify(query))
 
 
 def test_names_labels_and_buckets() -> None:
@@ -102,7 +105,7 @@ def test_names_labels_and_buckets() -> None:
 
 def test_counts_add_up(tmp_path: Path) -> None:
     memory = Memory()
-    pipeline = protected(tmp_path, MetricsRecorder(memory, "digits"))
+    protection = protected(tmp_path, MetricsRecorder(memory, "digits"))
     assert memory.counters[("fides_verdicts_total", "digits", "attacked")] == 0
     assert ("fides_verdicts_total", "digits", "attacked") in memory.counters
     assert memory.gauges[("fides_false_alarm_rate", "digits")] == 0.02
@@ -111,8 +114,8 @@ def test_counts_add_up(tmp_path: Path) -> None:
     logits = fake_logits(8)
     honest = fake_service(logits)
     lie = Prediction(switch_top_two(honest.probabilities, [1, 5]), honest.valid)
-    pipeline.run(fake_query(logits), lie)
-    pipeline.run(fake_query(logits), honest)
+    judged(protection, fake_query(logits), lie)
+    judged(protection, fake_query(logits), honest)
 
     by_status = {k[2]: v for k, v in memory.counters.items() if k[0] == "fides_verdicts_total"}
     assert by_status == {"trusted": 14, "attacked": 2, "indeterminate": 0, "error": 0}
@@ -126,13 +129,13 @@ def test_counts_add_up(tmp_path: Path) -> None:
 def test_the_service_alarm_feeds_the_gauges(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     memory = Memory()
     recorder = MetricsRecorder(memory, "digits")
-    pipeline = protected(tmp_path, recorder)
+    protection = protected(tmp_path, recorder)
     raised, evidence = ("fides_under_attack", "digits"), ("fides_monitor_log_e_value", "digits")
     # A new process says at once that it is quiet: it may have taken the place of an alarmed one.
     assert (memory.gauges[raised], memory.gauges[evidence]) == (0.0, 0.0)
     # Benign traffic exchangeable with the fake bundle's calibration rows.
     logits = fake_logits(300, seed=17)
-    pipeline.run(fake_query(logits), fake_service(logits, seed=18))
+    judged(protection, fake_query(logits), fake_service(logits, seed=18))
     wait_until(lambda: memory.gauges[evidence] != 0.0, 10, "The gauge")
     assert memory.gauges[raised] == 0.0
     assert memory.gauges[evidence] < 5.0
@@ -140,16 +143,16 @@ def test_the_service_alarm_feeds_the_gauges(tmp_path: Path, caplog: pytest.LogCa
     logits = fake_logits(60, seed=19)
     honest = fake_service(logits, seed=20)
     lie = Prediction(switch_top_two(honest.probabilities), honest.valid)
-    pipeline.run(fake_query(logits, request_ids=tuple(f"r{i}" for i in range(60))), lie)
+    judged(protection, fake_query(logits, request_ids=tuple(f"r{i}" for i in range(60))), lie)
     wait_until(lambda: memory.gauges[raised] == 1.0, 10, "The gauge")
-    assert memory.gauges[evidence] >= -math.log(pipeline.settings.monitor_error)
+    assert memory.gauges[evidence] >= -math.log(protection.settings.monitor_error)
     assert "'digits' is under attack" in caplog.text
     assert ", request r" in caplog.text
 
     assert recorder.alarm is not None
     recorder.alarm.reset()
     wait_until(lambda: memory.gauges[raised] == 0.0, 10, "The gauge")
-    pipeline.close()
+    protection.close()
 
 
 def test_two_processes_share_a_gauge_and_the_alarm_stays(tmp_path: Path) -> None:
@@ -176,8 +179,8 @@ def test_the_alarm_never_blocks_and_counts_what_it_leaves_out() -> None:
 
 def test_rows_without_a_score_are_counted_but_not_observed(tmp_path: Path) -> None:
     memory = Memory()
-    pipeline = protected(tmp_path, MetricsRecorder(memory, "digits"))
-    pipeline.fail(fake_query(), 8, "no service output")
+    protection = protected(tmp_path, MetricsRecorder(memory, "digits"))
+    protection.unjudged(8, "no service output")
     assert memory.counters[("fides_verdicts_total", "digits", "error")] == 8
     assert ("fides_score", "digits") not in memory.observed
 
@@ -185,10 +188,10 @@ def test_rows_without_a_score_are_counted_but_not_observed(tmp_path: Path) -> No
 def test_plugin_errors_and_log_lines_are_counted_once(tmp_path: Path) -> None:
     memory = Memory()
     recorder = MetricsRecorder(memory, "digits")
-    pipeline = protected(tmp_path, recorder, raises=Raises(), log=Log())
+    protection = protected(tmp_path, recorder, raises=Raises(), log=Log())
     logits = fake_logits(2)
     for _ in range(3):
-        pipeline.run(fake_query(logits), fake_service(logits))
+        judged(protection, fake_query(logits), fake_service(logits))
     recorder.refresh()
     recorder.refresh()
     assert memory.counters[("fides_plugin_errors_total", "digits", "raises")] == 3
@@ -199,10 +202,9 @@ def test_plugin_errors_and_log_lines_are_counted_once(tmp_path: Path) -> None:
 
 def test_a_broken_backend_never_reaches_the_serving_path(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     recorder = MetricsRecorder(Broken(), "digits", alarm=False)
-    pipeline = protected(tmp_path, recorder)
+    protection = protected(tmp_path, recorder)
     logits = fake_logits(4)
-    verdict = pipeline.run(fake_query(logits), fake_service(logits))
+    verdict = judged(protection, fake_query(logits), fake_service(logits))
     assert verdict.counts()["trusted"] == 4
     assert recorder.failures > 4
-    assert not pipeline.plugin_errors
     assert sum("cannot be updated" in r.message for r in caplog.records) == 1

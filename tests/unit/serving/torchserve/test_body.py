@@ -11,7 +11,7 @@ import pytest
 from fides_plugins.errors import InputError, SettingsError
 from fides_plugins.serving.torchserve.body import make_parser
 from fides_plugins.serving.torchserve.body_capture import judge_bodies, read_requests
-from fides_plugins.serving.torchserve.judge import Judge
+from fides_plugins.serving.torchserve.judge import InferenceJudge
 from fides_plugins.serving.torchserve.options import BodyFormat, HostOptions, read_section
 from fides_plugins.settings import Settings
 from fides_plugins.testing import fake_logits, make_bundle, switch_top_two
@@ -50,7 +50,7 @@ def test_modules_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_one_bad_body_spoils_no_other(tmp_path: Path) -> None:
     make_bundle(tmp_path / "bundle", output_kind="probabilities")
-    judge = Judge(Settings(bundle=str(tmp_path / "bundle"), mode="correct"), "m")
+    judge = InferenceJudge(Settings(bundle=str(tmp_path / "bundle"), mode="correct"), "m")
     parser = make_parser(BodyFormat(request="x", response="p"))
     logits = fake_logits(5, seed=3)
     honest = softmax(logits)
@@ -66,7 +66,7 @@ def test_one_bad_body_spoils_no_other(tmp_path: Path) -> None:
     assert [changed[i] is answers[i] for i in range(5)] == [True, False, True, True, True]
     np.testing.assert_allclose(changed[1]["p"], honest[1], atol=1e-5)
     assert changed[1]["kept"] == 1
-    judge.close()
+    judge.protection.close()
 
 
 def test_section_finds_a_bundle_that_the_archiver_flattened(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from ts.context import Context, RequestProcessor
 
 from fides_plugins.errors import FidesError
+from fides_plugins.pipeline import Pipeline
 from fides_plugins.serving.torchserve.handler import FidesHandler, prepare
 from fides_plugins.types import Status
 from tests.support.torchserve_models import (
@@ -148,7 +149,7 @@ def test_an_error_of_the_protection_is_a_matter_of_policy(
         raise MemoryError("at /secret/path")
 
     for name in ("validate", "verify"):
-        monkeypatch.setattr(worker.handler.judge.pipeline, name, broken)
+        monkeypatch.setattr(Pipeline, name, broken)
         answer = worker.send(items(1))
         assert worker.headers()["x-fides-status"] == "error"
         assert "secret" not in worker.headers()["x-fides-reason"]
@@ -174,7 +175,7 @@ def test_a_handler_that_calls_no_inference_is_never_trusted(
 
 def logged(worker: Worker, folder: Path) -> list[tuple[str, str, str]]:
     """Request id, status and reason of every row in the audit log, once the worker has stopped."""
-    worker.handler.judge.close()
+    worker.handler.judge.protection.close()
     lines = [json.loads(x) for f in sorted(folder.rglob("*.jsonl")) for x in f.read_text().splitlines()]
     return [(x["request_id"], x["status"], x["reason"]) for x in lines if x["kind"] == "row"]
 

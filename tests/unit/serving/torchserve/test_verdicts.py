@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fides_plugins.serving.torchserve.verdicts import (
+from fides_plugins.serving.http import (
     HEADER_REASON,
     HEADER_STATUS,
     MAX_HEADER_LENGTH,

@@ -1,4 +1,7 @@
-"""Verdicts of requests: made from verdicts of rows, and written as headers, bodies and envelopes."""
+"""What is plain HTTP in a host: a verdict per request from verdicts of rows, its headers, refusals and envelopes.
+
+Nothing here knows a server; every host that speaks HTTP uses it.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,14 @@ import base64
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from fides_plugins.serving.torchserve.options import CallsRule, RowsRule
 from fides_plugins.types import Status, Verdict
+
+#: What the verdict of a request is where rows and requests are not one to one.
+RowsRule = Literal["any", "worst", "refuse"]
+#: What several calls of a model are to a batch: parts of it in order, or passes over all of it.
+CallsRule = Literal["parts", "passes"]
 
 HEADER_STATUS = "x-fides-status"
 HEADER_SCORE = "x-fides-score"
@@ -138,7 +145,7 @@ def _combined(rows: Sequence[RowVerdict], rule: RowsRule) -> RowVerdict:
 
 
 def printable(value: object, limit: int = MAX_HEADER_LENGTH) -> str:
-    """Text as printable ASCII, at most `limit` long: a newline in a header kills a TorchServe worker."""
+    """Text as printable ASCII, at most `limit` long: a newline in a header ends a response early."""
     text = "".join(c if " " <= c <= "~" else " " if c.isspace() else "?" for c in str(value)[: 4 * limit])
     return " ".join(text.split())[:limit]
 
@@ -173,7 +180,7 @@ def as_json(verdict: RowVerdict, class_names: Sequence[str] = ()) -> dict[str, A
 
 
 def refusal(verdict: RowVerdict) -> dict[str, Any]:
-    """JSON body of a refused request, in the form of TorchServe's own errors. It gives no label away."""
+    """JSON body of a refused request: `code`, `type`, `message`, and the verdict without its label."""
     attacked = verdict.status is Status.ATTACKED
     detail = as_json(verdict)
     for name in ("label", "class_name"):
