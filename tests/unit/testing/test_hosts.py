@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fides_plugins.client.judge import ClientJudge
 from fides_plugins.protection import Protection
 from fides_plugins.testing import INPUT_NAME, Answered, HostCase, check_host, host_cases, host_requests
-from fides_plugins.types import Float32Array
+from fides_plugins.types import Float32Array, Query, softmax
 
 CASES = list(host_cases())
 
@@ -28,12 +29,27 @@ class InProcess:
         return Answered(tuple(verdict.status_text.tolist()), None if verdict.refused.any() else output)
 
 
+class OnTheClient:
+    """What a client does with an answer and the reference that a receipt brought."""
+
+    def __init__(self, case: HostCase) -> None:
+        self.case = case
+        self.judge = ClientJudge(case.bundle(), case.settings)
+        self.protection = self.judge.protection
+
+    def ask(self, rows: Float32Array) -> Answered:
+        answer = self.judge.judge(Query({INPUT_NAME: rows}), self.case.service(rows), softmax(rows), None)
+        output, verdict = self.protection.correct(answer.output, answer.verdict)
+        return Answered(tuple(verdict.status_text.tolist()), None if verdict.refused.any() else output)
+
+
+@pytest.mark.parametrize("host", [InProcess, OnTheClient])
 @pytest.mark.parametrize("one_row", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_host_in_process_keeps_the_contract(case: HostCase, one_row: bool) -> None:
-    host = InProcess(case)
-    check_host(case, host.ask, one_row)
-    host.protection.close()
+def test_a_host_in_this_process_keeps_the_contract(case: HostCase, one_row: bool, host: type[InProcess]) -> None:
+    running = host(case)
+    check_host(case, running.ask, one_row)
+    running.protection.close()
 
 
 def test_the_cases_differ_in_what_they_show() -> None:
