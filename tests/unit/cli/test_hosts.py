@@ -1,7 +1,8 @@
-"""Model servers of the five command groups, as they are installed: good, broken, doubled and misnamed ones."""
+"""Model servers of the five command groups, as they are installed, and what their checks print."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import typer
 from typer.testing import CliRunner
 
 from fides_plugins.cli import hosts
+from fides_plugins.cli._output import print_findings
 from fides_plugins.errors import PluginError
+from fides_plugins.serving.finding import CheckFinding
 from tests.support.docs_blocks import REPOSITORY
 
 if sys.version_info >= (3, 11):
@@ -113,3 +116,32 @@ def test_no_other_command_imports_a_server(app: typer.Typer) -> None:
     assert run(app, "--help").exit_code == 0
     assert run(app, "other").output == "something else\n"
     assert not [m for m in sys.modules if m.startswith("fake_")]
+
+
+FINDINGS = [
+    CheckFinding("server", True, "ready"),
+    CheckFinding("metrics", None, "cannot be reached", "Give [their] address."),
+    CheckFinding("inference", True, "HTTP 200", seconds=0.0123),
+]
+BAD = CheckFinding("verdict", False, "not protected", "Run attach.")
+
+
+@pytest.mark.parametrize(("findings", "code"), [(FINDINGS, 0), ([*FINDINGS, BAD], 1)])
+def test_findings_are_shown_alike_and_only_what_is_bad_fails(
+    findings: list[CheckFinding], code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for as_json in (False, True):
+        if code:
+            with pytest.raises(typer.Exit):
+                print_findings("localhost:8000", "digits", findings, as_json)
+        else:
+            print_findings("localhost:8000", "digits", findings, as_json)
+    table, _, document = capsys.readouterr().out.partition("{")
+    assert "12.3" in table
+    assert "unknown" in table
+    assert "metrics: Give [their] address." in table
+    assert ("verdict: Run attach." in table) == bool(code)
+    shown = json.loads("{" + document)
+    assert shown["good"] is not bool(code)
+    assert [f["good"] for f in shown["findings"]] == [f.good for f in findings]
+    assert [f["milliseconds"] for f in shown["findings"]][:3] == [None, None, 12.3]
