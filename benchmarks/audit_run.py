@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fides_plugins.batch.records import PART_ROWS
-from fides_plugins.launch.process import descendants, resident_bytes
+from fides_plugins.launch.process import command_line, descendants, resident_bytes
 from fides_plugins.testing import fake_logits, fake_service, make_bundle, switch_top_two
 from fides_plugins.types import softmax
 
@@ -37,12 +37,13 @@ BLOCK = 100_000
 
 #: Runs the audit in a process whose memory before the first row is known.
 WORKER = """
-import json, os, sys, time
+import json, sys, time
+import psutil
 from fides_plugins.batch.run import audit_run
 import fides_plugins.batch.ray_engine, onnxruntime, pyarrow.parquet
 bundle, source, target, engine, workers, part_rows = sys.argv[1:7]
 def rss():
-    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return psutil.Process().memory_info().rss
 base = peak = 0
 def on_start(total, done):
     global base, peak
@@ -101,7 +102,7 @@ def audit(
 
     def watch() -> None:
         while not done.wait(0.2):
-            mine = [p for p in descendants(process.pid) if b"RayAuditor" in _command(p)]
+            mine = [p for p in descendants(process.pid) if "RayAuditor" in " ".join(command_line(p))]
             workers_peak[0] = max([workers_peak[0], *(resident_bytes([p]) for p in mine)])
 
     watcher = threading.Thread(target=watch, daemon=True)
@@ -123,13 +124,6 @@ def audit(
     if engine == "ray":
         result["worker_peak_mb"] = workers_peak[0] / 1e6
     return result
-
-
-def _command(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
 
 
 def to_jsonl(source: Path, target: Path, n_rows: int) -> None:

@@ -24,11 +24,7 @@ COMMANDS: tuple[str, ...] = (
     "evidence",
     "serve_verifier",
     "infer",
-    "attach",
-    "detach",
-    "check",
-    "watch",
-    "reset",
+    "hosts",
     "audit",
 )
 

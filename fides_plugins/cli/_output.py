@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from fides_plugins.serving.finding import CheckFinding
 
 
 def console(stderr: bool = False) -> Console:
@@ -39,6 +43,30 @@ def print_table(
     for row in rows:
         table.add_row(*row)
     console().print(table)
+
+
+def print_findings(url: str, model: str, findings: Sequence[CheckFinding], as_json: bool) -> None:
+    """What a check found. Exit status 1 if something is bad."""
+    good = all(f.good is not False for f in findings)
+    times = [None if math.isnan(f.seconds) else round(1000 * f.seconds, 3) for f in findings]
+    if as_json:
+        rows = [
+            {"what": f.what, "good": f.good, "milliseconds": time, "detail": f.detail, "remedy": f.remedy}
+            for f, time in zip(findings, times, strict=True)
+        ]
+        print_json({"model": model, "good": good, "findings": rows})
+    else:
+        words = {True: "good", False: "BAD", None: "unknown"}
+        table = [
+            (f.what, words[f.good], "" if time is None else f"{time:.1f}", f.detail)
+            for f, time in zip(findings, times, strict=True)
+        ]
+        print_table(f"{model} at {url}", ("checked", "result", "ms", "detail"), table, "left")
+        for finding in findings:
+            if finding.remedy:
+                console().print(f"{finding.what}: {finding.remedy}", markup=False, soft_wrap=True)
+    if not good:
+        raise typer.Exit(1)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -51,10 +52,14 @@ def demo(
 
 
 def _default_server(quiet: bool) -> str:
-    from fides_plugins.launch.triton import is_available
+    from fides_plugins.errors import ServerError
 
-    if is_available():
-        return "triton"
+    # Without the extra `triton` its launcher cannot even be imported.
+    with contextlib.suppress(ServerError):
+        from fides_plugins.launch.triton import is_available
+
+        if is_available():
+            return "triton"
     if not quiet:
         console(stderr=True).print("No Triton wheel for this platform, so the demo runs in this process.")
     return "inprocess"

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from fides_plugins.cli._output import console, print_json, print_table
+from fides_plugins.cli._output import console, print_findings, print_json
 from fides_plugins.errors import InputError, SettingsError
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
@@ -143,7 +143,7 @@ def register_check(app: typer.Typer) -> None:
         except OSError as error:
             raise InputError(f"{body.name} cannot be read: {error.strerror}.") from None
         kind = content_type or mimetypes.guess_type(body.name)[0] or "application/octet-stream"
-        report = check(
+        findings = check(
             url,
             model,
             content,
@@ -153,17 +153,4 @@ def register_check(app: typer.Typer) -> None:
             token=token,
             repeat=repeat,
         )
-        if as_json:
-            print_json({"good": report.good, "steps": [asdict(s) for s in report.steps]})
-        else:
-            print_table(
-                f"{model} at {url}",
-                ("step", "state", "detail"),
-                [(s.name, s.state, s.detail) for s in report.steps],
-                "left",
-            )
-            for step in report.steps:
-                if step.state != "good" and step.remedy:
-                    console().print(f"{step.name}: {step.remedy}")
-        if not report.good:
-            raise typer.Exit(1)
+        print_findings(url, model, findings, as_json)

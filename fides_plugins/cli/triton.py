@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from fides_plugins.cli._output import console, print_json, print_table
+from fides_plugins.cli._output import console, print_findings, print_json
 from fides_plugins.errors import InputError, SettingsError
 
 if TYPE_CHECKING:
@@ -170,31 +169,7 @@ def register_check(app: typer.Typer) -> None:
         from fides_plugins.serving.triton.operator.check import check
 
         findings = check(TritonApi(url), model, _read_data(data), timeout)
-        good = all(f.good for f in findings)
-        if json_output:
-            rows = [
-                {
-                    "what": f.what,
-                    "good": f.good,
-                    "milliseconds": None if math.isnan(f.seconds) else round(1000 * f.seconds, 3),
-                    "detail": f.detail,
-                }
-                for f in findings
-            ]
-            print_json({"model": model, "good": good, "findings": rows})
-        else:
-            table = [
-                (
-                    f.what,
-                    "good" if f.good else "BAD",
-                    "" if math.isnan(f.seconds) else f"{1000 * f.seconds:.1f}",
-                    f.detail,
-                )
-                for f in findings
-            ]
-            print_table(f"{model} at {url}", ("checked", "result", "ms", "detail"), table)
-        if not good:
-            raise typer.Exit(1)
+        print_findings(url, model, findings, json_output)
 
 
 def register_watch(app: typer.Typer) -> None:

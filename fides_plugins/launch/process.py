@@ -9,18 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from fides_plugins.errors import ServerError
+
+try:
+    import psutil
+except ModuleNotFoundError:
+    raise ServerError(
+        "No server can be started here: the Python package psutil is not installed.",
+        "Run `pip install 'fides-plugins[triton]'` or `pip install 'fides-plugins[torchserve]'`.",
+    ) from None
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -80,88 +87,78 @@ def wait_until(
         time.sleep(poll_s)
 
 
-def _parents() -> dict[int, int]:
-    """Process id to parent id, for every process this user may see (Linux)."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            # The command name may hold spaces and parentheses: fields count from the last ")".
-            fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
-            if fields[0] != "Z":
-                parents[int(entry.name)] = int(fields[1])
-    return parents
-
-
 def descendants(pid: int) -> list[int]:
-    """Ids of all living descendants of `pid`, parents before children; empty off Linux."""
-    if not Path("/proc/self/stat").exists():
-        return []
-    children: dict[int, list[int]] = {}
-    for child, parent in _parents().items():
-        children.setdefault(parent, []).append(child)
-    found: list[int] = []
-    queue = [pid]
-    while queue:
-        below = children.get(queue.pop(0), [])
-        found += below
-        queue += below
-    return found
+    """Ids of all living descendants of `pid`, parents before children; empty where there is no such process."""
+    return [child.pid for root in _found([pid]) for child in _below(root)]
 
 
 def is_alive(pid: int) -> bool:
     """Whether a process with this id exists and is no zombie."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return not Path("/proc/self/stat").exists()
-    return bool(state) and state[0] != "Z"
+    return any(_lives(process) for process in _found([pid]))
 
 
-def _signal_all(pids: Sequence[int], number: signal.Signals) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, number)
+def command_line(pid: int) -> list[str]:
+    """The program and its arguments; empty where the process has ended or is not ours to see."""
+    for process in _found([pid]):
+        with contextlib.suppress(psutil.Error):
+            return list(process.cmdline())
+    return []
 
 
 def stop_tree(pid: int, grace_s: float = 10.0, also: Sequence[int] = ()) -> None:
     """End a process and all its descendants, by id: SIGTERM to the root, SIGKILL after `grace_s`.
 
+    An id that another process has taken meanwhile is left alone.
+
     Parameters
     ----------
     pid:
         Root of the tree.
+    grace_s:
+        How long the roots may take to end, seconds.
     also:
         Further ids to end with it, for daemons that left the tree (TorchServe writes such an id to a
         file).
     """
-    tree = descendants(pid)
-    for extra in also:
-        tree += [extra, *descendants(extra)]
-    _signal_all([pid, *also], signal.SIGTERM)
-    deadline = time.monotonic() + grace_s
-    while time.monotonic() < deadline and any(is_alive(p) for p in (pid, *also)):
-        _reap(pid)
-        time.sleep(_POLL_S)
-    # Children may outlive the root (a stub whose server was killed): they are ended by the ids from before.
-    left = [p for p in (pid, *tree) if is_alive(p)]
-    _signal_all(left, signal.SIGKILL)
-    deadline = time.monotonic() + 5.0
-    while time.monotonic() < deadline and any(is_alive(p) for p in left):
-        _reap(pid)
-        time.sleep(_POLL_S)
+    roots = _found([pid, *also])
+    tree = [*roots, *(child for root in roots for child in _below(root))]
+    for root in roots:
+        with contextlib.suppress(psutil.Error):
+            root.terminate()
+    _wait_for_end(roots, grace_s)
+    # Children may outlive the root (a stub whose server was killed), so those from before are looked at.
+    for process in tree:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    _wait_for_end(tree, 5.0)
 
 
-def _reap(pid: int) -> None:
-    with contextlib.suppress(ChildProcessError, OSError):
-        os.waitpid(pid, os.WNOHANG)
+def _found(pids: Iterable[int]) -> list[psutil.Process]:
+    found = []
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.append(psutil.Process(pid))
+    return found
+
+
+def _below(root: psutil.Process) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [child for child in root.children(recursive=True) if _lives(child)]
+    return []
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _wait_for_end(processes: Sequence[psutil.Process], seconds: float) -> None:
+    # Not `psutil.wait_procs`: it would wait for zombies that are another process's to reap.
+    deadline = time.monotonic() + seconds
+    while any(map(_lives, processes)) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
 
 
 def tail(path: Path, lines: int = 30) -> str:
@@ -175,20 +172,20 @@ def tail(path: Path, lines: int = 30) -> str:
 def resident_bytes(pids: Sequence[int]) -> int:
     """Sum of the resident memory of these processes, bytes (shared pages count once per process)."""
     total = 0
-    for pid in pids:
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            total += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    for process in _found(pids):
+        with contextlib.suppress(psutil.Error):
+            total += process.memory_info().rss
     return total
 
 
 def cpu_seconds(pids: Sequence[int]) -> float:
     """Sum of the user and system time of these processes, seconds."""
-    ticks = 0
-    for pid in pids:
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-            ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+    total = 0.0
+    for process in _found(pids):
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
 
 
 @dataclass

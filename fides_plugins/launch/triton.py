@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from fides_plugins.errors import ServerError
-from fides_plugins.launch.process import HOST, Process, free_ports
+from fides_plugins.launch.process import HOST, Process, command_line, free_ports
 from fides_plugins.serving.triton.operator.api import TritonApi
 
 if TYPE_CHECKING:
@@ -282,13 +282,9 @@ class TritonServer:
         """Process ids of the python-backend instances of `model`, found among the server's children."""
         found = []
         for pid in self.process.tree[1:]:
-            try:
-                arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
             # The stub is started with the path of the model's file as its first argument.
-            folders = Path(arguments[1].decode(errors="replace")).parts if len(arguments) > 1 else ()
-            if "stub" in arguments[0].decode(errors="replace") and model in folders:
+            program, file = [*command_line(pid), "", ""][:2]
+            if "stub" in program and model in Path(file).parts:
                 found.append(pid)
         return found
 

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from fides_plugins.builtin.detect import LEARNED
 from fides_plugins.bundle import Bundle
-from fides_plugins.errors import InputError
 from fides_plugins.settings import Settings
 from fides_plugins.statistics.monitor import SequenceMonitor
 
@@ -90,6 +89,16 @@ class ServiceAlarm:
             self._thread.join(timeout=2.0)
 
     def _run(self) -> None:
+        try:
+            self._follow()
+        except Exception:  # thread boundary: an alarm that has ended must say so
+            logger.exception("the service alarm of %r ended; rows are no longer tested", self._service)
+            with self._wake:
+                self._closing = True
+                self.left_out += self._waiting
+                self._queue.clear()
+
+    def _follow(self) -> None:
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._queue or self._closing or self._reset)
@@ -106,12 +115,7 @@ class ServiceAlarm:
             self._on_state(math.log(max(self._monitor.e_value, 1e-300)), self._monitor.alarm is not None)
 
     def _test(self, p_values: NDArray[np.float32], request_ids: Sequence[str]) -> None:
-        try:
-            alarm = self._monitor.update(p_values, request_ids)
-        except InputError as error:
-            # A detector may give a p-value of exactly 0, which no conformal test does.
-            logger.warning("the service monitor left out a batch: %s", error)
-            return
+        alarm = self._monitor.update(p_values, request_ids)
         if alarm is not None:
             logger.error(
                 "the service %r is under attack: e-value %.3g after %d rows%s",

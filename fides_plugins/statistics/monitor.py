@@ -78,7 +78,7 @@ class EProcess:
         return np.asarray(self._betting.mean(axis=1) + self._put_aside)
 
     def step(self, p_values: Float64Array) -> Float64Array:
-        """Take one p-value per stream, (S,) in (0, 1], and return the wealth, (S,)."""
+        """Take one p-value per stream, (S,) in [0, 1], and return the wealth, (S,)."""
         self._start_bets()
         cell = self._cell(p_values)
         below = np.cumsum(self._urn, axis=1)
@@ -104,6 +104,7 @@ class EProcess:
     def _cell(self, p_values: Float64Array) -> NDArray[np.int64]:
         unit = np.asarray(p_values, np.float64) * (self.n_calibration + 1)
         # A p-value that went through float32 is a hair beside its cell; between cells it rounds up: cautious.
+        # Below 1 / (n + 1), where no conformal p-value lies, the first cell takes it.
         index = np.ceil(unit * (1 - 2e-7) - 1e-6) - 1
         index = np.clip(index, 0, self.n_calibration)
         return np.asarray(np.searchsorted(self._edges, index, side="right") - 1, dtype=np.int64)
@@ -175,7 +176,9 @@ class SequenceMonitor:
         Parameters
         ----------
         p_values:
-            (N,) conformal p-values, small is suspicious. NaN (no opinion) is skipped and counted.
+            (N,) p-values in [0, 1], small is suspicious. A conformal p-value cannot be below 1 / (n + 1), so
+            a smaller one (a plug-in may give 0) counts as that: raising a p-value keeps the test valid. NaN
+            (no opinion) is skipped and counted.
         request_ids:
             N names, or none.
 
@@ -187,12 +190,12 @@ class SequenceMonitor:
         Raises
         ------
         InputError
-            If a p-value lies outside (0, 1].
+            If a p-value lies outside [0, 1].
         """
         values = np.asarray(p_values, dtype=np.float64).ravel()
         known = ~np.isnan(values)
-        if np.any((values[known] <= 0.0) | (values[known] > 1.0)):
-            raise InputError("A p-value lies outside (0, 1].", "Give the p-values of a calibrated detector.")
+        if np.any((values[known] < 0.0) | (values[known] > 1.0)):
+            raise InputError("A p-value lies outside [0, 1].", "Give the p-values of a calibrated detector.")
         raised = None
         for row, (value, usable) in enumerate(zip(values, known, strict=True)):
             index, self.seen = self.seen, self.seen + 1

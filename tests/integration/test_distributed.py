@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from fides_plugins.bundle import Bundle
-from fides_plugins.launch.process import descendants, stop_tree
+from fides_plugins.launch.process import command_line, descendants, stop_tree
 
 pytest.importorskip("torch")
 # Starting Ray takes minutes where other work keeps the machine busy.
@@ -185,9 +185,7 @@ def test_fides_fit_on_two_workers(tmp_path: Path, service: Path) -> None:
 def test_no_process_is_left_behind() -> None:
     left = []
     for pid in descendants(os.getpid()):
-        command = (
-            Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ") if Path(f"/proc/{pid}").exists() else b""
-        )
-        if b"torch.distributed.run" in command or b"fides_plugins.cli fit" in command:
+        command = " ".join(command_line(pid))
+        if "torch.distributed.run" in command or "fides_plugins.cli fit" in command:
             left.append(command)
     assert left == []

@@ -12,6 +12,7 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -77,14 +78,14 @@ def post(server: TorchServeServer, model: str, row: np.ndarray) -> httpx.Respons
     return httpx.post(f"{server.inference_url}/predictions/{model}", json=body(row), timeout=30)
 
 
-def check(server: TorchServeServer, folder: Path, model: str, *more: str) -> tuple[int, dict[str, dict[str, str]]]:
+def check(server: TorchServeServer, folder: Path, model: str, *more: str) -> tuple[int, dict[str, dict[str, Any]]]:
     request = folder / "request.json"
     request.write_text(json.dumps(body(rows(1)[0])))
     addresses = ["--management", server.management_url, "--metrics", server.metrics_url]
     command = ["check", "torchserve", server.inference_url, model, "--input", str(request), *addresses, "--json", *more]
     result = CliRunner().invoke(app, command)
     assert not isinstance(result.exception, FidesError), result.exception
-    return result.exit_code, {s["name"]: s for s in json.loads(result.output)["steps"]}
+    return result.exit_code, {f["what"]: f for f in json.loads(result.output)["findings"]}
 
 
 @pytest.mark.parametrize("model", ["archived", "as_folder", "as_tar"])
@@ -98,7 +99,7 @@ def test_every_form_of_archive_is_served(server: TorchServeServer, model: str) -
 def test_check_sees_a_protected_model(server: TorchServeServer, folder: Path) -> None:
     code, steps = check(server, folder, "archived")
     assert code == 0
-    assert {s["state"] for s in steps.values()} == {"good"}
+    assert {s["good"] for s in steps.values()} == {True}
     assert steps["workers"]["detail"] == "1 of 1 ready"
     assert "trusted" in steps["verdict"]["detail"]
 
@@ -117,7 +118,7 @@ def test_check_names_what_is_wrong(server: TorchServeServer, folder: Path) -> No
     code, steps = check(server, folder, "absent")
     assert code == 1
     assert "no model 'absent'" in steps["workers"]["detail"]
-    assert steps["inference"]["state"] == "failed"
+    assert steps["inference"]["good"] is False
     request = folder / "bad.json"
     request.write_text("[]")
     result = CliRunner().invoke(

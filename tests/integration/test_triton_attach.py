@@ -367,7 +367,7 @@ def test_a_model_without_config_is_taken_from_the_server_and_check_names_a_dead_
         assert findings["service model"]["good"]
         assert not findings["verification"]["good"]
         assert "not healthy" in findings["verification"]["detail"]
-        assert "fides watch triton" in findings["verification"]["detail"]
+        assert "fides watch triton" in findings["verification"]["remedy"]
         assert fides("watch", "triton", server.http_address, "--once").returncode == 1
         assert Watcher(server.api).look()
         assert fides("check", "triton", server.http_address, "flowers").returncode == 0

@@ -74,7 +74,8 @@ def test_checks_never_raise_the_service_alarm(server: TritonServer) -> None:
         findings = {f.what: f for f in check(api, "roses")}
         assert all(f.good for f in findings.values())
         assert findings["validation"].detail == "verdict: attacked"
-        assert "it would be counted as attacked. Give benign rows with --data" in findings["protected model"].detail
+        assert "it would be counted as attacked" in findings["protected model"].detail
+        assert "--data" in findings["protected model"].remedy
     findings = {f.what: f for f in check(api, "flowers", {"pixels_in": PIXELS[:1]})}
     assert findings["protected model"].seconds > 0
     wait_until(lambda: verdicts(api, "flowers") == {"attacked": 0, "trusted": 1}, 10, "The benign row's count")

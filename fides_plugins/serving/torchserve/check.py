@@ -3,52 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from fides_plugins.errors import InputError, ServerError
 from fides_plugins.observation.metrics import VERDICTS
+from fides_plugins.serving.finding import CheckFinding
 from fides_plugins.serving.http import HEADER_REASON, HEADER_STATUS
-
-StepState = Literal["good", "failed", "unknown"]
 
 _TIMEOUT_S = 60.0
 _METRIC_WAIT_S = 3.0
 _METRIC_PAUSE_S = 0.05
 METRIC_LINES = "Add `metrics_mode=prometheus` and `model_metrics_auto_detect=true` to config.properties."
-
-
-@dataclass(frozen=True)
-class Step:
-    """One thing that was looked at."""
-
-    name: str
-    state: StepState
-    detail: str
-    remedy: str = ""
-
-
-@dataclass
-class Report:
-    """Everything that was looked at, in order."""
-
-    steps: list[Step] = field(default_factory=list)
-
-    @property
-    def good(self) -> bool:
-        """Whether nothing failed."""
-        return all(s.state != "failed" for s in self.steps)
-
-    def add(self, name: str, state: StepState, detail: str, remedy: str = "") -> None:
-        """Append one step."""
-        self.steps.append(Step(name, state, detail, remedy))
 
 
 def check(
@@ -61,8 +35,8 @@ def check(
     metrics_url: str = "",
     token: str = "",
     repeat: int = 5,
-) -> Report:
-    """Send `body` to a model and look at every step of its protection.
+) -> list[CheckFinding]:
+    """Send `body` to a model and look at every step of its protection; findings in the order of looking.
 
     Parameters
     ----------
@@ -89,15 +63,14 @@ def check(
         good_port = False
     if parts.scheme not in ("http", "https") or not parts.hostname or not good_port:
         raise InputError(f"{url!r} is no URL.", "Give one such as http://localhost:8080.")
-    report = Report()
     headers = {"content-type": content_type, **({"authorization": f"Bearer {token}"} if token else {})}
     metrics = metrics_url or f"{_neighbour(url, 2)}/metrics"
-    _check_workers(report, management_url or _neighbour(url, 1), model, headers)
+    workers = _check_workers(management_url or _neighbour(url, 1), model, headers)
     before = _count_verdicts(metrics, model)
-    answer = _check_inference(report, f"{url.rstrip('/')}/predictions/{model}", body, headers, repeat)
-    if answer is not None:
-        _check_protection(report, answer, lambda: _count_verdicts(metrics, model), before)
-    return report
+    inference, answer = _check_inference(f"{url.rstrip('/')}/predictions/{model}", body, headers, repeat)
+    if answer is None:
+        return [workers, inference]
+    return [workers, inference, *_check_protection(answer, lambda: _count_verdicts(metrics, model), before)]
 
 
 @dataclass(frozen=True)
@@ -107,27 +80,29 @@ class _Answer:
     body: bytes
 
 
-def _check_workers(report: Report, management_url: str, model: str, headers: Mapping[str, str]) -> None:
+def _check_workers(management_url: str, model: str, headers: Mapping[str, str]) -> CheckFinding:
     try:
         answer = _ask(f"{management_url}/models/{model}", None, headers)
     except ServerError:
-        report.add("workers", "unknown", "the management API cannot be reached", "Give its address with --management.")
-        return
+        remedy = "Give its address with --management."
+        return CheckFinding("workers", None, "the management API cannot be reached", remedy)
     if answer.status == 404:
-        report.add("workers", "failed", f"no model {model!r} is registered", "Register it, or correct the name.")
-        return
+        remedy = "Register it, or correct the name."
+        return CheckFinding("workers", False, f"no model {model!r} is registered", remedy)
     try:
         workers = json.loads(answer.body)[0]["workers"]
         ready = sum(1 for w in workers if w["status"] == "READY")
     except (ValueError, LookupError, TypeError):
-        report.add("workers", "unknown", f"the management API answered {answer.status}")
-        return
-    state: StepState = "good" if workers and ready == len(workers) else "failed"
-    remedy = "" if state == "good" else "Read model_log.log: a handler that fails to load is tried again for minutes."
-    report.add("workers", state, f"{ready} of {len(workers)} ready", remedy)
+        return CheckFinding("workers", None, f"the management API answered {answer.status}")
+    good = bool(workers) and ready == len(workers)
+    remedy = "" if good else "Read model_log.log: a handler that fails to load is tried again for minutes."
+    return CheckFinding("workers", good, f"{ready} of {len(workers)} ready", remedy)
 
 
-def _check_inference(report: Report, url: str, body: bytes, headers: Mapping[str, str], repeat: int) -> _Answer | None:
+def _check_inference(
+    url: str, body: bytes, headers: Mapping[str, str], repeat: int
+) -> tuple[CheckFinding, _Answer | None]:
+    """The finding, and the answer where the model gave one."""
     seconds: list[float] = []
     try:
         answer = _ask(url, body, headers)
@@ -136,22 +111,23 @@ def _check_inference(report: Report, url: str, body: bytes, headers: Mapping[str
             answer = _ask(url, body, headers)
             seconds.append(time.perf_counter() - start)
     except ServerError as error:
-        report.add("inference", "failed", str(error), "Start the server, or correct the URL.")
-        return None
+        return CheckFinding("inference", False, str(error), "Start the server, or correct the URL."), None
     if answer.status in (400, 401, 403) and b"oken" in answer.body:
-        report.add("inference", "failed", "token authorization is on", "Give the inference key with --token.")
-        return None
-    timing = f", median {1000 * statistics.median(seconds):.1f} ms" if seconds else ""
+        remedy = "Give the inference key with --token."
+        return CheckFinding("inference", False, "token authorization is on", remedy), None
     if answer.status == 404:
-        report.add("inference", "failed", "HTTP 404: there is no such model", "Register it, or correct the name.")
-        return None
+        remedy = "Register it, or correct the name."
+        return CheckFinding("inference", False, "HTTP 404: there is no such model", remedy), None
     good = answer.status in (200, 409)
     remedy = "" if good else "Send a body that the model's own handler accepts, and read model_log.log."
-    report.add("inference", "good" if good else "failed", f"HTTP {answer.status}{timing}", remedy)
-    return answer
+    median = statistics.median(seconds) if seconds else math.nan
+    return CheckFinding("inference", good, f"HTTP {answer.status}", remedy, median), answer
 
 
-def _check_protection(report: Report, answer: _Answer, count: Callable[[], float | None], before: float | None) -> None:
+def _check_protection(
+    answer: _Answer, count: Callable[[], float | None], before: float | None
+) -> tuple[CheckFinding, CheckFinding]:
+    """The findings on the verdict and on the metrics."""
     status = answer.headers.get(HEADER_STATUS, "")
     after = before
     if before is not None:
@@ -159,28 +135,25 @@ def _check_protection(report: Report, answer: _Answer, count: Callable[[], float
         while (after := count()) is not None and after <= before and time.monotonic() < deadline:
             time.sleep(_METRIC_PAUSE_S)
     counted = before is not None and after is not None and after > before
-    if status in ("trusted", "attacked"):
-        report.add("verdict", "good", f"{status}, in the response headers")
-    elif status:
-        report.add(
-            "verdict",
-            "failed",
-            f"{status}: {answer.headers.get(HEADER_REASON, 'no reason given')}",
-            "Read model_log.log; the answer could not be judged.",
-        )
-    elif counted:
-        report.add("verdict", "good", "none in the response, but it is counted: mode is `observe`")
-    elif before is None:
-        report.add("verdict", "failed", "no verdict, and no metrics to see whether mode is `observe`", METRIC_LINES)
-    else:
-        report.add("verdict", "failed", "the model is not protected", "Run `fides attach torchserve` on its archive.")
     if counted:
-        report.add("metrics", "good", f"{VERDICTS.name} counts this model")
+        metrics = CheckFinding("metrics", True, f"{VERDICTS.name} counts this model")
+    elif before is None:
+        metrics = CheckFinding("metrics", None, "the metrics page cannot be reached", METRIC_LINES)
     else:
-        detail = (
-            "the metrics page cannot be reached" if before is None else f"{VERDICTS.name} does not count this model"
-        )
-        report.add("metrics", "unknown" if before is None else "failed", detail, METRIC_LINES)
+        metrics = CheckFinding("metrics", False, f"{VERDICTS.name} does not count this model", METRIC_LINES)
+    if status in ("trusted", "attacked"):
+        return CheckFinding("verdict", True, f"{status}, in the response headers"), metrics
+    if status:
+        detail = f"{status}: {answer.headers.get(HEADER_REASON, 'no reason given')}"
+        return CheckFinding("verdict", False, detail, "Read model_log.log; the answer could not be judged."), metrics
+    if counted:
+        detail = "none in the response, but it is counted: mode is `observe`"
+        return CheckFinding("verdict", True, detail), metrics
+    if before is None:
+        detail = "no verdict, and no metrics to see whether mode is `observe`"
+        return CheckFinding("verdict", False, detail, METRIC_LINES), metrics
+    remedy = "Run `fides attach torchserve` on its archive."
+    return CheckFinding("verdict", False, "the model is not protected", remedy), metrics
 
 
 def _count_verdicts(url: str, model: str) -> float | None:

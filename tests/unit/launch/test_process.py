@@ -1,5 +1,6 @@
 """Free ports, process trees and logs of the launchers."""
 
+import os
 import subprocess
 import sys
 import time
@@ -10,9 +11,11 @@ from fides_plugins.errors import ServerError
 from fides_plugins.launch import torchserve
 from fides_plugins.launch.process import (
     Process,
+    cpu_seconds,
     descendants,
     free_ports,
     is_alive,
+    resident_bytes,
     stop_tree,
     wait_until,
 )
@@ -107,3 +110,27 @@ def test_the_error_of_a_worker_is_read_when_its_traceback_is_whole(tmp_path, mon
     monkeypatch.setattr(server, "_command", lambda: [sys.executable, "-c", _SLOW_TRACEBACK])
     with pytest.raises(ServerError, match=r"No module named 'absent'; ImportError: Unable to load"):
         server.start()
+
+
+def test_without_psutil_the_launcher_names_the_extra_to_install():
+    code = """
+import sys
+sys.modules["psutil"] = None
+from fides_plugins.errors import ServerError
+from fides_plugins.cli.demo import _default_server
+assert _default_server(quiet=True) == "inprocess"
+try:
+    import fides_plugins.launch.triton
+except ServerError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "pip install 'fides-plugins[triton]'" in done.stdout, done.stderr
+
+
+def test_a_process_that_has_ended_has_no_memory_and_no_children():
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    assert (descendants(ended.pid), resident_bytes([ended.pid]), cpu_seconds([ended.pid])) == ([], 0, 0.0)
+    assert resident_bytes([os.getpid()]) > 2**20
+    assert cpu_seconds([os.getpid()]) > 0

@@ -177,6 +177,29 @@ def test_the_alarm_never_blocks_and_counts_what_it_leaves_out() -> None:
     alarm.close()
 
 
+def test_a_p_value_of_zero_does_not_keep_its_batch_from_the_alarm() -> None:
+    """A plug-in's p-value may be 0; the batch that held one was once left out, and the attack with it."""
+    states: list[bool] = []
+    alarm = ServiceAlarm(SequenceMonitor(999), "digits", lambda log_e, raised: states.append(raised))
+    alarm.put(np.array([0.0] + [0.001] * 7, np.float32))
+    wait_until(lambda: bool(states), 10, "The alarm")
+    alarm.close()
+    assert states == [True]
+
+
+def test_an_alarm_that_fails_says_so_and_counts_the_rows(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(log_e: float, raised: bool) -> None:
+        raise RuntimeError("boom")
+
+    alarm = ServiceAlarm(SequenceMonitor(999), "digits", fail)
+    alarm.put(np.full(3, 0.5, np.float32))
+    wait_until(lambda: "no longer tested" in caplog.text, 10, "The log")
+    alarm.close()
+    alarm.put(np.full(5, 0.5, np.float32))
+    assert alarm.left_out == 5
+    assert "boom" in caplog.text
+
+
 def test_rows_without_a_score_are_counted_but_not_observed(tmp_path: Path) -> None:
     memory = Memory()
     protection = protected(tmp_path, MetricsRecorder(memory, "digits"))

@@ -154,6 +154,16 @@ def test_rows_without_an_opinion_are_skipped_and_counted():
     assert monitor.e_value == alone.e_value
 
 
+def test_a_p_value_of_zero_counts_as_the_smallest_conformal_one():
+    zero, smallest = SequenceMonitor(N), SequenceMonitor(N)
+    for monitor, low in ((zero, 0.0), (smallest, 1 / (N + 1))):
+        monitor.update([0.4, low, 0.7, low])
+    assert zero.e_value == smallest.e_value > 1.0
+    alarm = zero.update(np.zeros(40))
+    assert alarm is not None
+    assert alarm.index < 20
+
+
 def test_evidence_of_workers_is_averaged():
     assert merge_e_values([4e6, 0.0, 0.5, 0.5]) == pytest.approx(1_000_000.25)
     assert merge_e_values([1.0]) == 1.0
@@ -173,9 +183,9 @@ def test_merged_evidence_of_clean_workers_stays_valid():
 
 
 def test_wrong_use_is_refused():
-    with pytest.raises(InputError, match=r"outside \(0, 1\]"):
-        SequenceMonitor(N).update([0.0])
-    with pytest.raises(InputError, match=r"outside \(0, 1\]"):
+    with pytest.raises(InputError, match=r"outside \[0, 1\]"):
+        SequenceMonitor(N).update([-0.1])
+    with pytest.raises(InputError, match=r"outside \[0, 1\]"):
         SequenceMonitor(N).update([1.5])
     with pytest.raises(InputError, match="at least one calibration row"):
         SequenceMonitor(0)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fides_plugins.errors import ServerError
+from fides_plugins.serving.finding import CheckFinding
 from fides_plugins.serving.triton import wire
 from fides_plugins.serving.triton.config import parse_json
 from fides_plugins.serving.triton.operator.api import TritonApi
@@ -52,31 +52,9 @@ REMEDIES = (
 )
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was checked.
-
-    Attributes
-    ----------
-    what:
-        The step or property.
-    good:
-        Whether it is as it should be.
-    seconds:
-        Time of the inference; NaN where there was none.
-    detail:
-        What was seen; with the remedy where it is not good.
-    """
-
-    what: str
-    good: bool
-    seconds: float
-    detail: str
-
-
 def check(
     api: TritonApi, model: str, data: Mapping[str, NDArray[Any]] | None = None, timeout_s: float = 10.0
-) -> list[Finding]:
+) -> list[CheckFinding]:
     """Check a protected model step by step; findings in the order in which to mend them.
 
     The steps are asked directly, and the verdict is marked as a probe's. A request through the protected
@@ -99,7 +77,9 @@ def check(
         raise ServerError(
             f"Triton at {api.host}:{api.port} cannot be reached ({error}).", "Check the address."
         ) from None
-    findings = [Finding("server ready", ready, float("nan"), "" if ready else "some model is not ready; see the log")]
+    findings = [
+        CheckFinding("server ready", ready, "" if ready else "some model is not ready", "" if ready else "See its log.")
+    ]
     (item,) = find_protected(api, model)
     findings.append(_state(item))
     if api.host in _LOCAL:
@@ -107,7 +87,7 @@ def check(
     problem, remedy = queue_problem(parse_json(api.config(item.base)))
     if problem:
         # Not tried: the inference itself could end the server.
-        return [*findings, Finding("service model", False, float("nan"), f"{item.base!r} {problem} {remedy}")]
+        return [*findings, CheckFinding("service model", False, f"{item.base!r} {problem}", remedy)]
     inputs = sample_inputs(api.config(model), data)
     base = probe(api, item.base, inputs, timeout_s)
     findings.append(_finding("service model", base))
@@ -115,43 +95,41 @@ def check(
     findings.append(_finding("verification", verified, _verification_detail(verified)))
     judged, harmful = _judge(api, item, inputs, base, verified, timeout_s)
     findings.append(judged)
-    bad = [f.what for f in findings if not f.good]
+    bad = [f.what for f in findings if f.good is False]
     if bad:
-        detail = f"Not tried: mend first what is bad ({', '.join(bad)})."
-        findings.append(Finding("protected model", False, float("nan"), detail))
+        findings.append(CheckFinding("protected model", False, "Not tried.", f"Mend first: {', '.join(bad)}."))
     elif harmful:
-        detail = f"Its steps work; not sent through as a whole, because {harmful} Give benign rows with --data."
-        findings.append(Finding("protected model", True, float("nan"), detail))
+        detail = f"Its steps work; not sent through as a whole, because {harmful}"
+        findings.append(CheckFinding("protected model", True, detail, "Give benign rows with --data."))
     else:
         whole = probe(api, model, inputs, timeout_s)
         findings.append(_finding("protected model", whole, _whole_detail(item, base, whole)))
     return findings
 
 
-def _state(item: Protected) -> Finding:
+def _state(item: Protected) -> CheckFinding:
     if item.degraded:
-        detail = "The fallback stands in for verification; `fides watch triton URL` restores it."
-        return Finding("protection", False, float("nan"), detail)
-    return Finding("protection", True, float("nan"), f"{item.base} + {item.verify} -> {item.validate}")
+        detail = "The fallback stands in for verification."
+        return CheckFinding("protection", False, detail, "`fides watch triton URL` restores it.")
+    return CheckFinding("protection", True, f"{item.base} + {item.verify} -> {item.validate}")
 
 
-def _shared_memory() -> Finding:
+def _shared_memory() -> CheckFinding:
     try:
         stats = os.statvfs("/dev/shm")
     except OSError:
-        return Finding("/dev/shm", True, float("nan"), "not there; not checked")
+        return CheckFinding("/dev/shm", None, "not there; not checked")
     free = stats.f_bavail * stats.f_frsize
-    detail = f"{free // 2**20} MiB free"
-    if free < SHM_NEEDED:
-        detail += f", {SHM_NEEDED // 2**20} needed. {REMEDIES[0][1]}"
-    return Finding("/dev/shm", free >= SHM_NEEDED, float("nan"), detail)
+    detail = f"{free // 2**20} MiB free, {SHM_NEEDED // 2**20} needed"
+    good = free >= SHM_NEEDED
+    return CheckFinding("/dev/shm", good, detail, "" if good else REMEDIES[0][1])
 
 
-def _finding(what: str, result: ProbeResult, problem: str = "") -> Finding:
+def _finding(what: str, result: ProbeResult, problem: str = "") -> CheckFinding:
     if not result.alive:
         problem = result.detail
     remedy = next((text for sign, text in REMEDIES if problem and sign in problem), "")
-    return Finding(what, not problem, result.seconds, f"{problem} {remedy}".strip())
+    return CheckFinding(what, not problem, problem, remedy, result.seconds)
 
 
 def _verification_detail(result: ProbeResult) -> str:
@@ -176,12 +154,12 @@ def _judge(
     base: ProbeResult,
     verified: ProbeResult,
     timeout_s: float,
-) -> tuple[Finding, str]:
+) -> tuple[CheckFinding, str]:
     """The finding, and why the same rows should not be sent where they are counted; empty if they may."""
     config = api.config(item.validate)
     taken = {str(e["name"]) for e in config["input"]} - set(wire.INTERNAL)
     if base.outputs is None:
-        return Finding("validation", False, float("nan"), "Not tried: the service model gave no answer."), ""
+        return CheckFinding("validation", False, "Not tried: the service model gave no answer."), ""
     references = sample_references(config)
     if verified.outputs is not None and verified.outputs[wire.VERIFICATION].size:
         references = {name: verified.outputs[name] for name in wire.INTERNAL}
@@ -195,7 +173,7 @@ def _judge(
             problem = f"The verdict is {status[0]}: {reason[0]}."
         else:
             # A generated input is no digit and no flower, so `attacked` is as good a sign of life as `trusted`.
-            found = Finding("validation", True, result.seconds, f"verdict: {status[0]}")
+            found = CheckFinding("validation", True, f"verdict: {status[0]}", seconds=result.seconds)
             return found, _harm(status, result.outputs[wire.P_VALUE])
     return _finding("validation", result, problem), "its verdict is not known."
 

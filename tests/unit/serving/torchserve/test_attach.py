@@ -252,10 +252,10 @@ def test_check_names_a_bad_port_and_an_unknown_model() -> None:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         closed = "http://127.0.0.1:1"
         url = f"http://127.0.0.1:{server.server_port}"
-        report = check(url, "absent", b"{}", management_url=closed, metrics_url=closed)
+        findings = check(url, "absent", b"{}", management_url=closed, metrics_url=closed)
         server.shutdown()
-    (step,) = [s for s in report.steps if s.name == "inference"]
-    assert (step.state, step.detail) == ("failed", "HTTP 404: there is no such model")
+    assert [(f.what, f.good) for f in findings] == [("workers", None), ("inference", False)]
+    assert findings[1].detail == "HTTP 404: there is no such model"
 
 
 def test_a_changed_protected_archive_is_not_detached(archive: Path, bundle_folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,31 @@
+"""What `fides check` finds, on any host."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CheckFinding:
+    """One thing that was looked at.
+
+    Attributes
+    ----------
+    what:
+        The step or property.
+    good:
+        Whether it is as it should be; None where that could not be seen.
+    detail:
+        What was seen.
+    remedy:
+        How to mend it; empty where there is nothing to mend, or nothing known.
+    seconds:
+        Time of the inference; NaN where there was none.
+    """
+
+    what: str
+    good: bool | None
+    detail: str
+    remedy: str = ""
+    seconds: float = math.nan
