@@ -76,6 +76,13 @@ def rows_of(verdict: Verdict) -> list[RowVerdict]:
     return [RowVerdict(Status(status), *rest) for status, *rest in columns]
 
 
+def request_verdict(verdict: Verdict) -> RowVerdict:
+    """The verdict of a request with rows of its own: that of its worst row; `indeterminate` where it has none."""
+    if not verdict.n_rows:
+        return RowVerdict(Status.INDETERMINATE, reason="the request has no row")
+    return _combined(rows_of(verdict), "worst")
+
+
 def per_request(
     calls: Sequence[Sequence[RowVerdict]],
     n_requests: int,
@@ -139,9 +146,15 @@ def _share(rows: Sequence[RowVerdict], index: int, n_requests: int) -> Sequence[
 
 
 def _combined(rows: Sequence[RowVerdict], rule: RowsRule) -> RowVerdict:
-    order = _ANY_ORDER if rule == "any" else _SEVERITY
-    # Among equals the most suspicious row speaks; NaN scores come last.
-    return max(rows, key=lambda r: (order[r.status], r.refused, -1.0 if math.isnan(r.score) else r.score))
+    def weight(row: RowVerdict) -> tuple[float, ...]:
+        # Among equals the most suspicious row speaks; NaN scores come last.
+        score = -1.0 if math.isnan(row.score) else row.score
+        if rule == "any":
+            return (_ANY_ORDER[row.status], row.refused, score)
+        # A row that must not be handed out outranks an attacked one that was corrected.
+        return (row.refused, _SEVERITY[row.status], score)
+
+    return max(rows, key=weight)
 
 
 def printable(value: object, limit: int = MAX_HEADER_LENGTH) -> str:

@@ -173,3 +173,13 @@ def test_an_attacked_row_is_never_lost(rows: list[RowVerdict], n: int, declared:
 def test_the_most_suspicious_attack_speaks() -> None:
     mild, strong, unknown = (RowVerdict(Status.ATTACKED, s) for s in (0.6, 0.95, math.nan))
     assert per_request([[mild, unknown, strong]], 1, "any", 3, lambda why: NOT) == [strong]
+
+
+def test_a_refused_row_outranks_a_corrected_one() -> None:
+    """A request may not pass with a row that policy refuses because another of its rows could be corrected."""
+    corrected = RowVerdict(Status.ATTACKED, score=1.0, corrected=True)
+    unjudged = RowVerdict(Status.ERROR, refused=True)
+    for rows in ([corrected, unjudged], [unjudged, corrected]):
+        (verdict,) = per_request([rows], 1, "worst", 2, unjudged=lambda why: RowVerdict(Status.ERROR, reason=why))
+        assert verdict.refused
+        assert verdict.http_status == 503
