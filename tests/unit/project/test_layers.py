@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import sys
+
 import grimp
+
+from tests.support.docs_blocks import REPOSITORY
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 def test_no_module_imports_itself_in_a_circle() -> None:
@@ -15,3 +25,12 @@ def test_no_module_imports_itself_in_a_circle() -> None:
             break
         below = {module: imported - free for module, imported in below.items() if module not in free}
     assert not below, f"these modules import each other in a circle, or stand above one: {sorted(below)}"
+
+
+def test_the_architecture_page_names_every_layer() -> None:
+    contracts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    page = (REPOSITORY / "docs" / "explanation" / "architecture.md").read_text()
+    table = page.split("## Layers")[1].split("## ")[0]
+    for contract in contracts:
+        for room in re.findall(r"\w+", " ".join(contract["layers"])):
+            assert f"`{room}`" in table, f"{room} is not on the page"
