@@ -27,7 +27,7 @@ from fides_plugins.attestation.evidence import CHALLENGE_BYTES, Evidence, Statem
 from fides_plugins.attestation.keys import raw_public
 from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.attestation.request import Scheme, SignedRequest, decode_commitment
-from fides_plugins.attestation.tensors import oip_type, tensor_digest
+from fides_plugins.attestation.tensors import tensor_digest
 from fides_plugins.attestation.verify import evidence_id
 from fides_plugins.builtin.verify import OnnxVerifier
 from fides_plugins.bundle import Bundle
@@ -35,6 +35,7 @@ from fides_plugins.enclave.limits import RateLimit, SpentNonces
 from fides_plugins.enclave.providers import Provider
 from fides_plugins.enclave.rounding import round_rows
 from fides_plugins.errors import BundleError, InputError
+from fides_plugins.oip import oip_type
 from fides_plugins.settings import Settings
 from fides_plugins.types import Float32Array, Query
 

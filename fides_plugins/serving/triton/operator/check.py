@@ -43,7 +43,7 @@ REMEDIES = (
         "input byte size mismatch",
         "The python backend handed back an empty tensor: pin numpy below 2 in the server's environment.",
     ),
-    ("came with", "The python backend handed back an empty tensor: pin numpy below 2 in the server's environment."),
+    ("bytes, not", "The python backend handed back an empty tensor: pin numpy below 2 in the server's environment."),
     (
         "no answer within",
         "The step hangs or is overloaded; see the server's log, and raise --timeout if it is only slow.",

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fides_plugins.errors import ServerError
+from fides_plugins.oip import numpy_dtype
 from fides_plugins.pipeline import VerifyOutcome
 from fides_plugins.serving.triton import wire
-from fides_plugins.serving.triton.dtypes import numpy_dtype
+from fides_plugins.serving.triton.config import short_name
 from fides_plugins.serving.triton.operator.api import InferenceRefused, TritonApi, UnknownModel
 
 #: Length given to a free axis of a generated input.
@@ -144,7 +145,7 @@ def sample_inputs(config: Mapping[str, Any], data: Mapping[str, NDArray[Any]] | 
         if not batching and len(dims) > 1 and dims[0] < 0:
             dims[0] = 1
         shape = [1] * batching + [FREE_AXIS if d < 0 else d for d in dims]
-        dtype = numpy_dtype(str(entry["data_type"]))
+        dtype = numpy_dtype(short_name(str(entry["data_type"])))
         if dtype == np.object_:
             found[name] = np.full(shape, None, dtype=np.object_)
             found[name].fill(sample_png())
