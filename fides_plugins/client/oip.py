@@ -1,8 +1,7 @@
 """A model behind the Open Inference Protocol (KServe v2) over HTTP, with JSON tensors only.
 
 Every server of the protocol understands JSON tensors; the binary extension is not used, so that the
-same call reaches Triton, MLServer, KServe, OpenVINO Model Server and the verifier of `fides
-serve-verifier`. Standard library and numpy only.
+same call reaches Triton, MLServer, KServe and OpenVINO Model Server. Standard library and numpy only.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class VerifierOptions:
 
 
 @dataclass(frozen=True)
-class Answer:
+class SignedAnswer:
     """What goes back to the client.
 
     Attributes
@@ -203,7 +203,7 @@ class Verifier:
                 self._issued.popitem(last=False)
         return made
 
-    def answer(self, request: str, tensor: NDArray[Any], commitment: str = "") -> Answer:
+    def answer(self, request: str, tensor: NDArray[Any], commitment: str = "") -> SignedAnswer:
         """Run the model on a tensor and sign what came out.
 
         Parameters
@@ -264,7 +264,7 @@ class Verifier:
             issued_at=int(self._clock()),
             service_digest=service_digest,
         ).sign(self._signing, self.key_id)
-        return Answer(signed, reference if asked.scheme == "commitment" else None)
+        return SignedAnswer(signed, reference if asked.scheme == "commitment" else None)
 
     def _reference(self, tensor: NDArray[Any]) -> Float32Array:
         """(N, K) float32; rows that the model could not judge are zero, which no client takes for a distribution."""

@@ -27,7 +27,7 @@ _NOT_EXPLICIT = "explicit model load / unload is not allowed"
 
 
 @dataclass(frozen=True)
-class Answer:
+class Exchange:
     """Status code, body and headers of one HTTP exchange; names of headers are in lower case."""
 
     status: int
@@ -126,19 +126,19 @@ class TritonApi:
         body: bytes = b"",
         headers: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
-    ) -> Answer:
+    ) -> Exchange:
         """One HTTP exchange. Raises `OSError` when the server cannot be reached or does not answer."""
         connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout_s or self.timeout_s)
         try:
             connection.request(method, path, body=body, headers=dict(headers or {}))
             response = connection.getresponse()
-            return Answer(response.status, response.read(), {k.lower(): v for k, v in response.getheaders()})
+            return Exchange(response.status, response.read(), {k.lower(): v for k, v in response.getheaders()})
         except http.client.HTTPException as error:
             raise ConnectionError(str(error)) from error
         finally:
             connection.close()
 
-    def _ask(self, method: str, path: str, what: str, body: bytes = b"", timeout_s: float | None = None) -> Answer:
+    def _ask(self, method: str, path: str, what: str, body: bytes = b"", timeout_s: float | None = None) -> Exchange:
         try:
             answer = self.exchange(method, path, body, timeout_s=timeout_s)
         except OSError as error:

@@ -180,7 +180,7 @@ def as_probe(references: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
 
 
 @dataclass(frozen=True)
-class ProbeResult:
+class InferenceProbe:
     """What one real inference through one model showed.
 
     Attributes
@@ -203,7 +203,7 @@ class ProbeResult:
 
 def probe(
     api: TritonApi, model: str, inputs: Mapping[str, NDArray[Any]], timeout_s: float, version: str = ""
-) -> ProbeResult:
+) -> InferenceProbe:
     """One inference; never raises for what the server does."""
     start = time.perf_counter()
     try:
@@ -211,9 +211,9 @@ def probe(
     except InferenceRefused as error:
         detail = error.message
         own = detail.startswith("fides:") or " fides: " in detail
-        return ProbeResult(model, own, time.perf_counter() - start, detail=detail)
+        return InferenceProbe(model, own, time.perf_counter() - start, detail=detail)
     except TimeoutError:
-        return ProbeResult(model, False, time.perf_counter() - start, True, f"no answer within {timeout_s:g} s")
+        return InferenceProbe(model, False, time.perf_counter() - start, True, f"no answer within {timeout_s:g} s")
     except (OSError, ServerError) as error:
-        return ProbeResult(model, False, time.perf_counter() - start, detail=str(error))
-    return ProbeResult(model, True, time.perf_counter() - start, outputs=outputs)
+        return InferenceProbe(model, False, time.perf_counter() - start, detail=str(error))
+    return InferenceProbe(model, True, time.perf_counter() - start, outputs=outputs)
