@@ -19,12 +19,12 @@ import atheris
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-with atheris.instrument_imports(include=["fides_plugins.attestation", "fides_plugins.enclave.oip"]):
+with atheris.instrument_imports(include=["fides_plugins.attestation", "fides_plugins.enclave", "fides_plugins.oip"]):
     from fides_plugins.attestation import cose
     from fides_plugins.attestation.evidence import Evidence
     from fides_plugins.attestation.receipt import PROFILE, open_receipt
     from fides_plugins.attestation.request import SignedRequest, to_text
-    from fides_plugins.enclave import oip
+    from fides_plugins.enclave import protocol
     from fides_plugins.enclave.bounds import request_bounds
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -66,7 +66,7 @@ def payload(data: bytes) -> None:
 def body(data: bytes) -> None:
     """Arbitrary HTTP bodies; the first two bytes choose the length of the JSON in front."""
     length = int.from_bytes(data[:2], "big")
-    oip.parse_http(data[2:], None if length % 2 else length // 2, BOUNDS)
+    protocol.parse_request(data[2:], None if length % 2 else length // 2, BOUNDS)
 
 
 def evidence(data: bytes) -> None:

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import httpx
 import numpy as np
 
+from fides_plugins import oip
 from fides_plugins.attestation.request import to_text
 from fides_plugins.attestation.tensors import tensor_digest
 from fides_plugins.attestation.wire import COMMITMENT_PARAMETER, PARAMETER, RECEIPT_OUTPUT
@@ -98,18 +99,15 @@ def measure(bundle: Bundle, service: OnnxModel, repeats: int) -> dict[str, list[
         times.setdefault(name, []).append(time.perf_counter() - begin)
         return result
 
-    with RunningVerifier(verifier, grpc=False) as running, httpx.Client() as web:
+    with RunningVerifier(verifier) as running, httpx.Client() as web:
 
         def post(text: str, scheme: str) -> str:
-            raw = tensor.tobytes()
-            entry = {"name": spec.name, "shape": list(tensor.shape), "datatype": "FP32"}
             parameters = {PARAMETER: text, **({COMMITMENT_PARAMETER: commitment} if scheme == "commitment" else {})}
-            inputs = [{**entry, "parameters": {"binary_data_size": len(raw)}}]
-            head = json.dumps({"parameters": parameters, "inputs": inputs}).encode()
-            headers = {"Inference-Header-Content-Length": str(len(head))}
+            body, headers = oip.request_body({spec.name: tensor}, parameters=parameters)
             url = f"http://{running.http}/v2/models/{bundle.manifest.name}/infer"
-            reply = web.post(url, content=head + raw, headers=headers).raise_for_status().json()
-            return str(next(o["data"][0] for o in reply["outputs"] if o["name"] == RECEIPT_OUTPUT))
+            reply = web.post(url, content=body, headers=headers).raise_for_status()
+            outputs = oip.read_answer(reply.content, reply.headers.get(oip.JSON_LENGTH), (RECEIPT_OUTPUT,))
+            return str(oip.first_text(outputs, RECEIPT_OUTPUT))
 
         def in_process() -> None:
             timed("verification model in process", lambda: verifier._reference(tensor))

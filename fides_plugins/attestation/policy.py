@@ -37,11 +37,11 @@ _PINNED = {
 }
 
 
-class _Section(BaseModel):
+class _PolicyPart(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Measurement(_Section):
+class Measurement(_PolicyPart):
     """One program that is trusted, by what its TEE measured. Every value given must match."""
 
     tee: Literal["sgx", "tdx", "sev-snp"]
@@ -80,7 +80,7 @@ class Measurement(_Section):
         return True
 
 
-class SnpTcb(_Section):
+class SnpTcb(_PolicyPart):
     """Security patch levels of an AMD platform; each must be reached."""
 
     bootloader: int = Field(ge=0, le=255)
@@ -89,7 +89,7 @@ class SnpTcb(_Section):
     microcode: int = Field(ge=0, le=255)
 
 
-class EvidencePolicy(_Section):
+class EvidencePolicy(_PolicyPart):
     """What a client demands of a verifier's evidence."""
 
     measurements: tuple[Measurement, ...] = Field((), description="Programs that are trusted; none: nothing is.")

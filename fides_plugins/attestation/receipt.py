@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from fides_plugins.attestation import cose
 from fides_plugins.attestation.refusal import Refusal
-from fides_plugins.attestation.tensors import OIP_TYPES
+from fides_plugins.oip import OIP_TYPES
 
 PROFILE = "fides-receipt/1"
 DEVELOPMENT_PROFILE = "fides-receipt/1+development"

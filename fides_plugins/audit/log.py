@@ -30,6 +30,7 @@ from fides_plugins.audit.writer import LaneWriter, timestamp
 from fides_plugins.bundle import Bundle
 from fides_plugins.errors import SettingsError
 from fides_plugins.hookspecs import ENTRY_POINT_GROUP, hookimpl
+from fides_plugins.oip import BYTES, encode_bytes
 from fides_plugins.settings import Settings
 from fides_plugins.types import STATUS_TEXTS, Query, Status, Verdict
 
@@ -193,9 +194,7 @@ def _input_digests(query: Query, row: int) -> dict[str, str]:
         if part.size == 0:
             continue
         if part.dtype.kind in "OSU":
-            parts = [v if isinstance(v, bytes) else str(v).encode() for v in part.ravel().tolist()]
-            data = b"".join(len(p).to_bytes(4, "little") + p for p in parts)
-            digests[name] = bytes_digest(data, "BYTES", part.shape).hex()
+            digests[name] = bytes_digest(encode_bytes(part), BYTES, part.shape).hex()
         else:
             digests[name] = tensor_digest(part).hex()
     return digests

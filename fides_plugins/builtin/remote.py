@@ -12,7 +12,6 @@ signed request are not judged. Time-out and circuit breaker are the pipeline's.
 from __future__ import annotations
 
 import http.client
-import json
 import threading
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -20,8 +19,8 @@ from urllib.parse import quote, urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
-from fides_plugins.attestation.tensors import oip_type, tensor_bytes
-from fides_plugins.attestation.wire import COMMITMENT_PARAMETER, PARAMETER, RECEIPT_OUTPUT
+from fides_plugins import oip
+from fides_plugins.attestation.wire import COMMITMENT_PARAMETER, PARAMETER, RECEIPT_OUTPUT, REFERENCE_OUTPUT
 from fides_plugins.bundle import Bundle
 from fides_plugins.errors import ServerError, SettingsError
 from fides_plugins.hookspecs import hookimpl
@@ -102,32 +101,23 @@ class RemoteVerifier:
         return Verification.single(references, NAME, available, {RECEIPTS: receipts})
 
     def _ask(self, tensor: NDArray[Any], part: SignedRows) -> tuple[str, NDArray[np.float32] | None]:
-        raw = tensor_bytes(tensor)
         parameters = {PARAMETER: part.request}
         if part.commitment:
             parameters[COMMITMENT_PARAMETER] = part.commitment
-        entry = {
-            "name": self._input,
-            "shape": list(tensor.shape),
-            "datatype": oip_type(tensor.dtype),
-            "parameters": {"binary_data_size": len(raw)},
-        }
-        head = json.dumps({"parameters": parameters, "inputs": [entry]}).encode()
-        headers = {"Inference-Header-Content-Length": str(len(head)), "Content-Type": "application/octet-stream"}
-        status, answer = self._post(head + raw, headers)
+        body, headers = oip.request_body({self._input: tensor}, parameters=parameters)
+        status, json_length, answer = self._post(body, headers)
         if status >= 500 or status in (408, 429):
             raise ServerError(f"The verifier answered with status {status}.")
         if status != 200:
             # The client's own request was refused: it gets no receipt, and nobody else suffers for it.
             return "", None
-        outputs = {o["name"]: o for o in json.loads(answer)["outputs"]}
-        reference = outputs.get("probabilities")
-        values = None
-        if reference is not None:
-            values = np.asarray(reference["data"], np.float32).reshape(reference["shape"])
-        return str(outputs[RECEIPT_OUTPUT]["data"][0]), values
+        outputs = oip.read_answer(answer, json_length, (RECEIPT_OUTPUT, REFERENCE_OUTPUT))
+        receipt = oip.first_text(outputs, RECEIPT_OUTPUT)
+        if receipt is None:
+            raise ServerError("The verifier answered without a receipt.")
+        return receipt, outputs.get(REFERENCE_OUTPUT)
 
-    def _post(self, body: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
+    def _post(self, body: bytes, headers: dict[str, str]) -> tuple[int, str | None, bytes]:
         """One request over this thread's connection; a stale one is opened again once."""
         for attempt in range(2):
             kept: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
@@ -136,7 +126,7 @@ class RemoteVerifier:
             try:
                 connection.request("POST", self._path, body=body, headers=headers)
                 response = connection.getresponse()
-                return response.status, response.read(_MAX_ANSWER)
+                return response.status, response.headers.get(oip.JSON_LENGTH), response.read(_MAX_ANSWER)
             except (OSError, http.client.HTTPException) as error:
                 connection.close()
                 self._local.connection = None

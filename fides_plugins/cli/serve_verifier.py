@@ -11,7 +11,6 @@ import typer
 from fides_plugins.cli._output import console
 
 if TYPE_CHECKING:
-    from fides_plugins.enclave.serve import Endpoints
     from fides_plugins.enclave.verifier import Verifier
 
 
@@ -34,7 +33,6 @@ def serve_verifier(
     evidence: Annotated[Kind, typer.Option(help="Hardware that vouches for the keys.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="HTTP port; 0 takes a free one.")] = 8443,
-    grpc_port: Annotated[int | None, typer.Option(help="gRPC port; not served where left out.")] = None,
     client: Annotated[
         list[str] | None, typer.Option(help="Public key (hex) of a client that is answered; repeat it. None: anybody.")
     ] = None,
@@ -62,7 +60,7 @@ def serve_verifier(
     from fides_plugins.cli.evidence import read_file
     from fides_plugins.enclave.http import ServerLimits
     from fides_plugins.enclave.providers import make_provider
-    from fides_plugins.enclave.serve import Endpoints, serve
+    from fides_plugins.enclave.serve import serve
     from fides_plugins.enclave.verifier import Verifier, VerifierOptions
 
     options = VerifierOptions(
@@ -83,16 +81,13 @@ def serve_verifier(
         body_bytes=None if max_body_mb is None else max_body_mb << 20,
         buffered_bytes=max(48, 2 * (max_body_mb or 0)) << 20,
     )
-    asyncio.run(
-        serve(verifier, Endpoints(host, port, grpc_port), limits, ready=lambda where: _announce(verifier, where))
-    )
+    asyncio.run(serve(verifier, host, port, limits, ready=lambda free: _announce(verifier, f"{host}:{free}")))
 
 
-def _announce(verifier: Verifier, where: Endpoints) -> None:
+def _announce(verifier: Verifier, where: str) -> None:
     """One line that programs can wait for, then what an operator should know."""
     out = console(stderr=True)
-    grpc = "" if where.grpc_port is None else f", gRPC on {where.host}:{where.grpc_port}"
-    out.print(f"verifier ready: HTTP on {where.host}:{where.http_port}{grpc}", soft_wrap=True)
+    out.print(f"verifier ready: HTTP on {where}", soft_wrap=True)
     out.print(f"bundle {verifier.bundle.digest}, key {verifier.key_id.hex()}, {verifier.tee}", soft_wrap=True)
     if verifier.tee == "development":
         out.print("[bold red]warning:[/] development evidence: no hardware protects this verifier", soft_wrap=True)

@@ -1,23 +1,20 @@
 """A model behind the Open Inference Protocol (KServe v2) over HTTP, with JSON tensors only.
 
 Every server of the protocol understands JSON tensors; the binary extension is not used, so that the
-same call reaches Triton, MLServer, KServe, OpenVINO Model Server and the verifier of `fides
-serve-verifier`. Standard library and numpy only.
+same call reaches Triton, MLServer, KServe and OpenVINO Model Server. Standard library and numpy only.
 """
 
 from __future__ import annotations
 
 import http.client
-import json
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-import numpy as np
 from numpy.typing import NDArray
 
-from fides_plugins.attestation.tensors import OIP_TYPES, oip_type
 from fides_plugins.errors import InputError, ServerError
+from fides_plugins.oip import read_answer, request_body
 
 #: An answer larger than this is no class output.
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
@@ -63,25 +60,26 @@ class OipModel:
         ------
         ServerError
             If the endpoint cannot be reached, answers with an error, or with something else.
+        InputError
+            If an input cannot travel as JSON.
         """
-        request: dict[str, Any] = {"inputs": [_described(name, array) for name, array in inputs.items()]}
-        if output:
-            request["outputs"] = [{"name": output}]
-        answer = self._post(json.dumps(request).encode())
+        wanted = (output,) if output else ()
+        answer = self._post(*request_body(inputs, outputs=wanted, binary=False))
         try:
-            tensors = {t["name"]: t for t in json.loads(answer)["outputs"]}
-            chosen = tensors[output] if output else next(iter(tensors.values()))
-            if not output and len(tensors) != 1:
-                raise ServerError(f"{self.url} answers with {sorted(tensors)}.", "Name the class output.")
-            array = np.array(chosen["data"], dtype=OIP_TYPES[chosen["datatype"]])
-            return array.reshape([int(n) for n in chosen["shape"]])
-        except (ValueError, KeyError, TypeError, StopIteration) as error:
-            raise ServerError(f"{self.url} gave an answer that is not of the protocol: {error!r}.") from None
+            tensors = read_answer(answer, names=wanted)
+        except ServerError as error:
+            raise ServerError(f"{self.url} cannot be used: {error}") from None
+        if len(tensors) != 1:
+            raise ServerError(
+                f"{self.url} answers with {f'no output {output!r}' if output else sorted(tensors)}.",
+                "Name the class output.",
+            )
+        return next(iter(tensors.values()))
 
-    def _post(self, body: bytes) -> bytes:
+    def _post(self, body: bytes, headers: dict[str, str]) -> bytes:
         connection = self._kind(self._host, self._port, timeout=self.timeout_s)
         try:
-            connection.request("POST", self._path, body=body, headers={"Content-Type": "application/json"})
+            connection.request("POST", self._path, body=body, headers=headers)
             response = connection.getresponse()
             answer = response.read(MAX_ANSWER_BYTES)
         except (OSError, http.client.HTTPException) as error:
@@ -91,10 +89,3 @@ class OipModel:
         if response.status != 200:
             raise ServerError(f"{self.url} answered with status {response.status}: {answer[:200]!r}.")
         return answer
-
-
-def _described(name: str, array: NDArray[Any]) -> dict[str, Any]:
-    # JSON has no NaN and no infinity; Python would write words that other parsers refuse.
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise InputError(f"Input {name!r} holds numbers that are not finite.")
-    return {"name": name, "shape": list(array.shape), "datatype": oip_type(array.dtype), "data": array.ravel().tolist()}

@@ -21,9 +21,10 @@ from fides_plugins.attestation.keys import raw_public
 from fides_plugins.attestation.receipt import Receipt, open_receipt
 from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.attestation.request import SESSION_BYTES, Scheme, SignedRequest, from_text, to_text
-from fides_plugins.attestation.tensors import oip_type, tensor_digest, tensor_from_bytes
+from fides_plugins.attestation.tensors import tensor_digest
 from fides_plugins.attestation.verify import TrustedEvidence
 from fides_plugins.client.trust import Trust
+from fides_plugins.oip import oip_type, tensor_from_bytes
 from fides_plugins.types import SUM_TOLERANCE, Float32Array
 
 _PREPROCESSING = "none"

@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fides_plugins.attestation.policy import EvidencePolicy
-from fides_plugins.attestation.tensors import oip_type
 from fides_plugins.attestation.wire import PARAMETER, RECEIPT_OUTPUT
 from fides_plugins.bundle import Bundle
 from fides_plugins.client.calls import AsyncCalls, Calls, Client, ReceiptFrom
@@ -26,6 +25,7 @@ from fides_plugins.client.core import Reply
 from fides_plugins.client.judge import Answer
 from fides_plugins.client.receipts import Brought, Pending
 from fides_plugins.errors import InputError, ServerError
+from fides_plugins.oip import oip_type
 
 Protocol = Literal["http", "grpc"]
 

@@ -5,18 +5,17 @@ Whatever answers there may be the host: nothing but the receipt in the answer is
 
 from __future__ import annotations
 
-import json
 from typing import Any
 from urllib.parse import quote
 
 import httpx
-import numpy as np
 from numpy.typing import NDArray
 
-from fides_plugins.attestation.tensors import oip_type, tensor_bytes
+from fides_plugins import oip
 from fides_plugins.attestation.wire import COMMITMENT_PARAMETER, PARAMETER, RECEIPT_OUTPUT
 from fides_plugins.client.address import checked_address
 from fides_plugins.client.receipts import Brought, Pending, ReceiptChecker
+from fides_plugins.errors import ServerError
 
 _LONGEST_EXCUSE = 200
 
@@ -41,33 +40,23 @@ class VerifierCall:
 
     def request(self, tensor: NDArray[Any], pending: Pending, output: NDArray[Any] | None) -> dict[str, Any]:
         """Arguments of httpx's `post`; `output` is the service's, to commit to it where the scheme wants that."""
-        raw = tensor_bytes(tensor)
         parameters = {PARAMETER: pending.text}
         if self._checker.scheme == "commitment" and output is not None:
             parameters[COMMITMENT_PARAMETER] = self._checker.commitment(output)
-        entry = {
-            "name": self._input_name,
-            "shape": list(tensor.shape),
-            "datatype": oip_type(np.asarray(tensor).dtype),
-            "parameters": {"binary_data_size": len(raw)},
-        }
-        head = json.dumps({"parameters": parameters, "inputs": [entry]}).encode()
-        headers = {"Inference-Header-Content-Length": str(len(head)), "content-type": "application/octet-stream"}
-        return {"url": self._url, "content": head + raw, "headers": headers}
+        body, headers = oip.request_body({self._input_name: tensor}, parameters=parameters)
+        return {"url": self._url, "content": body, "headers": headers}
 
     def read(self, response: httpx.Response) -> Brought:
         """The receipt in an answer, or the words that came instead of one."""
+        # The body is the host's: it may be anything.
         try:
-            document = response.json()
-        # The body is the host's: nested too deep for the parser, no text, no JSON.
-        except (ValueError, RecursionError):
-            return Brought(None, f"status {response.status_code} and no JSON")
-        try:
-            outputs = {o["name"]: o for o in document["outputs"]}
-            return Brought(str(outputs[RECEIPT_OUTPUT]["data"][0]))
-        except (KeyError, TypeError, IndexError):
-            words = document.get("error") if isinstance(document, dict) else None
-            return Brought(None, _plain(words) if isinstance(words, str) else f"status {response.status_code}")
+            outputs = oip.read_answer(response.content, response.headers.get(oip.JSON_LENGTH), (RECEIPT_OUTPUT,))
+        except ServerError:
+            outputs = {}
+        receipt = oip.first_text(outputs, RECEIPT_OUTPUT)
+        if receipt is not None:
+            return Brought(receipt)
+        return Brought(None, _plain(oip.read_error(response.content)) or f"status {response.status_code}, no receipt")
 
     @staticmethod
     def no_answer(error: httpx.HTTPError) -> Brought:

@@ -1,7 +1,7 @@
 """How large a request may be: what the largest honest one needs, by the bundle's input and the largest batch.
 
-Size alone bounds no memory, because parsers turn few bytes into many: three of JSON (`[],`) become eighty, two
-of a gRPC message a hundred. What a parser would make is therefore counted before it runs.
+Size alone bounds no memory, because parsers turn few bytes into many: three of JSON (`[],`) become eighty. What a
+parser would make is therefore counted before it runs.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from fides_plugins.bundle import InputSpec
 from fides_plugins.errors import InputError
 
 #: Names, shapes, the signed request and punctuation around the numbers: bytes, and values or objects.
-HEAD_BYTES = 64 << 10
-HEAD_VALUES = 256
+_HEAD_BYTES = 64 << 10
+_HEAD_VALUES = 256
 #: Ceilings where the input is large or has free axes; more comes in smaller batches, or in binary.
 _MOST_BYTES = 24 << 20
 _MOST_VALUES = 1 << 21
@@ -33,16 +33,15 @@ class RequestBounds:
 
     Attributes
     ----------
-    body_bytes, message_bytes:
-        An HTTP body and a gRPC message.
+    body_bytes:
+        A whole body.
     json_bytes:
         The JSON of a body.
     values, lists:
-        Numbers and lists that JSON, or typed contents of a message, may become.
+        Numbers and lists that JSON may become.
     """
 
     body_bytes: int
-    message_bytes: int
     json_bytes: int
     values: int
     lists: int
@@ -58,12 +57,12 @@ class RequestBounds:
         if len(text) > self.json_bytes:
             raise InputError(f"The JSON is longer than {self.json_bytes} bytes.", "Send the tensor in binary.")
         # One wide character makes Python store its whole text in four bytes a character.
-        if len(text) > HEAD_BYTES and (not text.isascii() or b"\\u" in text):
+        if len(text) > _HEAD_BYTES and (not text.isascii() or b"\\u" in text):
             raise InputError(
-                f"JSON of more than {HEAD_BYTES} bytes must be ASCII without escapes.", "Send the tensor in binary."
+                f"JSON of more than {_HEAD_BYTES} bytes must be ASCII without escapes.", "Send the tensor in binary."
             )
         counted = ((b",", self.values), (b"[", self.lists), (b"{", 0))
-        if any(text.count(mark) > most + HEAD_VALUES for mark, most in counted):
+        if any(text.count(mark) > most + _HEAD_VALUES for mark, most in counted):
             raise InputError("The JSON has more values than any request needs.", "Send the tensor in binary.")
 
 
@@ -77,7 +76,7 @@ def request_bounds(spec: InputSpec, max_rows: int, body_bytes: int | None = None
     max_rows:
         Rows of the largest batch.
     body_bytes:
-        Size of a body or message that somebody chose instead of the derived one.
+        Size of a body that somebody chose instead of the derived one.
     """
     axes = spec.shape[1:]
     sizes = [size for size in axes if size is not None]
@@ -90,10 +89,9 @@ def request_bounds(spec: InputSpec, max_rows: int, body_bytes: int | None = None
         raw = needed * dtype.itemsize
     else:
         values, lists, raw = _MOST_VALUES, _MOST_LISTS, _MOST_BYTES
-    text = values * _text_bytes(dtype) + lists * len("[], ") + HEAD_BYTES
-    body = body_bytes or min(_MOST_BYTES, max(raw + HEAD_BYTES, text))
-    message = body_bytes or min(_MOST_BYTES, max(raw, values * _typed_bytes(dtype)) + HEAD_BYTES)
-    return RequestBounds(body, message, min(body, text), values, lists)
+    text = values * _text_bytes(dtype) + lists * len("[], ") + _HEAD_BYTES
+    body = body_bytes or min(_MOST_BYTES, max(raw + _HEAD_BYTES, text))
+    return RequestBounds(body, min(body, text), values, lists)
 
 
 def _text_bytes(dtype: np.dtype[Any]) -> int:
@@ -101,10 +99,3 @@ def _text_bytes(dtype: np.dtype[Any]) -> int:
         info = np.iinfo(dtype)
         return max(len(str(info.min)), len(str(info.max))) + len(", ")
     return _BOOL_TEXT if dtype.kind == "b" else _FLOAT_TEXT
-
-
-def _typed_bytes(dtype: np.dtype[Any]) -> int:
-    """Bytes of a number in a message's typed contents; protobuf writes negative integers in ten."""
-    if dtype.kind == "u":
-        return math.ceil(8 * dtype.itemsize / 7)
-    return 10 if dtype.kind == "i" else dtype.itemsize

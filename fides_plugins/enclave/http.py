@@ -20,10 +20,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from fides_plugins import __version__
+from fides_plugins import __version__, oip
 from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.attestation.request import from_text
-from fides_plugins.enclave import oip
+from fides_plugins.enclave import protocol
 from fides_plugins.enclave.bounds import request_bounds
 from fides_plugins.enclave.limits import ByteBudget
 from fides_plugins.enclave.verifier import Verifier
@@ -31,8 +31,7 @@ from fides_plugins.errors import FidesError, InputError, ServerError
 
 logger = logging.getLogger("fides_plugins")
 #: All that a peer is told of a fault on this side.
-CANNOT_ANSWER = "The verifier cannot answer."
-_HEADER_LENGTH = "Inference-Header-Content-Length"
+_CANNOT_ANSWER = "The verifier cannot answer."
 _STATUS = {
     "request-client": 403,
     "request-replay": 409,
@@ -57,10 +56,10 @@ class ServerLimits:
     timeout_s:
         From a complete request to its answer.
     body_bytes, body_timeout_s:
-        Size of one body or gRPC message, and the time it may take to arrive. A size of None is what the largest
-        honest batch needs, by the bundle (`request_bounds`).
+        Size of one body, and the time it may take to arrive. A size of None is what the largest honest batch
+        needs, by the bundle (`request_bounds`).
     buffered_bytes:
-        All bodies and messages together; at least twice the size of one.
+        All bodies together; at least twice the size of one.
     header_timeout_s:
         Time for a request's headers to arrive.
     connections:
@@ -90,7 +89,7 @@ class _Fault(Exception):
 
 
 class WorkQueue:
-    """Runs the model in a few threads and refuses what would wait too long; both transports share it.
+    """Runs the model in a few threads and refuses what would wait too long.
 
     Attributes
     ----------
@@ -172,7 +171,7 @@ def _outcome(call: Callable[[], T]) -> T | _Failed:
     except Exception:
         # What nobody foresaw is for the operator only.
         logger.exception("an unforeseen error")
-        return _Failed(ServerError(CANNOT_ANSWER))
+        return _Failed(ServerError(_CANNOT_ANSWER))
 
 
 class HttpFront:
@@ -212,8 +211,8 @@ class HttpFront:
         )
 
     async def _model(self, request: Request) -> Response:
-        oip.check_version(request.path_params.get("version", ""))
-        return JSONResponse(oip.model_metadata(self._verifier, request.path_params["model"]))
+        protocol.check_version(request.path_params.get("version", ""))
+        return JSONResponse(protocol.model_metadata(self._verifier, request.path_params["model"]))
 
     async def _ready(self, request: Request) -> Response:
         await self._model(request)
@@ -226,23 +225,19 @@ class HttpFront:
         return Response(document, media_type="application/json")
 
     async def _infer(self, request: Request) -> Response:
-        oip.check_version(request.path_params.get("version", ""))
+        protocol.check_version(request.path_params.get("version", ""))
         if request.headers.get("content-encoding", "identity") != "identity":
             raise _Fault(415, "request-encoding", "Compressed bodies are not read.")
-        header = request.headers.get(_HEADER_LENGTH)
-        if header is not None and not (header.isascii() and header.isdigit() and len(header) < 12):
-            raise InputError(f"{_HEADER_LENGTH} is not a number.")
+        length = oip.read_length(request.headers.get(oip.JSON_LENGTH))
         model = request.path_params["model"]
         body = await self._body(request)
-        data, length = await self._queue.run(lambda: self._answer(model, body, header), held=len(body))
-        headers = {} if length is None else {_HEADER_LENGTH: str(length)}
-        kind = "application/json" if length is None else "application/octet-stream"
-        return Response(data, media_type=kind, headers=headers)
+        data, headers = await self._queue.run(lambda: self._answer(model, body, length), held=len(body))
+        return Response(data, headers=headers)
 
-    def _answer(self, model: str, body: bytes, header: str | None) -> tuple[bytes, int | None]:
+    def _answer(self, model: str, body: bytes, json_length: int | None) -> oip.Body:
         with self._queue.parsing:
-            parsed = oip.parse_http(body, None if header is None else int(header), self._bounds)
-        return oip.render_http(oip.infer(self._verifier, model, parsed), parsed)
+            parsed = protocol.parse_request(body, json_length, self._bounds)
+        return protocol.render_response(protocol.infer(self._verifier, model, parsed), parsed)
 
     async def _body(self, request: Request) -> bytes:
         """The body, within size and time; its bytes stay taken from the queue's `bodies`."""
@@ -280,11 +275,11 @@ class HttpFront:
             return _problem(400, "request-input", str(error))
         # Broken hardware or bundle: the operator's log has the details, the peer gets none.
         logger.error("the verifier cannot answer: %s", error)
-        return _problem(500, "verifier", CANNOT_ANSWER)
+        return _problem(500, "verifier", _CANNOT_ANSWER)
 
     async def _unforeseen(self, request: Request, error: Exception) -> Response:
         """The answer to what nobody foresaw; Starlette raises the error again, and uvicorn logs it."""
-        return _problem(500, "verifier", CANNOT_ANSWER)
+        return _problem(500, "verifier", _CANNOT_ANSWER)
 
     async def _gone(self, request: Request, error: Exception) -> Response:
         return Response(status_code=499)
@@ -355,7 +350,7 @@ def make_server(front: HttpFront, host: str, port: int, limits: ServerLimits) ->
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals to `serve`, which stops both transports."""
+    """Leaves signals to `serve`."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Any:

@@ -17,7 +17,7 @@ _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 class ByteBudget:
-    """Bytes of all bodies and messages that are held at once. Belongs to one event loop."""
+    """Bytes of all bodies that are held at once. Belongs to one event loop."""
 
     def __init__(self, capacity: int) -> None:
         self._left = capacity

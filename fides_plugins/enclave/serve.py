@@ -1,35 +1,23 @@
-"""Run a verifier over HTTP, and over gRPC where wanted, until a signal comes."""
+"""Run a verifier over HTTP until a signal comes."""
 
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import signal
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
-from fides_plugins.enclave.http import HttpFront, ServerLimits, WorkQueue
-from fides_plugins.enclave.http import make_server as make_http_server
+from fides_plugins.enclave.http import HttpFront, ServerLimits, WorkQueue, make_server
 from fides_plugins.enclave.verifier import Verifier
 from fides_plugins.errors import ServerError
 
 
-@dataclass(frozen=True)
-class Endpoints:
-    """Where a verifier listens; a port of None is not listened on."""
-
-    host: str
-    http_port: int
-    grpc_port: int | None
-
-
 async def serve(
     verifier: Verifier,
-    endpoints: Endpoints,
+    host: str,
+    port: int,
     limits: ServerLimits | None = None,
-    ready: Callable[[Endpoints], None] | None = None,
+    ready: Callable[[int], None] | None = None,
     stop: asyncio.Event | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then let running requests finish.
@@ -38,27 +26,24 @@ async def serve(
     ----------
     verifier:
         What answers.
-    endpoints:
-        Port 0 takes a free one.
+    host, port:
+        Where to listen; port 0 takes a free one.
     limits:
         Bounds of the server.
     ready:
-        Called once with the real ports.
+        Called once with the real port.
     stop:
         Set it to stop; for hosts that handle signals themselves.
 
     Raises
     ------
     ServerError
-        If a port cannot be bound, or gRPC is wanted and not installed.
+        If the port cannot be bound.
     """
     bounds = limits or ServerLimits()
     queue = WorkQueue(bounds)
-    listener = _listen(endpoints.host, endpoints.http_port)
-    http = make_http_server(HttpFront(verifier, queue, bounds), endpoints.host, endpoints.http_port, bounds)
-    grpc_server, grpc_port = None, endpoints.grpc_port
-    if grpc_port is not None:
-        grpc_server, grpc_port = await _start_grpc(verifier, queue, endpoints, bounds)
+    listener = _listen(host, port)
+    http = make_server(HttpFront(verifier, queue, bounds), host, port, bounds)
     stopping = stop or asyncio.Event()
     if stop is None:
         loop = asyncio.get_running_loop()
@@ -69,35 +54,14 @@ async def serve(
         while not http.started and not task.done():
             await asyncio.sleep(0.01)
         if ready is not None and not task.done():
-            ready(Endpoints(endpoints.host, listener.getsockname()[1], grpc_port))
+            ready(listener.getsockname()[1])
         waiter = asyncio.create_task(stopping.wait())
         await asyncio.wait({task, waiter}, return_when=asyncio.FIRST_COMPLETED)
         waiter.cancel()
     finally:
         http.should_exit = True
-        if grpc_server is not None:
-            await grpc_server.stop(bounds.grace_s)
         await task
         queue.close()
-
-
-async def _start_grpc(
-    verifier: Verifier, queue: WorkQueue, endpoints: Endpoints, limits: ServerLimits
-) -> tuple[Any, int]:
-    if importlib.util.find_spec("grpc") is None or importlib.util.find_spec("tritonclient") is None:
-        raise ServerError("gRPC is not installed.", "pip install 'tritonclient[grpc]', or leave out --grpc-port.")
-    from fides_plugins.enclave import grpc as front
-
-    try:
-        server, port = await front.make_server(
-            front.GrpcFront(verifier, queue, limits), endpoints.host, endpoints.grpc_port or 0, limits
-        )
-    except RuntimeError:
-        port = 0
-    if not port:
-        raise ServerError(f"The gRPC port {endpoints.grpc_port} is not free.", "Choose another --grpc-port.")
-    await server.start()
-    return server, port
 
 
 def _listen(host: str, port: int) -> socket.socket:

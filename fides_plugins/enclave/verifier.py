@@ -27,7 +27,7 @@ from fides_plugins.attestation.evidence import CHALLENGE_BYTES, Evidence, Statem
 from fides_plugins.attestation.keys import raw_public
 from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.attestation.request import Scheme, SignedRequest, decode_commitment
-from fides_plugins.attestation.tensors import oip_type, tensor_digest
+from fides_plugins.attestation.tensors import tensor_digest
 from fides_plugins.attestation.verify import evidence_id
 from fides_plugins.builtin.verify import OnnxVerifier
 from fides_plugins.bundle import Bundle
@@ -35,6 +35,7 @@ from fides_plugins.enclave.limits import RateLimit, SpentNonces
 from fides_plugins.enclave.providers import Provider
 from fides_plugins.enclave.rounding import round_rows
 from fides_plugins.errors import BundleError, InputError
+from fides_plugins.oip import oip_type
 from fides_plugins.settings import Settings
 from fides_plugins.types import Float32Array, Query
 
@@ -80,7 +81,7 @@ class VerifierOptions:
 
 
 @dataclass(frozen=True)
-class Answer:
+class SignedAnswer:
     """What goes back to the client.
 
     Attributes
@@ -202,7 +203,7 @@ class Verifier:
                 self._issued.popitem(last=False)
         return made
 
-    def answer(self, request: str, tensor: NDArray[Any], commitment: str = "") -> Answer:
+    def answer(self, request: str, tensor: NDArray[Any], commitment: str = "") -> SignedAnswer:
         """Run the model on a tensor and sign what came out.
 
         Parameters
@@ -263,7 +264,7 @@ class Verifier:
             issued_at=int(self._clock()),
             service_digest=service_digest,
         ).sign(self._signing, self.key_id)
-        return Answer(signed, reference if asked.scheme == "commitment" else None)
+        return SignedAnswer(signed, reference if asked.scheme == "commitment" else None)
 
     def _reference(self, tensor: NDArray[Any]) -> Float32Array:
         """(N, K) float32; rows that the model could not judge are zero, which no client takes for a distribution."""

@@ -9,10 +9,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from fides_plugins.attestation.tensors import OIP_TYPES, oip_type
+from fides_plugins import oip
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -50,20 +49,10 @@ class OipServer:
         """Address of the model."""
         return f"http://127.0.0.1:{self._server.server_port}/v2/models/{self.model}"
 
-    def answer(self, body: bytes) -> dict[str, Any]:
-        """The protocol's answer to a request's body."""
-        inputs = {
-            t["name"]: np.array(t["data"], dtype=OIP_TYPES[t["datatype"]]).reshape(t["shape"])
-            for t in json.loads(body)["inputs"]
-        }
-        output = self._predict(inputs)
-        tensor = {
-            "name": self._output,
-            "datatype": oip_type(output.dtype),
-            "shape": list(output.shape),
-            "data": output.ravel().tolist(),
-        }
-        return {"model_name": self.model, "outputs": [tensor]}
+    def answer(self, body: bytes) -> bytes:
+        """The protocol's answer to a request's body, both JSON without binary tensors."""
+        inputs = oip.read_tensors(oip.read_json(body, "inputs"), "inputs")
+        return oip.answer_body(self.model, {self._output: self._predict(inputs)})[0]
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -83,10 +72,9 @@ class OipServer:
                 outer.calls += 1
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 try:
-                    status, answer = 200, outer.answer(body)
+                    status, data = 200, outer.answer(body)
                 except Exception as error:  # the function under test may raise anything; a server answers 500
-                    status, answer = 500, {"error": type(error).__name__}
-                data = json.dumps(answer).encode()
+                    status, data = 500, json.dumps({"error": type(error).__name__}).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))

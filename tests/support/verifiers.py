@@ -23,7 +23,7 @@ from fides_plugins.attestation.tensors import tensor_digest
 from fides_plugins.attestation.verify import TrustRoots, evidence_id
 from fides_plugins.bundle import Bundle, Manifest, write_bundle
 from fides_plugins.enclave.http import ServerLimits
-from fides_plugins.enclave.serve import Endpoints, serve
+from fides_plugins.enclave.serve import serve
 from fides_plugins.enclave.verifier import Verifier, VerifierOptions
 from fides_plugins.testing import memory_bundle
 from tests.support.pki import NOW_S, AmdPki, IntelPki, measurement_of, roots_of
@@ -106,18 +106,17 @@ class Asked:
 
 
 class RunningVerifier:
-    """A verifier behind real sockets, in a thread of this process.
+    """A verifier behind a real socket, in a thread of this process.
 
     Attributes
     ----------
-    http, grpc:
-        `host:port` of each front.
+    http:
+        Its `host:port`.
     """
 
-    def __init__(self, verifier: Verifier, limits: ServerLimits | None = None, grpc: bool = True) -> None:
+    def __init__(self, verifier: Verifier, limits: ServerLimits | None = None) -> None:
         self.verifier = verifier
         self._limits = limits
-        self._grpc = grpc
         self._ready = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -151,12 +150,10 @@ class RunningVerifier:
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
-        where = Endpoints("127.0.0.1", 0, 0 if self._grpc else None)
-        await serve(self.verifier, where, self._limits, self._up, self._stop)
+        await serve(self.verifier, "127.0.0.1", 0, self._limits, self._up, self._stop)
 
-    def _up(self, where: Endpoints) -> None:
-        self.http = f"{where.host}:{where.http_port}"
-        self.grpc = f"{where.host}:{where.grpc_port}"
+    def _up(self, port: int) -> None:
+        self.http = f"127.0.0.1:{port}"
         self._ready.set()
 
 

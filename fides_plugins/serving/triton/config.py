@@ -14,10 +14,18 @@ from typing import Any
 
 from fides_plugins.bundle import Bundle, InputSpec
 from fides_plugins.errors import ServerError
+from fides_plugins.oip import BYTES, numpy_dtype
 from fides_plugins.serving.triton.decoders import ImageDecoder
-from fides_plugins.serving.triton.dtypes import FLOAT_TYPES, config_name, numpy_dtype, short_name
 
 CONFIG_FILE = "config.pbtxt"
+#: Output types that can carry class scores.
+_FLOAT_TYPES = ("FP16", "FP32", "FP64")
+
+
+def short_name(name: str) -> str:
+    """The protocol's name of a type for the one in configurations: `FP32` for `TYPE_FP32`, BYTES for `TYPE_STRING`."""
+    short = name.removeprefix("TYPE_")
+    return BYTES if short == "STRING" else short
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,7 @@ class Tensor:
     @property
     def text(self) -> str:
         """As an entry of a config.pbtxt."""
-        parts = [f'name: "{self.name}"', f"data_type: {config_name(self.dtype)}"]
+        parts = [f'name: "{self.name}"', f"data_type: TYPE_{'STRING' if self.dtype == BYTES else self.dtype}"]
         parts.append(f"dims: [ {', '.join(map(str, self.dims))} ]")
         if self.optional:
             parts.append("optional: true")
@@ -247,7 +255,7 @@ def class_output(info: ModelInfo, bundle: Bundle, wanted: str) -> Tensor:
         found = [o for o in info.outputs if o.name == wanted]
         if not found:
             raise ServerError(f"{info.name!r} has no output {wanted!r}; it has {names}.")
-        if found[0].dtype not in FLOAT_TYPES:
+        if found[0].dtype not in _FLOAT_TYPES:
             raise ServerError(f"The output {wanted!r} has the type {found[0].dtype}; a class output holds floats.")
         if not _fits(found[0], k, info.max_batch_size):
             raise ServerError(
@@ -256,7 +264,7 @@ def class_output(info: ModelInfo, bundle: Bundle, wanted: str) -> Tensor:
                 "Make a bundle for this model with `fides fit`.",
             )
         return found[0]
-    found = [o for o in info.outputs if o.dtype in FLOAT_TYPES and _fits(o, k, info.max_batch_size)]
+    found = [o for o in info.outputs if o.dtype in _FLOAT_TYPES and _fits(o, k, info.max_batch_size)]
     if not found:
         shapes = ", ".join(f"{o.name} {o.dtype} {list(o.dims)}" for o in info.outputs)
         raise ServerError(
@@ -308,7 +316,7 @@ def verified_input(
             "Say it with --input.",
         )
     row = found.dims if info.max_batch_size or batchless else found.dims[1:]
-    if found.dtype == "BYTES":
+    if found.dtype == BYTES:
         _check_decoded(found, row, decoder, spec)
         return found, ""
     if decoder is not None:

@@ -42,7 +42,7 @@ class World:
     def __init__(self, folder: Path) -> None:
         self.hardware = Hardware()
         self.bundle = Bundle.load(image_bundle(folder / "bundle"))
-        self.verifier = RunningVerifier(self.hardware.verifier(self.bundle), grpc=False)
+        self.verifier = RunningVerifier(self.hardware.verifier(self.bundle))
         self.url = ""
 
     def options(self, **changes: Any) -> dict[str, Any]:

@@ -13,11 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import grpc
 import httpx
 import numpy as np
 import pytest
-import tritonclient.grpc
 import tritonclient.http
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
@@ -158,17 +156,10 @@ def unsigned(server: Process, rng: random.Random, stop: threading.Event) -> str:
 
 def amplifying(server: Process, rng: random.Random, stop: threading.Event) -> str:
     """Bodies within the limit that a parser would make some twenty times as large."""
-    if rng.random() < 0.5:
-        unit = rng.choice((b"[],", b"{},"))
-        data = b'{"inputs":[' + unit * ((2 << 20) // 3 - 20) + unit[:-1] + b"]}"
-        reply = httpx.post(f"http://{server.http}/v2/models/digits/infer", content=data, timeout=30)
-        return str(reply.status_code)
-    with grpc.insecure_channel(server.grpc) as channel:
-        try:
-            channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")(b"\x2a\x00" * (1 << 19), timeout=30)
-        except grpc.RpcError as error:
-            return str(error.code().name)
-    return "200"
+    unit = rng.choice((b"[],", b"{},"))
+    data = b'{"inputs":[' + unit * ((2 << 20) // 3 - 20) + unit[:-1] + b"]}"
+    reply = httpx.post(f"http://{server.http}/v2/models/digits/infer", content=data, timeout=30)
+    return str(reply.status_code)
 
 
 BAD = (slow_body, slow_headers, huge, malformed, aborted, unsigned, amplifying)
@@ -251,23 +242,20 @@ def test_resident_memory_with_a_digits_bundle(folder: Path, bundle: Bundle) -> N
         used = process.memory_mb()
     finally:
         assert process.stop() == 0
-    print(f"\nresident: {started:.0f} MiB at start, {used:.0f} MiB after 50 requests, HTTP and gRPC")
+    print(f"\nresident: {started:.0f} MiB at start, {used:.0f} MiB after 50 requests")
     assert used <= MEMORY_MB
 
 
-@pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_ordinary_clients_of_the_protocol_can_speak_to_it(server: Process, bundle: Bundle, protocol: str) -> None:
-    library = tritonclient.http if protocol == "http" else tritonclient.grpc
+def test_ordinary_clients_of_the_protocol_can_speak_to_it(server: Process, bundle: Bundle) -> None:
     receipts = checker(server, bundle)
     tensor = image(3)
-    with library.InferenceServerClient(server.http if protocol == "http" else server.grpc) as client:
+    with tritonclient.http.InferenceServerClient(server.http) as client:
         assert client.is_server_live()
         assert client.is_server_ready()
         assert client.is_model_ready("digits")
         assert not client.is_model_ready("other")
-        metadata = client.get_model_metadata("digits")
-        assert (metadata["name"] if protocol == "http" else metadata.name) == "digits"
-        sent = library.InferInput("image", list(tensor.shape), "FP32")
+        assert client.get_model_metadata("digits")["name"] == "digits"
+        sent = tritonclient.http.InferInput("image", list(tensor.shape), "FP32")
         sent.set_data_from_numpy(tensor)
         pending = receipts.begin(tensor)
         result = client.infer("digits", [sent], parameters={PARAMETER: pending.text})
@@ -279,15 +267,12 @@ def test_ordinary_clients_of_the_protocol_can_speak_to_it(server: Process, bundl
             client.infer("digits", [sent])
         with pytest.raises(Exception, match="no model"):
             client.infer("other", [sent])
-        if protocol == "grpc":
-            document = client.infer("fides_evidence", [])
-            assert Evidence.from_json(document.as_numpy("EVIDENCE")[0]).tee == "development"
 
 
 def test_slow_peers_are_cut_off(bundle: Bundle) -> None:
     limits = ServerLimits(header_timeout_s=0.5, body_timeout_s=0.5)
     verifier = Verifier(bundle, DevelopmentProvider(), VerifierOptions())
-    with RunningVerifier(verifier, limits, grpc=False) as running:
+    with RunningVerifier(verifier, limits) as running:
         host, port = running.http.split(":")
         for start, answer in ((b"POST /v2/models/digits/infer HTTP/1.1\r\nHo", b""), (_head(500), b"HTTP/1.1 408")):
             with socket.create_connection((host, int(port)), timeout=10) as connection:

@@ -34,7 +34,7 @@ def bundle() -> Bundle:
 
 @pytest.fixture(scope="module")
 def running(bundle: Bundle) -> Iterator[RunningVerifier]:
-    with RunningVerifier(Hardware().verifier(bundle), grpc=False) as verifier:
+    with RunningVerifier(Hardware().verifier(bundle)) as verifier:
         yield verifier
 
 
@@ -163,7 +163,7 @@ def test_a_verifier_that_is_not_well_counts_as_failed(bundle: Bundle, status: in
 
 
 def test_a_verifier_that_is_gone_is_a_failure(bundle: Bundle) -> None:
-    first = RunningVerifier(Hardware().verifier(bundle), grpc=False)
+    first = RunningVerifier(Hardware().verifier(bundle))
     with first:
         host = pipeline(bundle, f"http://{first.http}", timeout_ms=5000)
         asked = Asked(first.verifier, ROWS)

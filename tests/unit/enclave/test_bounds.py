@@ -12,22 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tritonclient.grpc import service_pb2
 
 from fides_plugins.attestation.refusal import Refusal
-from fides_plugins.attestation.tensors import tensor_from_bytes
 from fides_plugins.bundle import InputSpec
-from fides_plugins.enclave import oip
+from fides_plugins.enclave import protocol
 from fides_plugins.enclave.bounds import RequestBounds, request_bounds
 from fides_plugins.enclave.http import ServerLimits, WorkQueue
 from fides_plugins.enclave.limits import ByteBudget
-from fides_plugins.enclave.messages import check_message
 from fides_plugins.errors import InputError
-from tests.support.verifier_process import protobuf_field
+from fides_plugins.oip import tensor_from_bytes
 
-KIND = service_pb2.ModelInferRequest.DESCRIPTOR
 ROWS = 64
 
 
@@ -36,7 +30,7 @@ def bounds(dtype: str = "float32", *axes: int | None) -> RequestBounds:
 
 
 def longest(dtype: str) -> np.ndarray[Any, Any]:
-    """The largest batch of the numbers that are longest in JSON and in protobuf."""
+    """The largest batch of the numbers that are longest in JSON."""
     kind = np.dtype(dtype)
     value: Any = np.iinfo(kind).min or np.iinfo(kind).max if kind.kind in "iu" else -np.finfo(kind).tiny
     return np.full((ROWS, 1, 8, 8), value, kind)
@@ -49,24 +43,16 @@ def entry(tensor: np.ndarray[Any, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "uint8", "int8", "int64"])
 @pytest.mark.parametrize("flat", [False, True])
-def test_the_largest_batch_fits_in_json_in_binary_and_over_grpc(dtype: str, flat: bool) -> None:
+def test_the_largest_batch_fits_in_json_and_in_binary(dtype: str, flat: bool) -> None:
     allowed, tensor = bounds(dtype), longest(dtype)
     data = tensor.ravel().tolist() if flat else tensor.tolist()
     text = json.dumps({"inputs": [{**entry(tensor), "data": data}], "parameters": {"fides_request": "A" * 900}})
     assert len(text) <= allowed.body_bytes
-    np.testing.assert_array_equal(oip.parse_http(text.encode(), None, allowed).tensors["image"], tensor)
+    np.testing.assert_array_equal(protocol.parse_request(text.encode(), None, allowed).tensors["image"], tensor)
     raw = tensor.tobytes()
     head = json.dumps({"inputs": [{**entry(tensor), "parameters": {"binary_data_size": len(raw)}}]}).encode()
     assert len(head + raw) <= allowed.body_bytes
-    np.testing.assert_array_equal(oip.parse_http(head + raw, len(head), allowed).tensors["image"], tensor)
-    message = service_pb2.ModelInferRequest(model_name="x")
-    sent = message.inputs.add(**entry(tensor))
-    contents = {"f": "fp", "i": "int", "u": "uint"}[tensor.dtype.kind]
-    width = {"float32": "32", "float64": "64", "int64": "64"}.get(dtype, "")
-    getattr(sent.contents, f"{contents}{width}_contents").extend(tensor.ravel().tolist())
-    encoded = message.SerializeToString()
-    assert len(encoded) <= allowed.message_bytes
-    check_message(encoded, KIND, allowed.values)
+    np.testing.assert_array_equal(protocol.parse_request(head + raw, len(head), allowed).tensors["image"], tensor)
 
 
 def test_bounds_follow_the_input_and_have_ceilings() -> None:
@@ -77,7 +63,7 @@ def test_bounds_follow_the_input_and_have_ceilings() -> None:
     assert large.body_bytes == free.body_bytes == 24 << 20
     chosen = request_bounds(InputSpec(name="image", dtype="float32", shape=(None, 1, 8, 8)), ROWS, 1 << 20)
     # A chosen size is for binary: what JSON may become stays what the input needs.
-    assert (chosen.body_bytes, chosen.message_bytes) == (1 << 20, 1 << 20)
+    assert chosen.body_bytes == 1 << 20
     assert (chosen.json_bytes, chosen.values) == (small.json_bytes, small.values)
 
 
@@ -94,46 +80,16 @@ def test_bounds_follow_the_input_and_have_ceilings() -> None:
     ids=["lists", "objects", "numbers", "escapes", "wide text", "long text"],
 )  # fmt: skip
 def test_json_that_grows_is_refused_before_it_is_parsed(body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(oip.json, "loads", lambda text: pytest.fail("parsed"))
+    monkeypatch.setattr(json, "loads", lambda text: pytest.fail("parsed"))
     for tail in (b"", b"binary"):
         with pytest.raises(InputError, match=r"^(The JSON|JSON of)"):
-            oip.parse_http(body + tail, len(body) if tail else None, bounds())
+            protocol.parse_request(body + tail, len(body) if tail else None, bounds())
 
 
 def test_texts_among_the_data_are_refused_before_numpy_widens_them() -> None:
     document = {"inputs": [{"name": "image", "shape": [200], "datatype": "FP32", "data": ["a" * 50_000, *"b" * 199]}]}
     with pytest.raises(InputError, match="data of an input"):
-        oip.parse_http(json.dumps(document).encode(), None, bounds())
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"\x2a\x00" * 1000, "more fields"),
-        (b"".join(protobuf_field(4, protobuf_field(1, b"%06d" % n)) for n in range(1000)), "more fields"),
-        (protobuf_field(6, protobuf_field(2, protobuf_field(1, b"a")) * 1000), "more fields"),
-        (protobuf_field(5, protobuf_field(5, protobuf_field(8, b"") * 1000)), "more fields"),
-        (protobuf_field(5, protobuf_field(5, protobuf_field(5, b"\x01" * 10_000))), "more fields or numbers"),
-        (protobuf_field(5, protobuf_field(3, b"\x01" * 10_000)), "more fields or numbers"),
-        (b"\x0b", "groups"),
-        (b"\x08" + b"\xff" * 11, "ten bytes"),
-        (protobuf_field(7, b"abc")[:-1], "ends too early"),
-        (b"\x2a", "ends too early"),
-        (b"\x09abc", "ends too early"),
-    ],
-)  # fmt: skip
-def test_messages_that_grow_or_break_off_are_refused(data: bytes, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        check_message(data, KIND, bounds().values)
-
-
-@given(st.binary(max_size=200))
-@settings(max_examples=300, deadline=None)
-def test_arbitrary_messages_never_crash(data: bytes) -> None:
-    try:
-        check_message(data, KIND, 100)
-    except InputError:
-        return
+        protocol.parse_request(json.dumps(document).encode(), None, bounds())
 
 
 @pytest.mark.parametrize("shape", [(2**31 - 1, 2**31 - 1, 0), (0, *(2**31 - 1,) * 4)])
@@ -143,7 +99,7 @@ def test_shapes_that_no_array_can_have_are_refused(shape: tuple[int, ...]) -> No
     document = {"name": "image", "shape": list(shape), "datatype": "FP32", "parameters": {"binary_data_size": 0}}
     text = json.dumps({"inputs": [document]}).encode()
     with pytest.raises(InputError, match="can have the shape"):
-        oip.parse_http(text, len(text), bounds())
+        protocol.parse_request(text, len(text), bounds())
 
 
 def test_a_budget_is_kept_and_comes_back() -> None:

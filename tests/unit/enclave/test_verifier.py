@@ -19,11 +19,11 @@ from fides_plugins.attestation.evidence import Evidence
 from fides_plugins.attestation.receipt import open_receipt
 from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.attestation.request import from_text, to_text
-from fides_plugins.attestation.tensors import tensor_digest, tensor_from_bytes
+from fides_plugins.attestation.tensors import tensor_digest
 from fides_plugins.attestation.verify import evidence_id, new_challenge, verify_evidence
 from fides_plugins.attestation.wire import PARAMETER, RECEIPT_OUTPUT
 from fides_plugins.bundle import Bundle, InputSpec, Manifest
-from fides_plugins.enclave import oip
+from fides_plugins.enclave import protocol
 from fides_plugins.enclave.bounds import request_bounds
 from fides_plugins.enclave.limits import RateLimit, SpentNonces
 from fides_plugins.enclave.providers import (
@@ -36,6 +36,7 @@ from fides_plugins.enclave.providers import (
 from fides_plugins.enclave.rounding import round_rows
 from fides_plugins.enclave.verifier import Verifier, VerifierOptions
 from fides_plugins.errors import BundleError, EvidenceError, InputError
+from fides_plugins.oip import JSON_LENGTH, tensor_from_bytes
 from fides_plugins.testing import fake_logits, memory_bundle
 from fides_plugins.types import softmax
 from tests.support.pki import NOW_S, AmdPki
@@ -234,11 +235,12 @@ def test_http_bodies_in_json_and_in_binary(verifier: Verifier, bundle: Bundle) -
             document["inputs"] = [{**entry, "parameters": {"binary_data_size": len(raw)}}]
             document["outputs"] = [{"name": RECEIPT_OUTPUT, "parameters": {"binary_data": True}}]
             text = json.dumps(document).encode()
-            request = oip.parse_http(text + raw, len(text), BOUNDS)
+            request = protocol.parse_request(text + raw, len(text), BOUNDS)
         else:
             document["inputs"] = [{**entry, "data": ROWS.tolist()}]
-            request = oip.parse_http(json.dumps(document).encode(), None, BOUNDS)
-        body, length = oip.render_http(oip.infer(verifier, bundle.manifest.name, request), request)
+            request = protocol.parse_request(json.dumps(document).encode(), None, BOUNDS)
+        body, headers = protocol.render_response(protocol.infer(verifier, bundle.manifest.name, request), request)
+        length = int(headers[JSON_LENGTH]) if JSON_LENGTH in headers else None
         answer = json.loads(body[:length])
         assert answer["id"] == "7"
         (output,) = answer["outputs"]
@@ -268,42 +270,37 @@ def test_http_bodies_in_json_and_in_binary(verifier: Verifier, bundle: Bundle) -
 )  # fmt: skip
 def test_malformed_bodies_are_refused(document: Any) -> None:
     with pytest.raises(InputError):
-        oip.parse_http(json.dumps(document).encode(), None, BOUNDS)
+        protocol.parse_request(json.dumps(document).encode(), None, BOUNDS)
 
 
 def test_lengths_that_do_not_fit_are_refused() -> None:
     for body, length in ((b"{}", 3), (b"{}", -1), (b"{}rest", 2), (b"[" * 100_000, None), (b"\xff", None)):
         with pytest.raises(InputError):
-            oip.parse_http(body, length, BOUNDS)
+            protocol.parse_request(body, length, BOUNDS)
 
 
 @given(st.binary(max_size=300), st.none() | st.integers(-5, 300))
 @settings(max_examples=300, deadline=None)
 def test_arbitrary_bodies_never_crash(body: bytes, length: int | None) -> None:
     try:
-        request = oip.parse_http(body, length, BOUNDS)
+        request = protocol.parse_request(body, length, BOUNDS)
     except InputError:
         return
     assert isinstance(request.tensors, dict)
 
 
 def test_unsigned_and_misaddressed_requests_are_refused(verifier: Verifier, bundle: Bundle) -> None:
-    request = oip.InferRequest({verifier.input.name: ROWS}, {})
+    request = protocol.InferRequest({verifier.input.name: ROWS}, {})
     with pytest.raises(InputError, match="Only signed requests"):
-        oip.infer(verifier, bundle.manifest.name, request)
+        protocol.infer(verifier, bundle.manifest.name, request)
     with pytest.raises(InputError, match="no model"):
-        oip.infer(verifier, "other", request)
+        protocol.infer(verifier, "other", request)
     with pytest.raises(InputError, match="exactly the input"):
-        oip.infer(verifier, bundle.manifest.name, oip.InferRequest({}, {PARAMETER: "x"}))
+        protocol.infer(verifier, bundle.manifest.name, protocol.InferRequest({}, {PARAMETER: "x"}))
     with pytest.raises(InputError, match="no model"):
-        oip.model_metadata(verifier, "other")
+        protocol.model_metadata(verifier, "other")
     with pytest.raises(InputError, match="no version"):
-        oip.check_version("2")
-    evidence = oip.infer(verifier, oip.EVIDENCE_MODEL, oip.InferRequest({}, {"challenge": to_text(bytes(32))}))
-    document = Evidence.from_json(str(evidence.outputs["EVIDENCE"]))
-    assert document.statement is not None
-    assert document.statement.challenge == bytes(32)
-    assert oip.model_metadata(verifier, oip.EVIDENCE_MODEL)["outputs"][0]["datatype"] == "BYTES"
+        protocol.check_version("2")
 
 
 # Where evidence comes from

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-import numpy as np
 from numpy.typing import NDArray
 
+from fides_plugins import oip
 from fides_plugins.errors import ServerError
-from fides_plugins.serving.triton.dtypes import decode_bytes, encode_bytes, numpy_dtype, triton_dtype
 
 #: Parameter whose value is the time of the last forced reload.
 RELOAD_PARAMETER = "fides_step.reloaded"
@@ -28,8 +27,8 @@ _NOT_EXPLICIT = "explicit model load / unload is not allowed"
 
 
 @dataclass(frozen=True)
-class Answer:
-    """Status code and body of one HTTP exchange."""
+class Exchange:
+    """Status code, body and headers of one HTTP exchange; names of headers are in lower case."""
 
     status: int
     body: bytes
@@ -47,7 +46,7 @@ class Answer:
     @property
     def error(self) -> str:
         """The server's own words about what went wrong."""
-        return str(self.json.get("error", "")) or self.body.decode(errors="replace")[:300]
+        return oip.read_error(self.body) or self.body.decode(errors="replace")[:300]
 
 
 @dataclass(frozen=True)
@@ -127,19 +126,19 @@ class TritonApi:
         body: bytes = b"",
         headers: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
-    ) -> Answer:
+    ) -> Exchange:
         """One HTTP exchange. Raises `OSError` when the server cannot be reached or does not answer."""
         connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout_s or self.timeout_s)
         try:
             connection.request(method, path, body=body, headers=dict(headers or {}))
             response = connection.getresponse()
-            return Answer(response.status, response.read(), dict(response.getheaders()))
+            return Exchange(response.status, response.read(), {k.lower(): v for k, v in response.getheaders()})
         except http.client.HTTPException as error:
             raise ConnectionError(str(error)) from error
         finally:
             connection.close()
 
-    def _ask(self, method: str, path: str, what: str, body: bytes = b"", timeout_s: float | None = None) -> Answer:
+    def _ask(self, method: str, path: str, what: str, body: bytes = b"", timeout_s: float | None = None) -> Exchange:
         try:
             answer = self.exchange(method, path, body, timeout_s=timeout_s)
         except OSError as error:
@@ -245,67 +244,26 @@ class TritonApi:
         ------
         InferenceRefused
             If the server answers with an error.
+        ServerError
+            If its answer cannot be read.
         OSError
             If it cannot be reached or does not answer in time.
         """
-        chunks: list[bytes] = []
-        described = []
-        for name, array in inputs.items():
-            kind = triton_dtype(array.dtype)
-            data = encode_bytes(array) if kind == "BYTES" else np.ascontiguousarray(array).tobytes()
-            chunks.append(data)
-            described.append(
-                {
-                    "name": name,
-                    "shape": list(array.shape),
-                    "datatype": kind,
-                    "parameters": {"binary_data_size": len(data)},
-                }
-            )
-        request: dict[str, Any] = {
-            "inputs": described,
-            "parameters": {**(parameters or {}), "binary_data_output": True},
-        }
-        if outputs:
-            request["outputs"] = [{"name": n, "parameters": {"binary_data": True}} for n in outputs]
-        header = json.dumps(request).encode()
+        body, headers = oip.request_body(inputs, parameters=parameters, outputs=outputs)
         suffix = f"/versions/{version}" if version else ""
         answer = self.exchange(
             "POST",
             f"/v2/models/{quote(model)}{suffix}/infer",
-            b"".join([header, *chunks]),
-            {"Inference-Header-Content-Length": str(len(header)), "Content-Type": "application/octet-stream"},
+            body,
+            headers,
             timeout_s,
         )
         if answer.status != 200:
             raise InferenceRefused(answer.status, answer.error)
-        return _decode_outputs(answer)
+        return oip.read_answer(answer.body, answer.headers.get(oip.JSON_LENGTH.lower()))
 
     def metrics(self) -> str:
         """The metrics in Prometheus text format."""
         parts = urlsplit(self.metrics_url)
         metrics = TritonApi(f"{parts.hostname}:{parts.port or 8002}", timeout_s=self.timeout_s)
         return metrics._ask("GET", parts.path or "/metrics", "Reading the metrics").body.decode()
-
-
-def _decode_outputs(answer: Answer) -> dict[str, NDArray[Any]]:
-    headers = {name.lower(): value for name, value in answer.headers.items()}
-    length = int(headers.get("inference-header-content-length", len(answer.body)))
-    described = json.loads(answer.body[:length])
-    offset, found = length, {}
-    for output in described.get("outputs", []):
-        shape, kind = tuple(output["shape"]), output["datatype"]
-        size = output.get("parameters", {}).get("binary_data_size")
-        if size is None:
-            found[output["name"]] = np.array(output["data"], dtype=numpy_dtype(kind)).reshape(shape)
-            continue
-        data = answer.body[offset : offset + size]
-        offset += size
-        flat = decode_bytes(data) if kind == "BYTES" else np.frombuffer(data, dtype=numpy_dtype(kind))
-        if flat.size != int(np.prod(shape, dtype=np.int64)):
-            raise ServerError(
-                f"Output {output['name']!r} of shape {shape} came with {size} bytes.",
-                "This is the numpy/stub mismatch: pin numpy below 2 in the server's environment.",
-            )
-        found[output["name"]] = flat.reshape(shape)
-    return found

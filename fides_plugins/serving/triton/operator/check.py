@@ -15,7 +15,7 @@ from fides_plugins.serving.triton import wire
 from fides_plugins.serving.triton.config import parse_json
 from fides_plugins.serving.triton.operator.api import TritonApi
 from fides_plugins.serving.triton.operator.probe import (
-    ProbeResult,
+    InferenceProbe,
     Protected,
     as_probe,
     find_protected,
@@ -43,7 +43,7 @@ REMEDIES = (
         "input byte size mismatch",
         "The python backend handed back an empty tensor: pin numpy below 2 in the server's environment.",
     ),
-    ("came with", "The python backend handed back an empty tensor: pin numpy below 2 in the server's environment."),
+    ("bytes, not", "The python backend handed back an empty tensor: pin numpy below 2 in the server's environment."),
     (
         "no answer within",
         "The step hangs or is overloaded; see the server's log, and raise --timeout if it is only slow.",
@@ -125,14 +125,14 @@ def _shared_memory() -> CheckFinding:
     return CheckFinding("/dev/shm", good, detail, "" if good else REMEDIES[0][1])
 
 
-def _finding(what: str, result: ProbeResult, problem: str = "") -> CheckFinding:
+def _finding(what: str, result: InferenceProbe, problem: str = "") -> CheckFinding:
     if not result.alive:
         problem = result.detail
     remedy = next((text for sign, text in REMEDIES if problem and sign in problem), "")
     return CheckFinding(what, not problem, problem, remedy, result.seconds)
 
 
-def _verification_detail(result: ProbeResult) -> str:
+def _verification_detail(result: InferenceProbe) -> str:
     if result.outputs is None:
         return result.detail
     references, available = result.outputs[wire.REFERENCES], result.outputs[wire.AVAILABLE]
@@ -151,8 +151,8 @@ def _judge(
     api: TritonApi,
     item: Protected,
     inputs: Mapping[str, NDArray[Any]],
-    base: ProbeResult,
-    verified: ProbeResult,
+    base: InferenceProbe,
+    verified: InferenceProbe,
     timeout_s: float,
 ) -> tuple[CheckFinding, str]:
     """The finding, and why the same rows should not be sent where they are counted; empty if they may."""
@@ -191,7 +191,7 @@ def _texts(array: NDArray[Any]) -> list[str]:
     return [v.decode(errors="replace") if isinstance(v, bytes) else str(v) for v in array.ravel()]
 
 
-def _whole_detail(item: Protected, base: ProbeResult, whole: ProbeResult) -> str:
+def _whole_detail(item: Protected, base: InferenceProbe, whole: InferenceProbe) -> str:
     if whole.outputs is None or base.outputs is None:
         return "" if whole.alive else whole.detail
     missing = sorted(set(base.outputs) - set(whole.outputs))

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fides_plugins.errors import ServerError
+from fides_plugins.oip import numpy_dtype
 from fides_plugins.pipeline import VerifyOutcome
 from fides_plugins.serving.triton import wire
-from fides_plugins.serving.triton.dtypes import numpy_dtype
+from fides_plugins.serving.triton.config import short_name
 from fides_plugins.serving.triton.operator.api import InferenceRefused, TritonApi, UnknownModel
 
 #: Length given to a free axis of a generated input.
@@ -144,7 +145,7 @@ def sample_inputs(config: Mapping[str, Any], data: Mapping[str, NDArray[Any]] | 
         if not batching and len(dims) > 1 and dims[0] < 0:
             dims[0] = 1
         shape = [1] * batching + [FREE_AXIS if d < 0 else d for d in dims]
-        dtype = numpy_dtype(str(entry["data_type"]))
+        dtype = numpy_dtype(short_name(str(entry["data_type"])))
         if dtype == np.object_:
             found[name] = np.full(shape, None, dtype=np.object_)
             found[name].fill(sample_png())
@@ -179,7 +180,7 @@ def as_probe(references: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
 
 
 @dataclass(frozen=True)
-class ProbeResult:
+class InferenceProbe:
     """What one real inference through one model showed.
 
     Attributes
@@ -202,7 +203,7 @@ class ProbeResult:
 
 def probe(
     api: TritonApi, model: str, inputs: Mapping[str, NDArray[Any]], timeout_s: float, version: str = ""
-) -> ProbeResult:
+) -> InferenceProbe:
     """One inference; never raises for what the server does."""
     start = time.perf_counter()
     try:
@@ -210,9 +211,9 @@ def probe(
     except InferenceRefused as error:
         detail = error.message
         own = detail.startswith("fides:") or " fides: " in detail
-        return ProbeResult(model, own, time.perf_counter() - start, detail=detail)
+        return InferenceProbe(model, own, time.perf_counter() - start, detail=detail)
     except TimeoutError:
-        return ProbeResult(model, False, time.perf_counter() - start, True, f"no answer within {timeout_s:g} s")
+        return InferenceProbe(model, False, time.perf_counter() - start, True, f"no answer within {timeout_s:g} s")
     except (OSError, ServerError) as error:
-        return ProbeResult(model, False, time.perf_counter() - start, detail=str(error))
-    return ProbeResult(model, True, time.perf_counter() - start, outputs=outputs)
+        return InferenceProbe(model, False, time.perf_counter() - start, detail=str(error))
+    return InferenceProbe(model, True, time.perf_counter() - start, outputs=outputs)

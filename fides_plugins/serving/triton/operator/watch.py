@@ -24,7 +24,7 @@ from fides_plugins.errors import ServerError
 from fides_plugins.serving.triton import wire
 from fides_plugins.serving.triton.operator.api import NotExplicit, Statistics, TritonApi, UnknownModel, Unreachable
 from fides_plugins.serving.triton.operator.probe import (
-    ProbeResult,
+    InferenceProbe,
     Protected,
     as_probe,
     find_protected,
@@ -193,15 +193,15 @@ class Watcher:
     def _again(self, group: list[Protected]) -> list[Protected]:
         return [found for item in group for found in find_protected(self._api, item.name)]
 
-    def _probe_verify(self, item: Protected, patience_s: float) -> ProbeResult:
+    def _probe_verify(self, item: Protected, patience_s: float) -> InferenceProbe:
         inputs = sample_inputs(self._config(item.verify), self._inputs)
         result = self._probe(item.verify, inputs, patience_s)
         failing = self._failing(item.verify)
         if result.alive and failing:
-            return ProbeResult(item.verify, False, result.seconds, detail=f"{failing} request(s) failed")
+            return InferenceProbe(item.verify, False, result.seconds, detail=f"{failing} request(s) failed")
         return result
 
-    def _probe_validate(self, item: Protected, patience_s: float) -> ProbeResult:
+    def _probe_validate(self, item: Protected, patience_s: float) -> InferenceProbe:
         config = self._config(item.validate)
         own = {**config, "input": [e for e in config["input"] if e["name"] not in wire.INTERNAL]}
         inputs = {**sample_inputs(own, self._inputs), **as_probe(sample_references(config))}
@@ -212,13 +212,13 @@ class Watcher:
             self._configs[model] = self._api.config(model)
         return self._configs[model]
 
-    def _probe(self, model: str, inputs: Mapping[str, NDArray[Any]], patience_s: float) -> ProbeResult:
+    def _probe(self, model: str, inputs: Mapping[str, NDArray[Any]], patience_s: float) -> InferenceProbe:
         before = self._api.statistics(model)
         timeout_s = max(self._timeout_s, patience_s, min(4 * before.mean_seconds, LONGEST_PROBE_S))
         result = probe(self._api, model, inputs, timeout_s)
         if result.timed_out and self._api.statistics(model).succeeded > before.succeeded:
             # It finishes other requests: a long queue, not a dead process.
-            return ProbeResult(model, True, result.seconds, True, "busy")
+            return InferenceProbe(model, True, result.seconds, True, "busy")
         return result
 
     def _failing(self, model: str) -> int:

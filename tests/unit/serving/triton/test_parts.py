@@ -17,8 +17,8 @@ from fides_plugins.errors import InputError, ServerError, SettingsError
 from fides_plugins.guard import Failure
 from fides_plugins.pipeline import VerifyOutcome
 from fides_plugins.serving.triton import wire
+from fides_plugins.serving.triton.config import short_name
 from fides_plugins.serving.triton.decoders import make_decoder
-from fides_plugins.serving.triton.dtypes import decode_bytes, encode_bytes, numpy_dtype, triton_dtype
 from fides_plugins.serving.triton.operator.api import NotExplicit, Statistics, TritonApi, UnknownModel, Unreachable
 from fides_plugins.serving.triton.operator.check import _harm
 from fides_plugins.serving.triton.operator.probe import recognise, sample_inputs, sample_png
@@ -76,17 +76,8 @@ def test_only_the_marked_text_is_a_probe() -> None:
     assert not wire.is_probe(wire.pack_outcome(named, 1, 5)[wire.VERIFICATION])
 
 
-def test_bytes_tensors_survive_the_wire() -> None:
-    array = np.array([b"", b"abc", "d\u00e9".encode()], dtype=np.object_)
-    assert decode_bytes(encode_bytes(array)).tolist() == array.tolist()
-
-
-def test_data_types_have_names_both_ways() -> None:
-    for name in ("FP16", "FP32", "INT8", "INT64", "UINT8", "BOOL", "BYTES"):
-        assert triton_dtype(numpy_dtype(f"TYPE_{name}")) == name
-    assert numpy_dtype("TYPE_STRING") == np.object_
-    with pytest.raises(InputError, match="BF16"):
-        numpy_dtype("TYPE_BF16")
+def test_types_of_configurations_are_the_protocols() -> None:
+    assert [short_name(n) for n in ("TYPE_FP32", "FP32", "TYPE_STRING", "BYTES")] == ["FP32", "FP32", "BYTES", "BYTES"]
 
 
 def test_the_sample_image_is_an_image() -> None:
