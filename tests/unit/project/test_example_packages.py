@@ -57,6 +57,6 @@ def test_it_installs_and_is_found_by_its_entry_point(package: Path, tmp_path: Pa
         assert done.returncode == 1
 
 
-def test_the_readmes_name_the_entry_point_group_rightly() -> None:
-    for package in PACKAGES:
-        assert f"[project.entry-points.{ENTRY_POINT_GROUP}]" in (package / "pyproject.toml").read_text()
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda p: p.name)
+def test_its_entry_point_group_is_the_packages(package: Path) -> None:
+    assert f"[project.entry-points.{ENTRY_POINT_GROUP}]" in (package / "pyproject.toml").read_text()
