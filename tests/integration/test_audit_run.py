@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fides_plugins.testing import make_bundle
-from tests.support.recordings import recorded, write_jsonl, write_parquet
+from tests.support.recordings import PAIRS, recorded, write_jsonl, write_parquet
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -24,7 +24,6 @@ ROWS = 50_000
 #: Small parts, so that there is something to resume and to share.
 PART_ROWS = 4000
 LIMIT_MB = 300
-COLUMNS = ("request_id", "service_probabilities", "verification_probabilities")
 
 #: Says what it did line by line; the memory is what the rows take, after all modules are there.
 AUDIT = """
@@ -74,8 +73,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("audit")
     make_bundle(made / "bundle")
     columns = recorded(ROWS, share=0.02)
-    write_parquet(made / "in.parquet", columns, *COLUMNS)
-    write_jsonl(made / "in.jsonl", {name: columns[name][:5000] for name in COLUMNS}, *COLUMNS)
+    write_parquet(made / "in.parquet", columns, *PAIRS)
+    write_jsonl(made / "in.jsonl", {name: columns[name][:5000] for name in PAIRS}, *PAIRS)
     return made
 
 

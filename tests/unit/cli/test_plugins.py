@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from fides_plugins.cli import app
-from fides_plugins.cli._new_plugin import HOOKS, write_package
 from fides_plugins.errors import InputError, SettingsError
-from fides_plugins.testing import make_bundle
-from tests.support.plugin_environments import fides_script, make_environment
+from fides_plugins.pipeline import Pipeline
+from fides_plugins.settings import Settings
+from fides_plugins.testing import fake_logits, fake_query, fake_service, make_bundle, switch_top_two
+from fides_plugins.types import Prediction
+from tests.support.plugin_environments import fides_script, make_environment, new_package
 
 GOOD = """
 from fides_plugins import hookimpl
@@ -99,17 +101,38 @@ def test_a_required_plugin_that_is_missing_fails_the_list() -> None:
     assert "would not start because of: ghost" in done.stdout
 
 
-def test_the_order_shown_is_the_order_of_calls(fides_pipeline: Any, tmp_path: Path) -> None:
-    from fides_plugins.cli.plugins import _order
+ASKED = """
+from fides_plugins import hookimpl
 
-    make_bundle(tmp_path / "b")
-    code = GOOD.replace("fides_record(self, verdict)", "fides_reclassify(self, service)")
-    spaces: list[dict[str, Any]] = [{}, {}]
-    for space in spaces:
-        exec(code, space)  # noqa: S102 - the test's own text
-    pipeline = fides_pipeline(spaces[0]["Good"], spaces[1]["Good"])
-    order = _order(pipeline.manager)["fides_reclassify"]
-    assert order == [p.name for p in pipeline._reclassify.plugins] == ["Good-2", "Good", "reclassifier"]
+calls = []
+
+@hookimpl
+def fides_reclassify(service):
+    calls.append(__name__)
+"""
+
+
+def test_the_order_shown_is_the_order_of_calls(
+    bundle_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    calls: list[str] = []
+    for name in ("asked_one", "asked_two"):
+        (tmp_path / f"{name}.py").write_text(ASKED)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.setattr(importlib.import_module(name), "calls", calls)
+    path = tmp_path / "fides.toml"
+    path.write_text('[fides]\nbundle = "bundle"\nmode = "correct"\nplugins.load = ["asked_one", "asked_two"]\n')
+    shown = CliRunner().invoke(app, ["plugins", "--settings", str(path), "--json"])
+    assert shown.exit_code == 0, shown.output
+    logits = fake_logits(1)
+    honest = fake_service(logits)
+    lie = Prediction(switch_top_two(honest.probabilities), honest.valid)
+    pipeline = Pipeline.from_settings(Settings.from_toml(path), tmp_path)
+    assert pipeline.run(fake_query(logits), lie).corrected.all()
+    pipeline.close()
+    assert calls == ["asked_two", "asked_one"]
+    assert json.loads(shown.stdout)["order"]["fides_reclassify"] == [*calls, "reclassifier"]
 
 
 def _test(package: Path, python: str = sys.executable, **environment: str) -> str:
@@ -121,9 +144,9 @@ def _test(package: Path, python: str = sys.executable, **environment: str) -> st
     return done.stdout
 
 
-@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("hook", ["verify", "detect", "reclassify", "record"])
 def test_a_new_package_passes_its_own_tests_and_lint(hook: str, tmp_path: Path) -> None:
-    package = write_package("fides-quiet-hours", hook, tmp_path)
+    package = new_package("fides-quiet-hours", hook, tmp_path)
 
     assert "passed" in _test(package, PYTHONPATH=str(package / "src"))
     rules = ["--isolated", "--select", "E,F,W,I,UP,B", "--line-length", "120"]
@@ -139,9 +162,7 @@ def test_a_new_package_passes_its_own_tests_and_lint(hook: str, tmp_path: Path) 
 
 def test_a_new_package_installs_and_works_in_an_environment_of_its_own(tmp_path: Path) -> None:
     """Its dependencies come from this environment, so that the test needs no network; nothing else does."""
-    made = CliRunner().invoke(app, ["plugins", "new", "fides-quiet-hours", "--into", str(tmp_path)])
-    assert made.exit_code == 0, made.output
-    package = tmp_path / "fides-quiet-hours"
+    package = new_package("fides-quiet-hours", "detect", tmp_path)
     python = make_environment(tmp_path / "venv", package)
 
     shown = subprocess.run(
@@ -158,16 +179,16 @@ def test_a_new_package_installs_and_works_in_an_environment_of_its_own(tmp_path:
 @pytest.mark.parametrize("name", ["Quiet Hours", "1st", "../up", "class", "a--b", ""])
 def test_names_that_are_no_package_names_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be a package name"):
-        write_package(name, "detect", tmp_path)
+        new_package(name, "detect", tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_unknown_hooks_and_existing_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="verify, detect, reclassify, record"):
-        write_package("fides-x", "configure", tmp_path)
-    write_package("fides-x", "fides_record", tmp_path)
+        new_package("fides-x", "configure", tmp_path)
+    new_package("fides-x", "fides_record", tmp_path)
     with pytest.raises(InputError, match="exists already"):
-        write_package("fides-x", "detect", tmp_path)
+        new_package("fides-x", "detect", tmp_path)
 
 
 def test_check_tells_good_from_broken(tmp_path: Path) -> None:
