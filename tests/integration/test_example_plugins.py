@@ -26,9 +26,9 @@ from fides_plugins.pipeline import Pipeline
 from fides_plugins.settings import Settings
 from fides_plugins.testing import fake_logits
 from fides_plugins.types import Prediction, Query, Status
+from tests.support.paths import REPOSITORY
 from tests.support.plugin_environments import install, make_environment, new_package, search_path
 from tests.support.triton_models import (
-    REPOSITORY,
     image_bundle,
     images,
     linear_image_onnx,

@@ -24,11 +24,11 @@ from fides_plugins.errors import FidesError, InputError, ServerError
 from fides_plugins.launch.torchserve import TorchServeServer
 from fides_plugins.serving.torchserve.attach import attach
 from fides_plugins.serving.torchserve.build import build_archive
+from tests.support.paths import REPOSITORY
 from tests.support.torchserve_models import CLASS, READ_BYTES, SERVICE, backdoor_bundle, body, plain_archive, rows
 
 pytestmark = pytest.mark.integration
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 ARCHIVER = Path(sys.executable).with_name("torch-model-archiver")
 #: What a server's Python without Fides would lack.
 HIDDEN = ("fides", "__editable__.fides", "_fides", "pluggy", "pydantic", "onnxruntime")

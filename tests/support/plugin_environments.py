@@ -12,7 +12,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from fides_plugins.cli import app
-from tests.support.docs_blocks import REPOSITORY
+from tests.support.paths import REPOSITORY
 
 
 def make_environment(home: Path, *packages: Path) -> Path:

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from fides_plugins.bundle import InputSpec, Manifest, VerificationSpec, write_bundle
 from fides_plugins.testing import make_bundle
+from tests.support.paths import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 IMAGE = (1, 8, 8)
 N_CLASSES = 10
 

@@ -11,8 +11,9 @@ import pytest
 from fides_plugins.attestation.policy import EvidencePolicy, Measurement, SnpTcb
 from fides_plugins.attestation.verify import verify_evidence
 from fides_plugins.errors import SettingsError
-from tests.support.docs_blocks import REPOSITORY, blocks
+from tests.support.docs_blocks import blocks
 from tests.support.evidence import evidence_for, policy, refusal, statement
+from tests.support.paths import REPOSITORY
 from tests.support.pki import NOW_S, AmdPki, IntelPki, measurement_of, register, roots_of
 
 # AMD issues VCEKs with serial number 0, which `cryptography` warns about.

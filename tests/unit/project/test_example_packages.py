@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from fides_plugins.hookspecs import ENTRY_POINT_GROUP
+from tests.support.paths import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 PACKAGES = sorted(p.parent for p in (REPOSITORY / "examples").glob("fides-*/pyproject.toml"))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import grimp
 import pytest
 
-from tests.support.docs_blocks import REPOSITORY
+from tests.support.paths import REPOSITORY
 
 if sys.version_info >= (3, 11):
     import tomllib
