@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fides_plugins.hookspecs import ENTRY_POINT_GROUP
+from tests.support.command_line import fides
 from tests.support.paths import REPOSITORY
 
 PACKAGES = sorted(p.parent for p in (REPOSITORY / "examples").glob("fides-*/pyproject.toml"))
@@ -44,7 +45,7 @@ def test_it_installs_and_is_found_by_its_entry_point(package: Path, tmp_path: Pa
     done = _run(*pip, "--target", tmp_path / "site", package)
     assert done.returncode == 0, done.stderr
 
-    done = _run(sys.executable, "-m", "fides_plugins.cli", "plugins", "--json", PYTHONPATH=str(tmp_path / "site"))
+    done = fides("plugins", "--json", PYTHONPATH=str(tmp_path / "site"))
 
     name = package.name.removeprefix("fides-")
     found = {p["name"]: p for p in json.loads(done.stdout)["plugins"]}[name]
