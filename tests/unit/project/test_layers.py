@@ -1,4 +1,4 @@
-"""What imports what: no circle in the package, and neither tests nor benchmarks lean on each other.
+"""What imports what and stands where: no circle in the package; tests and benchmarks do not lean on each other.
 
 Type-only imports count. The layers themselves are `lint-imports`' to hold.
 """
@@ -60,3 +60,9 @@ def imported(file: Path) -> set[str]:
 def test_only_tests_import_tests_and_tests_import_no_benchmark(folder: str, foreign: str) -> None:
     leaning = [str(f.relative_to(REPOSITORY)) for f in (REPOSITORY / folder).rglob("*.py") if foreign in imported(f)]
     assert leaning == []
+
+
+def test_unit_tests_stand_in_the_rooms_of_the_package() -> None:
+    tests = REPOSITORY / "tests" / "unit"
+    rooms = {file.parent.relative_to(tests) for file in tests.rglob("test_*.py")} - {Path("project")}
+    assert [str(room) for room in rooms if not (REPOSITORY / "fides_plugins" / room / "__init__.py").is_file()] == []
