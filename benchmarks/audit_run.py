@@ -11,6 +11,7 @@ with `--json FILE` writes the numbers. Exits with 1 if an output differs or memo
 from __future__ import annotations
 
 import argparse
+import filecmp
 import json
 import os
 import shutil
@@ -27,7 +28,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fides_plugins.batch.records import PART_ROWS
 from fides_plugins.launch.process import command_line, descendants, resident_bytes
 from fides_plugins.testing import fake_logits, fake_service, make_bundle, switch_top_two
 from fides_plugins.types import softmax
@@ -41,7 +41,7 @@ import json, sys, time
 import psutil
 from fides_plugins.batch.run import audit_run
 import fides_plugins.batch.ray_engine, onnxruntime, pyarrow.parquet
-bundle, source, target, engine, workers, part_rows = sys.argv[1:7]
+bundle, source, target, engine = sys.argv[1:]
 def rss():
     return psutil.Process().memory_info().rss
 base = peak = 0
@@ -55,9 +55,7 @@ def on_rows(n):
     rows += n
     peak = max(peak, rss())
     print(json.dumps({"rows": rows}), flush=True)
-summary = audit_run(
-    bundle, source, target, engine=engine, workers=int(workers), part_rows=int(part_rows),
-    on_start=on_start, on_rows=on_rows)
+summary = audit_run(bundle, source, target, engine=engine, workers=2, on_start=on_start, on_rows=on_rows)
 peak = max(peak, rss())
 print(json.dumps({"summary": summary, "growth_mb": (peak - base) / 1e6}), flush=True)
 """
@@ -89,12 +87,9 @@ def _lists(matrix: Any) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.ascontiguousarray(matrix).ravel()))
 
 
-def audit(
-    folder: Path, source: Path, target: Path, engine: str = "local", kill_at: int = 0, part_rows: int = PART_ROWS
-) -> dict[str, Any]:
+def audit(folder: Path, source: Path, target: Path, engine: str = "local", kill_at: int = 0) -> dict[str, Any]:
     """One run in a process of its own; with `kill_at`, killed with SIGKILL after that many rows."""
-    command = [sys.executable, "-c", WORKER, str(folder / "bundle"), str(source), str(target), engine, "2"]
-    command += [str(part_rows)]
+    command = [sys.executable, "-c", WORKER, str(folder / "bundle"), str(source), str(target), engine]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     workers_peak = [0]
@@ -137,17 +132,6 @@ def to_jsonl(source: Path, target: Path, n_rows: int) -> None:
                 return
 
 
-def same(a: Path, b: Path) -> bool:
-    """Whether two outputs are equal byte by byte."""
-    with a.open("rb") as x, b.open("rb") as y:
-        while True:
-            p, q = x.read(1 << 20), y.read(1 << 20)
-            if p != q:
-                return False
-            if not p:
-                return True
-
-
 def study(folder: Path, n_rows: int, n_classes: int, with_ray: bool) -> dict[str, Any]:
     """All runs; the numbers by name of the run."""
     make_bundle(folder / "bundle", n_classes)
@@ -155,16 +139,17 @@ def study(folder: Path, n_rows: int, n_classes: int, with_ray: bool) -> dict[str
     start = time.perf_counter()
     generate(source, n_rows, n_classes)
     print(f"{n_rows:,} rows generated in {time.perf_counter() - start:.0f} s, {source.stat().st_size / 1e6:.0f} MB")
-    results: dict[str, Any] = {"local": audit(folder, source, folder / "local.parquet")}
+    local = folder / "local.parquet"
+    results: dict[str, Any] = {"local": audit(folder, source, local)}
     killed = audit(folder, source, folder / "resumed.parquet", kill_at=n_rows // 2)
     results["killed, resumed"] = audit(folder, source, folder / "resumed.parquet")
     results["killed, resumed"]["killed_at"] = killed["rows"]
-    results["killed, resumed"]["equal"] = same(folder / "local.parquet", folder / "resumed.parquet")
+    results["killed, resumed"]["equal"] = filecmp.cmp(local, folder / "resumed.parquet", shallow=False)
     to_jsonl(source, folder / "in.jsonl", n_rows // 10)
     results["JSON Lines, a tenth"] = audit(folder, folder / "in.jsonl", folder / "jsonl.parquet")
     if with_ray:
         results["Ray, 2 workers"] = audit(folder, source, folder / "ray.parquet", "ray")
-        results["Ray, 2 workers"]["equal"] = same(folder / "local.parquet", folder / "ray.parquet")
+        results["Ray, 2 workers"]["equal"] = filecmp.cmp(local, folder / "ray.parquet", shallow=False)
     return results
 
 

@@ -17,12 +17,10 @@ from pathlib import Path
 
 import atheris
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 with atheris.instrument_imports(include=["fides_plugins.attestation", "fides_plugins.enclave", "fides_plugins.oip"]):
     from fides_plugins.attestation import cose
     from fides_plugins.attestation.evidence import Evidence
-    from fides_plugins.attestation.receipt import PROFILE, open_receipt
+    from fides_plugins.attestation.receipt import PROFILE, Receipt, open_receipt
     from fides_plugins.attestation.request import SignedRequest, to_text
     from fides_plugins.enclave import protocol
     from fides_plugins.enclave.bounds import request_bounds
@@ -32,12 +30,32 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fides_plugins.attestation.keys import key_id, raw_public
 from fides_plugins.bundle import InputSpec
 from fides_plugins.errors import FidesError
-from tests.support.receipts import sample_receipt
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 KEY_ID = key_id(raw_public(KEY.public_key()))
 KEYS = {KEY_ID: KEY.public_key()}
-GOOD = sample_receipt().sign(KEY, KEY_ID)
+SAMPLE = Receipt(
+    profile=PROFILE,
+    nonce=bytes(range(32)),
+    session=bytes(16),
+    input_digest=b"\x11" * 32,
+    input_dtype="FP32",
+    input_shape=(1, 1, 28, 28),
+    preprocessing="none",
+    scheme="hpke",
+    output=bytes(40),
+    output_dtype="FP32",
+    output_shape=(1, 10),
+    bundle_digest=b"\x22" * 32,
+    bundle_version=3,
+    evidence_id=b"\x33" * 32,
+    tee="tdx",
+    boot_id=b"\x44" * 16,
+    sequence=7,
+    issued_at=1_750_000_000,
+    service_digest=None,
+)
+GOOD = SAMPLE.sign(KEY, KEY_ID)
 REQUEST = SignedRequest(bytes(32), bytes(32), "hpke", bytes(range(32))).encode(KEY)
 BOUNDS = request_bounds(InputSpec(name="image", dtype="float32", shape=(None, 1, 28, 28)), 1024)
 calls = 0
@@ -75,7 +93,7 @@ def evidence(data: bytes) -> None:
 
 
 TARGETS = {f.__name__: f for f in (receipt, request, payload, body, evidence)}
-SEEDS = {"receipt": GOOD, "payload": sample_receipt().encode(), "body": b'\x00\x01{"inputs": []}', "evidence": b"{}"}
+SEEDS = {"receipt": GOOD, "payload": SAMPLE.encode(), "body": b'\x00\x01{"inputs": []}', "evidence": b"{}"}
 
 
 def main() -> None:

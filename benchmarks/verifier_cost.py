@@ -7,41 +7,86 @@ Ways of judging one row, in shuffled order so that a busy machine is busy for al
 model in process; the verifier with a receipt (scheme "commitment"); with an encrypted reference ("hpke");
 both over HTTP on the loopback; the client's own check; and running the whole service model again. Without
 arguments the models are CNNs for 28 x 28 digits with random weights: costs depend on shapes, not on values.
+The verifier has development evidence: evidence is checked once and kept, and no receipt depends on its kind.
 Exits with 1 if the receipt itself costs more than 1 ms at the median.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import random
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import httpx
 import numpy as np
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from torch import nn
 
 from fides_plugins import oip
+from fides_plugins.attestation.keys import raw_public
+from fides_plugins.attestation.policy import EvidencePolicy
 from fides_plugins.attestation.request import to_text
 from fides_plugins.attestation.tensors import tensor_digest
+from fides_plugins.attestation.verify import InsecureEvidenceWarning
 from fides_plugins.attestation.wire import COMMITMENT_PARAMETER, PARAMETER, RECEIPT_OUTPUT
-from fides_plugins.bundle import Bundle
+from fides_plugins.builtin.verify import OnnxVerifier
+from fides_plugins.bundle import Bundle, InputSpec, Manifest, VerificationSpec, write_bundle
 from fides_plugins.client.receipts import ReceiptChecker
 from fides_plugins.client.trust import Trust
+from fides_plugins.enclave.providers import DevelopmentProvider
+from fides_plugins.enclave.serve import Endpoints, serve
 from fides_plugins.enclave.verifier import Verifier, VerifierOptions
 from fides_plugins.onnx_model import OnnxModel
-from tests.support.pki import NOW_S
-from tests.support.verifiers import IDENTITY, IDENTITY_PUBLIC, Hardware, RunningVerifier, digits_bundle, digits_cnn
+from fides_plugins.settings import Settings
+from fides_plugins.testing import memory_bundle
+from fides_plugins.training.export import export_onnx
+from fides_plugins.types import Query
 
 LIMIT_MS = 1.0
+SHAPE = (1, 28, 28)
+
+
+def digits_cnn(width: int) -> bytes:
+    """A CNN for 28 x 28 digits with random weights; of width 24 it has the size of a distilled MNIST verifier."""
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(1, width, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(2 * width * 14 * 14, 18),
+        nn.ReLU(),
+        nn.Linear(18, 10),
+    ]
+    return export_onnx(nn.Sequential(*layers), np.zeros((3, *SHAPE), np.float32), input_name="image")
+
+
+def digits_bundle(folder: Path) -> Bundle:
+    """A bundle whose verification model is that CNN."""
+    fake = memory_bundle()
+    files = {**{name: fake.file(name) for name in fake.file_names}, "verification.onnx": digits_cnn(24)}
+    fields = {
+        **dict(fake.manifest),
+        "files": {},
+        "input": InputSpec(name="image", dtype="float32", shape=(None, *SHAPE)),
+        "verification": VerificationSpec(input_name="image"),
+    }
+    return write_bundle(folder, Manifest(**fields), files)
 
 
 class Source:
@@ -56,6 +101,31 @@ class Source:
         return self._verifier.evidence(challenge)
 
 
+@contextmanager
+def running(verifier: Verifier) -> Iterator[str]:
+    """The verifier behind HTTP in a thread of this process; `host:port`."""
+    ready = threading.Event()
+    found: list[Any] = []
+
+    async def main() -> None:
+        stop = asyncio.Event()
+
+        def up(where: Endpoints) -> None:
+            found.extend((asyncio.get_running_loop(), stop, f"{where.host}:{where.http_port}"))
+            ready.set()
+
+        await serve(verifier, Endpoints("127.0.0.1", 0, None), ready=up, stop=stop)
+
+    thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
+    thread.start()
+    if not ready.wait(30):
+        sys.exit("the verifier did not start")
+    loop, stop, address = found
+    yield address
+    loop.call_soon_threadsafe(stop.set)
+    thread.join()
+
+
 def main() -> None:
     """Measure, print a table, and check the limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -66,7 +136,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bundle = Bundle.load(options.bundle) if options.bundle else digits_bundle(Path(folder) / "bundle")
-        service = OnnxModel(options.service.read_bytes() if options.service else digits_cnn(hidden=96))
+        service = OnnxModel(options.service.read_bytes() if options.service else digits_cnn(96))
         times = measure(bundle, service, options.repeats)
     report = summarize(times)
     for name, row in report["ways"].items():
@@ -81,11 +151,18 @@ def main() -> None:
 
 def measure(bundle: Bundle, service: OnnxModel, repeats: int) -> dict[str, list[float]]:
     """Seconds of each way, one row at a time, the ways in a new order each time."""
-    hardware = Hardware()
-    limits = VerifierOptions(clients=frozenset((IDENTITY_PUBLIC,)), rate=1e9, burst=1e9)
-    verifier = hardware.verifier(bundle, options=limits)
-    trust = Trust(hardware.policy(bundle), Source(verifier), roots=hardware.roots, clock=lambda: NOW_S)
-    checkers = {s: ReceiptChecker(trust, IDENTITY, s, bundle.n_classes) for s in ("commitment", "hpke")}
+    identity = Ed25519PrivateKey.generate()
+    client = raw_public(identity.public_key())
+    options = VerifierOptions(clients=frozenset((client,)), rate=1e9, burst=1e9)
+    verifier = Verifier(bundle, DevelopmentProvider(), options)
+    policy = EvidencePolicy(bundle_digests=(bundle.digest,), clients=(client.hex(),))
+    trust = Trust(policy, Source(verifier), insecure_development=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InsecureEvidenceWarning)
+        trust.current()
+    checkers = {s: ReceiptChecker(trust, identity, s, bundle.n_classes) for s in ("commitment", "hpke")}
+    plugin = OnnxVerifier()
+    plugin.fides_configure(Settings(), bundle)
     spec = bundle.manifest.input
     assert spec is not None
     tensor = np.random.default_rng(0).uniform(0, 1, [d or 1 for d in spec.shape]).astype(spec.dtype)
@@ -99,18 +176,18 @@ def measure(bundle: Bundle, service: OnnxModel, repeats: int) -> dict[str, list[
         times.setdefault(name, []).append(time.perf_counter() - begin)
         return result
 
-    with RunningVerifier(verifier) as running, httpx.Client() as web:
+    with running(verifier) as address, httpx.Client() as web:
 
         def post(text: str, scheme: str) -> str:
             parameters = {PARAMETER: text, **({COMMITMENT_PARAMETER: commitment} if scheme == "commitment" else {})}
             body, headers = oip.request_body({spec.name: tensor}, parameters=parameters)
-            url = f"http://{running.http}/v2/models/{bundle.manifest.name}/infer"
+            url = f"http://{address}/v2/models/{bundle.manifest.name}/infer"
             reply = web.post(url, content=body, headers=headers).raise_for_status()
             outputs = oip.read_answer(reply.content, reply.headers.get(oip.JSON_LENGTH), (RECEIPT_OUTPUT,))
             return str(oip.first_text(outputs, RECEIPT_OUTPUT))
 
         def in_process() -> None:
-            timed("verification model in process", lambda: verifier._reference(tensor))
+            timed("verification model in process", lambda: plugin.fides_verify(Query({spec.name: tensor})))
 
         def answered(scheme: Any) -> None:
             pending = timed(f"client: request ({scheme})", lambda: checkers[scheme].begin(tensor))

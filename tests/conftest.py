@@ -10,8 +10,7 @@ import pytest
 from fides_plugins.bundle import Bundle
 from fides_plugins.settings import ENVIRONMENT_PREFIX
 from fides_plugins.testing import make_bundle
-
-REPOSITORY = Path(__file__).resolve().parent.parent
+from tests.support.paths import SHARED_DATA
 
 
 @pytest.fixture(autouse=True)
@@ -24,10 +23,9 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of data that is not part of the repository; tests that need it skip where it is absent."""
-    folder = REPOSITORY.parent / "shared" / "data"
-    if not folder.is_dir():
+    if not SHARED_DATA.is_dir():
         pytest.skip("the shared test data are not beside this checkout")
-    return folder
+    return SHARED_DATA
 
 
 @pytest.fixture(scope="session")

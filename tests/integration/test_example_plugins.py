@@ -20,16 +20,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fides_plugins.cli._new_plugin import write_package
 from fides_plugins.launch.process import wait_until
 from fides_plugins.launch.triton import TritonServer, is_available
 from fides_plugins.pipeline import Pipeline
 from fides_plugins.settings import Settings
 from fides_plugins.testing import fake_logits
 from fides_plugins.types import Prediction, Query, Status
-from tests.support.plugin_environments import install, make_environment, search_path
+from tests.support.paths import REPOSITORY
+from tests.support.plugin_environments import install, make_environment, new_package, search_path
 from tests.support.triton_models import (
-    REPOSITORY,
     image_bundle,
     images,
     linear_image_onnx,
@@ -64,9 +63,13 @@ from fides_plugins.serving.triton import onnx_service
 import triton_python_backend_utils as pb_utils
 
 class TritonPythonModel(onnx_service.TritonPythonModel):
-    def _answer(self, request):
+    def execute(self, requests):
+        return [self.answer(request) for request in requests]
+
+    def answer(self, request):
         self.attack = json.loads(request.parameters() or "{}").get("attack", "")
-        return super()._answer(request)
+        (response,) = super().execute([request])
+        return response
 
     def predict(self, arrays):
         logits = np.array(super().predict(arrays)["logits"])
@@ -263,7 +266,7 @@ ALWAYS = "        return Detection(np.ones(service.n_rows), np.ones(service.n_ro
 def test_a_new_package_that_always_alarms_changes_verdicts_through_triton(tmp_path: Path) -> None:
     repository = template_repository(tmp_path / "repository", mode="flag")
     before = {p: p.read_bytes() for p in repository.rglob("*") if p.is_file()}
-    package = write_package("fides-quiet-hours", "detect", tmp_path)
+    package = new_package("fides-quiet-hours", "detect", tmp_path)
     source = package / "src" / "fides_quiet_hours" / "__init__.py"
     made = source.read_text()
     python = make_environment(tmp_path / "venv", package)
@@ -289,7 +292,7 @@ def _always_alarming(source: str) -> str:
 @pytest.mark.slow
 def test_a_new_package_works_in_an_environment_with_nothing_else(tmp_path: Path) -> None:
     """As its author's colleague would: an empty environment, pip, the index, pytest."""
-    package = write_package("fides-quiet-hours", "detect", tmp_path)
+    package = new_package("fides-quiet-hours", "detect", tmp_path)
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True, timeout=120)
     python = str(tmp_path / "venv" / "bin" / "python")
     pip = [python, "-m", "pip", "install", "-q", f"{REPOSITORY}[testing]", f"{package}[test]"]

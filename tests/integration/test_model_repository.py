@@ -10,16 +10,16 @@ import pytest
 
 from fides_plugins.demo.digits import load_digits_split
 from fides_plugins.launch.triton import TritonServer
+from tests.support.paths import REPOSITORY
 
 pytestmark = pytest.mark.integration
 
-REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
 ROWS = 64
 
 
 def test_it_runs_as_it_is(tmp_path: Path):
     # A copy, because Python writes its caches beside the models; nothing else is changed.
-    shutil.copytree(REPOSITORY, tmp_path / "models")
+    shutil.copytree(REPOSITORY / "model_repository", tmp_path / "models")
     digits = load_digits_split(seed=0).test
     with TritonServer(tmp_path / "models") as server:
         images = {"image": digits.images[:ROWS]}

@@ -34,9 +34,9 @@ from fides_plugins.observation.metrics import METRICS
 from fides_plugins.statistics.divergences import DIVERGENCES
 from fides_plugins.testing import fake_logits
 from fides_plugins.types import softmax
+from tests.support.paths import REPOSITORY
 from tests.support.triton_models import images, linear_image_onnx, template_repository
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 RULES = REPOSITORY / "deploy" / "prometheus" / "fides.rules.yml"
 DASHBOARD = REPOSITORY / "deploy" / "grafana" / "fides.json"
 SCRAPE_S = 2.0

@@ -13,7 +13,7 @@ import pytest
 
 from fides_plugins.launch.torchserve import TorchServeServer
 from fides_plugins.launch.torchserve_grpc import GrpcClient
-from tests.support.torchserve_models import FAULTY, backdoor_bundle, body, plain_archive, protected_archive, rows
+from tests.support.torchserve_models import FAULTY, backdoor_bundle, body, plain_archive, post, protected_archive, rows
 
 pytestmark = pytest.mark.integration
 
@@ -48,10 +48,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServeServe
     models = {p.stem: p.name for p in store.glob("*.mar")}
     with TorchServeServer(store, models) as running:
         yield running
-
-
-def post(server: TorchServeServer, model: str, row: np.ndarray, kind: str = "predictions") -> httpx.Response:
-    return httpx.post(f"{server.inference_url}/{kind}/{model}", json=body(row), timeout=30)
 
 
 def together(server: TorchServeServer, model: str, x: np.ndarray) -> list[httpx.Response]:

@@ -22,6 +22,7 @@ from tests.support.torchserve_models import (
     backdoor_bundle,
     body,
     plain_archive,
+    post,
     rows,
     torchscript,
 )
@@ -60,10 +61,6 @@ def server(store: Path) -> Iterator[TorchServeServer]:
     models = {p.stem: p.name for p in (store / "served").glob("*.mar")}
     with TorchServeServer(store / "served", models) as running:
         yield running
-
-
-def post(server: TorchServeServer, model: str, row: np.ndarray, **headers: str) -> httpx.Response:
-    return httpx.post(f"{server.inference_url}/predictions/{model}", json=body(row), headers=headers, timeout=30)
 
 
 @pytest.mark.parametrize("kind", KINDS)

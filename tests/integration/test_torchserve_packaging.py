@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
-import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -24,11 +22,11 @@ from fides_plugins.errors import FidesError, InputError, ServerError
 from fides_plugins.launch.torchserve import TorchServeServer
 from fides_plugins.serving.torchserve.attach import attach
 from fides_plugins.serving.torchserve.build import build_archive
-from tests.support.torchserve_models import CLASS, READ_BYTES, SERVICE, backdoor_bundle, body, plain_archive, rows
+from tests.support.paths import REPOSITORY
+from tests.support.torchserve_models import CLASS, READ_BYTES, SERVICE, backdoor_bundle, body, plain_archive, post, rows
 
 pytestmark = pytest.mark.integration
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 ARCHIVER = Path(sys.executable).with_name("torch-model-archiver")
 #: What a server's Python without Fides would lack.
 HIDDEN = ("fides", "__editable__.fides", "_fides", "pluggy", "pydantic", "onnxruntime")
@@ -72,10 +70,6 @@ def server(folder: Path) -> Iterator[TorchServeServer]:
     models |= {"as_folder": "as_folder", "as_tar": "as_tar.tar.gz"}
     with TorchServeServer(store, models) as running:
         yield running
-
-
-def post(server: TorchServeServer, model: str, row: np.ndarray) -> httpx.Response:
-    return httpx.post(f"{server.inference_url}/predictions/{model}", json=body(row), timeout=30)
 
 
 def check(server: TorchServeServer, folder: Path, model: str, *more: str) -> tuple[int, dict[str, dict[str, Any]]]:

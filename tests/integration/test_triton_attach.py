@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -29,6 +27,7 @@ from fides_plugins.serving.triton.operator.watch import Event, Watcher, watch_fo
 from fides_plugins.serving.triton.plan import AttachOptions
 from fides_plugins.testing import fake_logits
 from fides_plugins.types import softmax
+from tests.support.command_line import fides
 from tests.support.triton_models import STRANGER_CONFIG, image_bundle, images, stranger_repository, tree_digest
 
 pytestmark = [
@@ -106,12 +105,6 @@ def test_the_attacked_service_is_flagged_corrected_and_rejected(served: TritonSe
     with pytest.raises(InferenceRefused, match=r"attacked: refused 2 of 4 row"):
         served.api.infer("roses_reject", **ask)
     assert served.api.infer("roses_reject", {"pixels_in": PIXELS})["scores"].shape == (4, 10)
-
-
-def fides(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command line, as a user runs it."""
-    command = [sys.executable, "-m", "fides_plugins.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
 def test_check_and_liveness_on_the_command_line(served: TritonServer) -> None:

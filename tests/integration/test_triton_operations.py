@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from fides_plugins.serving.triton.operator.api import InferenceRefused, TritonAp
 from fides_plugins.serving.triton.operator.check import check
 from fides_plugins.serving.triton.plan import AttachOptions
 from fides_plugins.testing import fake_logits
+from tests.support.command_line import fides
 from tests.support.triton_models import (
     STRANGER_CONFIG,
     image_bundle,
@@ -81,12 +80,6 @@ def test_checks_never_raise_the_service_alarm(server: TritonServer) -> None:
     wait_until(lambda: verdicts(api, "flowers") == {"attacked": 0, "trusted": 1}, 10, "The benign row's count")
     assert verdicts(api, "roses") == {"attacked": 0, "trusted": 0}
     assert not value(api, 'fides_under_attack{model="roses"}')
-
-
-def fides(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command line, as a user runs it; a command that goes on for ever fails by its time-out."""
-    command = [sys.executable, "-m", "fides_plugins.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=30)
 
 
 def attack(api: TritonApi) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from fides_plugins.launch.triton import is_available
-from tests.support.docs_blocks import REPOSITORY, Block, blocks
+from tests.support.docs_blocks import Block, blocks
+from tests.support.paths import REPOSITORY
 
 pytestmark = [
     pytest.mark.integration,

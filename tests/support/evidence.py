@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +14,10 @@ from fides_plugins.attestation.keys import raw_public
 from fides_plugins.attestation.policy import EvidencePolicy, SnpTcb
 from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.attestation.verify import verify_evidence
+from tests.support.paths import SHARED_DATA
 from tests.support.pki import NOW_S, AmdPki, IntelPki, measurement_of
 
-SAMPLES = Path(__file__).parents[3] / "shared" / "data" / "attestation"
+SAMPLES = SHARED_DATA / "attestation"
 needs_samples = pytest.mark.skipif(not SAMPLES.is_dir(), reason="the public sample evidence is not here")
 
 

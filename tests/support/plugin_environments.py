@@ -9,7 +9,10 @@ import sysconfig
 import venv
 from pathlib import Path
 
-from tests.support.docs_blocks import REPOSITORY
+from typer.testing import CliRunner
+
+from fides_plugins.cli import app
+from tests.support.paths import REPOSITORY
 
 
 def make_environment(home: Path, *packages: Path) -> Path:
@@ -26,6 +29,15 @@ def make_environment(home: Path, *packages: Path) -> Path:
     (site / "outside.pth").write_text(f"import site; site.addsitedir({outside!r})\n")
     install(python, *packages)
     return python
+
+
+def new_package(name: str, hook: str, into: Path) -> Path:
+    """The folder of a package that `fides plugins new` made; the command's error where it makes none."""
+    done = CliRunner().invoke(app, ["plugins", "new", "--hook", hook, "--into", str(into), "--", name])
+    if done.exception is not None:
+        raise done.exception
+    (folder,) = into.glob(name)
+    return folder
 
 
 def install(python: Path, *packages: Path) -> None:

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from fides_plugins.testing import fake_logits, fake_service, switch_top_two
 from fides_plugins.types import softmax
 
+#: Columns enough for a verdict.
+PAIRS = ("request_id", "service_probabilities", "verification_probabilities")
+
 
 def recorded(n: int, share: float = 0.05, n_classes: int = 10, seed: int = 0) -> dict[str, NDArray[Any]]:
     """Columns of n rows of which `share` are attacked: both distributions, logits, inputs, ids, the truth."""

@@ -13,10 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 from numpy.typing import NDArray
 
 from fides_plugins.bundle import Bundle, InputSpec, write_bundle
+from fides_plugins.launch.torchserve import TorchServeServer
 from fides_plugins.serving.torchserve.build import SHIM_NAME, build_archive, bundle_files, shim
 from fides_plugins.testing import fake_logits, linear_onnx, make_bundle
 from fides_plugins.types import OutputKind
@@ -214,6 +216,7 @@ PASSES = CLASS.replace(
 #: A plug-in that misbehaves when the last column says so.
 FAULTY = """
 import time
+import httpx
 import numpy as np
 from fides_plugins import Detection, Verification, hookimpl
 
@@ -274,6 +277,13 @@ def rows(n: int, seed: int = 0, attacked: tuple[int, ...] = (), trigger: float =
 def body(row: NDArray[np.float32]) -> dict[str, Any]:
     """JSON body of one request."""
     return {"x": [float(v) for v in row]}
+
+
+def post(
+    server: TorchServeServer, model: str, row: NDArray[np.float32], kind: str = "predictions", **headers: str
+) -> httpx.Response:
+    """Ask about one row, as any client would."""
+    return httpx.post(f"{server.inference_url}/{kind}/{model}", json=body(row), headers=headers, timeout=30)
 
 
 def backdoor_bundle(folder: Path, output_kind: OutputKind = "logits") -> Bundle:

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from fides_plugins.bundle import InputSpec, Manifest, VerificationSpec, write_bundle
 from fides_plugins.testing import make_bundle
+from tests.support.paths import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 IMAGE = (1, 8, 8)
 N_CLASSES = 10
 
@@ -33,9 +33,13 @@ from fides_plugins.serving.triton import onnx_service
 import triton_python_backend_utils as pb_utils
 
 class TritonPythonModel(onnx_service.TritonPythonModel):
-    def _answer(self, request):
+    def execute(self, requests):
+        return [self.answer(request) for request in requests]
+
+    def answer(self, request):
         self.attack = json.loads(request.parameters() or "{}").get("attack", "")
-        return super()._answer(request)
+        (response,) = super().execute([request])
+        return response
 
     def predict(self, arrays):
         outputs = super().predict(arrays)

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from numpy.typing import NDArray
 from typing_extensions import Self
@@ -21,15 +21,32 @@ from fides_plugins.attestation.policy import EvidencePolicy, SnpTcb
 from fides_plugins.attestation.request import SignedRequest
 from fides_plugins.attestation.tensors import tensor_digest
 from fides_plugins.attestation.verify import TrustRoots, evidence_id
+from fides_plugins.builtin.verify import OnnxVerifier
 from fides_plugins.bundle import Bundle, Manifest, write_bundle
 from fides_plugins.enclave.http import ServerLimits
 from fides_plugins.enclave.serve import serve
 from fides_plugins.enclave.verifier import Verifier, VerifierOptions
+from fides_plugins.settings import Settings
 from fides_plugins.testing import memory_bundle
+from fides_plugins.types import Float32Array, Query
 from tests.support.pki import NOW_S, AmdPki, IntelPki, measurement_of, roots_of
 
 IDENTITY = Ed25519PrivateKey.from_private_bytes(b"the client's identity in tests!!")
 IDENTITY_PUBLIC = raw_public(IDENTITY.public_key())
+
+
+def receipt_keys(verifier: Verifier) -> dict[bytes, Ed25519PublicKey]:
+    """The key of a verifier's receipts by its id, as the verifier's evidence tells it."""
+    statement = verifier.evidence().statement
+    assert statement is not None
+    return {statement.key_id: Ed25519PublicKey.from_public_bytes(statement.signing_key)}
+
+
+def reference_of(bundle: Bundle, tensor: NDArray[Any]) -> Float32Array:
+    """What a verifier with this bundle answers, by the plug-in that a server without one runs."""
+    plugin = OnnxVerifier()
+    plugin.fides_configure(Settings(), bundle)
+    return plugin.fides_verify(Query({"input": tensor})).probabilities
 
 
 class PkiProvider:

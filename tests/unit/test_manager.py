@@ -85,17 +85,27 @@ def test_entry_points_can_be_switched_off(distribution: Path, session_bundle: Bu
     assert not manager.has_plugin("good")
 
 
-def test_configured_modules(distribution: Path, session_bundle: Bundle):
-    settings = Settings.from_mapping({"plugins": {"entry_points": False, "load": ["fake_good"]}})
-    assert create_plugin_manager(settings, session_bundle).has_plugin("fake_good")
-    for target, text in {
-        "no_such_module": "no module 'no_such_module'",
-        "fake_good:nothing": "has no 'nothing'",
-        "fake_broken": "a_package_that_nobody_has_installed",
-    }.items():
-        settings = Settings.from_mapping({"plugins": {"entry_points": False, "load": [target]}})
-        with pytest.raises(PluginError, match=text):
-            create_plugin_manager(settings, session_bundle)
+def load(target: str) -> Settings:
+    return Settings.from_mapping({"plugins": {"entry_points": False, "load": [target]}})
+
+
+def test_a_configured_module_is_loaded(distribution: Path, session_bundle: Bundle):
+    assert create_plugin_manager(load("fake_good"), session_bundle).has_plugin("fake_good")
+
+
+@pytest.mark.parametrize(
+    ("target", "text"),
+    [
+        ("no_such_module", "no module 'no_such_module'"),
+        ("fake_good:nothing", "has no 'nothing'"),
+        ("fake_broken", "a_package_that_nobody_has_installed"),
+    ],
+)
+def test_a_configured_module_that_cannot_load_stops_start_up(
+    distribution: Path, session_bundle: Bundle, target: str, text: str
+):
+    with pytest.raises(PluginError, match=text):
+        create_plugin_manager(load(target), session_bundle)
 
 
 def make_plugin(source: str) -> object:

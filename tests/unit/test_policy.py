@@ -12,6 +12,7 @@ from fides_plugins.policy import combine_detections, decide, refused_rows
 from fides_plugins.settings import Settings
 
 RATE = 0.01
+RULES = ("bonferroni", "any", "all", "majority")
 
 
 def calibrated(p: list[float], source: str = "a") -> Detection:
@@ -22,16 +23,16 @@ def combine(*arguments: Any) -> Detection:
     return combine_detections(*arguments)[0]
 
 
-def test_order_of_detectors_does_not_matter():
+@pytest.mark.parametrize("rule", RULES)
+def test_order_of_detectors_does_not_matter(rule: str):
     rng = np.random.default_rng(0)
     detections = [calibrated(rng.random(50).tolist(), str(i)) for i in range(3)]
     detections.append(Detection(rng.random(50), rng.random(50) > 0.8, "plain"))
-    for rule in ("bonferroni", "any", "all", "majority"):
-        results = [combine(list(o), 50, rule, RATE) for o in itertools.permutations(detections)]
-        for other in results[1:]:
-            np.testing.assert_array_equal(results[0].attacked, other.attacked)
-            np.testing.assert_array_equal(results[0].score, other.score)
-            np.testing.assert_array_equal(results[0].p_value, other.p_value)
+    first, *others = [combine(list(o), 50, rule, RATE) for o in itertools.permutations(detections)]
+    for other in others:
+        np.testing.assert_array_equal(first.attacked, other.attacked)
+        np.testing.assert_array_equal(first.score, other.score)
+        np.testing.assert_array_equal(first.p_value, other.p_value)
 
 
 def test_bonferroni_pays_for_several_detectors():
@@ -49,24 +50,28 @@ def test_bonferroni_keeps_the_budget_with_dependent_detectors():
     assert combine(same, len(p), "bonferroni", 0.05).attacked.mean() <= 0.05
 
 
-def test_rules_count_votes():
-    votes = [
-        Detection([1.0, 1.0, 0.0], [True, True, False], "a"),
-        Detection([0.0, 1.0, 0.0], [False, True, False], "b"),
-    ]
-    votes.append(Detection([0.0, 1.0, 0.0], [False, True, False], "c"))
-    attacked = {r: combine(votes, 3, r, RATE).attacked.tolist() for r in ("any", "all", "majority")}
-    assert attacked == {"any": [True, True, False], "all": [False, True, False], "majority": [False, True, False]}
+@pytest.mark.parametrize(
+    ("rule", "attacked"),
+    [
+        ("any", [True, True, True, False]),
+        ("majority", [True, True, False, False]),
+        ("all", [True, False, False, False]),
+    ],
+)
+def test_rules_count_votes(rule: str, attacked: list[bool]):
+    votes = [[True, True, True, False], [True, True, False, False], [True, False, False, False]]
+    detections = [Detection(np.array(vote, float), vote, str(i)) for i, vote in enumerate(votes)]
+    assert combine(detections, 4, rule, RATE).attacked.tolist() == attacked
 
 
-def test_rows_without_an_opinion_do_not_vote():
+@pytest.mark.parametrize("rule", RULES)
+def test_rows_without_an_opinion_do_not_vote(rule: str):
     silent = Detection([0.9], [True], "silent", valid=[False])
-    for rule in ("bonferroni", "any", "all", "majority"):
-        combined = combine([silent, calibrated([0.5])], 1, rule, RATE)
-        assert combined.attacked.tolist() == [False]
-        assert combined.p_value[0] == pytest.approx(0.5)
-        assert not combine([silent], 1, rule, RATE).valid.any()
-        assert not combine([], 1, rule, RATE).attacked.any()
+    combined = combine([silent, calibrated([0.5])], 1, rule, RATE)
+    assert combined.attacked.tolist() == [False]
+    assert combined.p_value[0] == pytest.approx(0.5)
+    assert not combine([silent], 1, rule, RATE).valid.any()
+    assert not combine([], 1, rule, RATE).attacked.any()
 
 
 def sound(n: int = 1) -> tuple[Prediction, Verification]:
@@ -74,27 +79,36 @@ def sound(n: int = 1) -> tuple[Prediction, Verification]:
     return Prediction.from_output(rows, "probabilities"), Verification.single(rows, "v")
 
 
-def test_nothing_is_trusted_by_default():
-    service, verification = sound()
-    failure = Failure("p", "fides_detect", "raised", "ValueError")
-    benign, alarm = calibrated([0.5]), calibrated([0.001])
-    cases = {
-        "trusted": (verification, [benign], []),
-        "attacked": (verification, [alarm], []),
-        "attacked despite a failure": (verification, [alarm], [failure]),
-        "error: a plug-in failed": (verification, [benign], [failure]),
-        "error: nothing but a failure": (None, [], [failure]),
-        "indeterminate: no verification": (None, [], []),
-        "indeterminate: no detector": (verification, [], []),
-        "indeterminate: no row": (Verification.single([[0.5, 0.5]], "v", available=[False]), [], []),
-    }
-    for name, (reference, detections, failures) in cases.items():
-        decision = decide(Settings(), service, reference, detections, failures)
-        assert Status(decision.status[0]).text == name.split(":")[0].split()[0], name
-        assert (decision.reasons[decision.reason_codes[0]] == "") == (name == "trusted"), name
+SERVICE, VERIFICATION = sound()
+NO_ROW = Verification.single([[0.5, 0.5]], "v", available=[False])
+BENIGN, ALARM = calibrated([0.5]), calibrated([0.001])
+FAILURE = Failure("p", "fides_detect", "raised", "ValueError")
+
+
+@pytest.mark.parametrize(
+    ("verification", "detections", "failures", "status"),
+    [
+        pytest.param(VERIFICATION, [BENIGN], [], Status.TRUSTED, id="all is there and well"),
+        pytest.param(VERIFICATION, [ALARM], [], Status.ATTACKED, id="alarm"),
+        pytest.param(VERIFICATION, [ALARM], [FAILURE], Status.ATTACKED, id="alarm and a failure"),
+        pytest.param(VERIFICATION, [BENIGN], [FAILURE], Status.ERROR, id="no alarm and a failure"),
+        pytest.param(None, [], [FAILURE], Status.ERROR, id="nothing but a failure"),
+        pytest.param(None, [], [], Status.INDETERMINATE, id="no verification"),
+        pytest.param(VERIFICATION, [], [], Status.INDETERMINATE, id="no detector"),
+        pytest.param(NO_ROW, [], [], Status.INDETERMINATE, id="no reference for the row"),
+    ],
+)
+def test_nothing_is_trusted_by_default(
+    verification: Verification | None, detections: list[Detection], failures: list[Failure], status: Status
+):
+    decision = decide(Settings(), SERVICE, verification, detections, failures)
+    assert decision.status.tolist() == [status]
+    assert (decision.reasons[decision.reason_codes[0]] == "") == (status is Status.TRUSTED)
+
+
+def test_an_answer_that_is_not_finite_is_an_error_whatever_detectors_say():
     bad = Prediction.from_output([[np.nan, 1]], "logits")
-    decision = decide(Settings(), bad, verification, [alarm], [])
-    assert decision.status[0] == Status.ERROR
+    assert decide(Settings(), bad, VERIFICATION, [ALARM], []).status.tolist() == [Status.ERROR]
 
 
 def reasons(rule: str, detections: list[Detection], failures: list[Failure]) -> list[str]:
@@ -120,7 +134,7 @@ def test_a_reason_names_the_detectors_that_raised_the_alarm_of_its_row():
     assert reasons("all", [a, c], []) == ["0.01 (a, c)", "0.01 (a, c)", "", "", ""]
 
 
-@pytest.mark.parametrize("rule", ["bonferroni", "any", "all", "majority"])
+@pytest.mark.parametrize("rule", RULES)
 def test_every_alarm_has_a_name_and_equal_reasons_are_one_text(rule: str):
     rng = np.random.default_rng(2)
     n = 500
@@ -151,20 +165,21 @@ def test_a_failure_of_some_rows_counts_in_those_alone():
     assert texts[3].endswith(f"(a); {first.text}")
 
 
-@pytest.mark.parametrize("mode", ["observe", "flag", "correct", "reject"])
-@pytest.mark.parametrize("on_error", ["open", "closed"])
-def test_what_is_refused(mode: str, on_error: str):
+@pytest.mark.parametrize(
+    ("mode", "on_error", "rows"),
+    [
+        ("observe", "open", []),
+        ("observe", "closed", []),
+        ("flag", "open", []),
+        ("flag", "closed", [2, 3]),
+        ("correct", "open", []),
+        ("correct", "closed", [2, 3, 4]),
+        ("reject", "open", [1, 4]),
+        ("reject", "closed", [1, 2, 3, 4]),
+    ],
+)
+def test_what_is_refused(mode: str, on_error: str, rows: list[int]):
     status = np.array([*Status, Status.ATTACKED])
     corrected = np.array([False, True, False, False, False])
     refused = refused_rows(Settings.from_mapping({"mode": mode, "on_error": on_error}), status, corrected)
-    expected = {
-        ("observe", "open"): [],
-        ("observe", "closed"): [],
-        ("flag", "open"): [],
-        ("flag", "closed"): [2, 3],
-        ("correct", "open"): [],
-        ("correct", "closed"): [2, 3, 4],
-        ("reject", "open"): [1, 4],
-        ("reject", "closed"): [1, 2, 3, 4],
-    }
-    assert np.flatnonzero(refused).tolist() == expected[mode, on_error]
+    assert np.flatnonzero(refused).tolist() == rows

@@ -26,7 +26,7 @@ from fides_plugins.types import softmax
 from tests.support.enclave_world import MODEL, World, lie_with, logits_of, refused, rows, swap_top_two
 from tests.support.lying_host import Message
 from tests.support.triton_models import images
-from tests.support.verifiers import Asked, RunningVerifier
+from tests.support.verifiers import Asked, RunningVerifier, receipt_keys, reference_of
 
 pytestmark = [
     pytest.mark.integration,
@@ -136,7 +136,7 @@ def shaped_lie(reference: NDArray[np.float32]) -> NDArray[np.float32]:
 def test_a_lie_shaped_to_the_reference_would_pass(world: World) -> None:
     """Why the reference must be kept from the host: given it, the host finds a wrong answer that is trusted."""
     query, best = near_tie()
-    known = world.verifier._reference(query["image"])
+    known = reference_of(world.bundle, query["image"])
     world.front.on_response = lie_with(lambda logits: shaped_lie(known))
     with world.client() as client:
         verdict = client.infer(query)
@@ -146,14 +146,11 @@ def test_a_lie_shaped_to_the_reference_would_pass(world: World) -> None:
 
 def test_the_host_cannot_read_an_encrypted_reference(world: World) -> None:
     query, best = near_tie()
-    plain = world.verifier._reference(query["image"]).tobytes()
+    plain = reference_of(world.bundle, query["image"]).tobytes()
     learned: list[bytes] = []
 
     def try_to_read(message: Message) -> Message:
-        receipt = open_receipt(
-            from_text(str(message.tensors[RECEIPT_OUTPUT]), "receipt"),
-            {world.verifier.key_id: world.verifier._signing.public_key()},
-        )
+        receipt = open_receipt(from_text(str(message.tensors[RECEIPT_OUTPUT]), "receipt"), receipt_keys(world.verifier))
         learned.append(receipt.output)
         with pytest.raises(Refusal, match="not sealed"):
             sealing.unseal(
@@ -200,11 +197,9 @@ def test_a_verifier_that_answers_anybody_tells_the_host(world: World) -> None:
     query, _ = near_tie()
     anybody = world.hardware.verifier(world.bundle, options=VerifierOptions())
     own = Asked(anybody, query["image"], identity=Ed25519PrivateKey.generate())
-    receipt = open_receipt(
-        anybody.answer(own.text, query["image"]).receipt, {anybody.key_id: anybody._signing.public_key()}
-    )
+    receipt = open_receipt(anybody.answer(own.text, query["image"]).receipt, receipt_keys(anybody))
     info = sealing.context(own.request.nonce, own.request.input_digest)
-    assert sealing.unseal(receipt.output, own.key, info) == anybody._reference(query["image"]).tobytes()
+    assert sealing.unseal(receipt.output, own.key, info) == reference_of(world.bundle, query["image"]).tobytes()
     with RunningVerifier(anybody) as running:
         world.back.target = world.back.evidence_from = running.http
         with world.client() as client, pytest.raises(Refusal) as caught:

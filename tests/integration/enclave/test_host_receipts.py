@@ -22,7 +22,7 @@ from tests.support.enclave_world import World, refused, rows
 from tests.support.lying_host import Message
 from tests.support.pki import NOW_S
 from tests.support.triton_models import image_bundle
-from tests.support.verifiers import IDENTITY_PUBLIC, Asked, RunningVerifier
+from tests.support.verifiers import IDENTITY_PUBLIC, Asked, RunningVerifier, receipt_keys
 
 pytestmark = [
     pytest.mark.integration,
@@ -132,8 +132,7 @@ def test_another_enclaves_key_is_refused(world: World) -> None:
 
     def resign(own_id: bool) -> Any:
         def change(receipt: str) -> str:
-            keys = {world.verifier.key_id: world.verifier._signing.public_key()}
-            opened = open_receipt(from_text(receipt, "receipt"), keys)
+            opened = open_receipt(from_text(receipt, "receipt"), receipt_keys(world.verifier))
             identity = key_id(raw_public(stranger.public_key())) if own_id else world.verifier.key_id
             return to_text(opened.sign(stranger, identity))
 

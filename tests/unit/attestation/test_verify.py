@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import warnings
 from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fides_plugins.attestation import development
-from fides_plugins.attestation.evidence import Evidence
+from fides_plugins.attestation.evidence import Evidence, Tee
 from fides_plugins.attestation.keys import key_id, raw_public
 from fides_plugins.attestation.policy import EvidencePolicy, SnpTcb
 from fides_plugins.attestation.receipt import open_receipt
@@ -63,41 +62,61 @@ def test_nothing_in_the_statement_can_be_exchanged(
 
 
 @pytest.mark.parametrize("tee", TEES)
-def test_policies_are_closed_on_empty(tee: str, intel: IntelPki, amd: AmdPki) -> None:
-    evidence, roots = evidence_for(tee, intel, amd, statement()), roots_of(intel, amd)
-    assert refusal(evidence, EvidencePolicy(), roots=roots) == "policy-empty"
-    assert refusal(evidence, policy(tee, measurements=[]), roots=roots) == "policy-empty"
-    assert refusal(evidence, policy(tee, bundle_digests=[]), roots=roots) == "policy-empty"
-    # A policy that names no client would trust a verifier that answers the host.
-    assert refusal(evidence, policy(tee, allow_any_client=False), roots=roots) == "policy-empty"
-    named = policy(tee, allow_any_client=True, clients=["55" * 32])
-    assert refusal(evidence, named, roots=roots) == "evidence-clients"
-    bare = dataclasses.replace(evidence, statement=None)
-    assert refusal(bare, policy(tee), roots=roots) == "evidence-report-data"
-    loose = verify_evidence(bare, policy(tee, allow_unbound_report_data=True), NOW_S, roots=roots)
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        {"measurements": []},
+        {"bundle_digests": []},
+        # A policy that names no client would trust a verifier that answers the host.
+        {"allow_any_client": False},
+        {"measurements": [], "bundle_digests": [], "allow_any_client": False, "snp_minimum_tcb": None},
+    ],
+)
+def test_policies_are_closed_on_empty(tee: str, nothing: dict[str, Any], intel: IntelPki, amd: AmdPki) -> None:
+    evidence = evidence_for(tee, intel, amd, statement())
+    assert refusal(evidence, policy(tee, **nothing), roots=roots_of(intel, amd)) == "policy-empty"
+
+
+@pytest.mark.parametrize("tee", TEES)
+def test_a_bare_report_vouches_for_no_key_even_where_it_is_accepted(tee: str, intel: IntelPki, amd: AmdPki) -> None:
+    bare = dataclasses.replace(evidence_for(tee, intel, amd, statement()), statement=None)
+    assert refusal(bare, policy(tee), roots=roots_of(intel, amd)) == "evidence-report-data"
+    loose = verify_evidence(bare, policy(tee, allow_unbound_report_data=True), NOW_S, roots=roots_of(intel, amd))
     with pytest.raises(Refusal, match="vouches for no key"):
         loose.signing_key
 
 
 @pytest.mark.parametrize("tee", TEES)
-def test_evidence_is_refused_for_the_reason_at_hand(tee: str, intel: IntelPki, amd: AmdPki) -> None:
-    roots = roots_of(intel, amd)
+@pytest.mark.parametrize(
+    ("demands", "options", "code"),
+    [
+        ({"bundle_digests": ["33" * 32]}, {}, "evidence-bundle"),
+        ({"minimum_bundle_version": 4}, {}, "evidence-bundle-version"),
+        ({"maximum_age_s": 10}, {}, "evidence-age"),
+        ({}, {"now": NOW_S - 3600}, "evidence-age"),
+        ({"clients": ["aa" * 32]}, {}, "evidence-clients"),
+        ({}, {"challenge": new_challenge()}, "evidence-challenge"),
+    ],
+)
+def test_evidence_is_refused_for_the_reason_at_hand(
+    tee: str, demands: dict[str, Any], options: dict[str, Any], code: str, intel: IntelPki, amd: AmdPki
+) -> None:
     evidence = evidence_for(tee, intel, amd, statement())
-    others = [t for t in TEES if t != tee]
-    assert refusal(evidence, policy(tee, measurements=[measurement_of(tee, "another")]), roots=roots) == (
-        "evidence-measurement"
-    )
-    assert refusal(evidence, policy(tee, measurements=[measurement_of(t) for t in others]), roots=roots) == (
-        "evidence-measurement"
-    )
-    assert refusal(evidence, policy(tee, bundle_digests=["33" * 32]), roots=roots) == "evidence-bundle"
-    assert refusal(evidence, policy(tee, minimum_bundle_version=4), roots=roots) == "evidence-bundle-version"
-    assert refusal(evidence, policy(tee, maximum_age_s=10), roots=roots) == "evidence-age"
-    assert refusal(evidence, policy(tee), NOW_S - 3600, roots=roots) == "evidence-age"
-    assert refusal(evidence, policy(tee, clients=["aa" * 32]), roots=roots) == "evidence-clients"
-    assert refusal(evidence, policy(tee), roots=roots, challenge=new_challenge()) == "evidence-challenge"
-    # Real roots do not know us.
-    assert refusal(evidence, policy(tee)) in {"evidence-quote", "evidence-root"}
+    assert refusal(evidence, policy(tee, **demands), roots=roots_of(intel, amd), **options) == code
+
+
+@pytest.mark.parametrize("tee", TEES)
+def test_another_program_is_refused(tee: str, intel: IntelPki, amd: AmdPki) -> None:
+    evidence, roots = evidence_for(tee, intel, amd, statement()), roots_of(intel, amd)
+    another = [measurement_of(tee, "another")]
+    assert refusal(evidence, policy(tee, measurements=another), roots=roots) == "evidence-measurement"
+    elsewhere = [measurement_of(t) for t in TEES if t != tee]
+    assert refusal(evidence, policy(tee, measurements=elsewhere), roots=roots) == "evidence-measurement"
+
+
+@pytest.mark.parametrize("tee", TEES)
+def test_the_vendors_roots_do_not_know_us(tee: str, intel: IntelPki, amd: AmdPki) -> None:
+    assert refusal(evidence_for(tee, intel, amd, statement()), policy(tee)) in {"evidence-quote", "evidence-root"}
 
 
 @pytest.mark.parametrize("tee", TEES)
@@ -182,60 +201,79 @@ def test_snp_reports_are_refused(options: dict[str, Any], code: str, intel: Inte
     assert refusal(evidence, policy("sev-snp"), roots=roots_of(intel, amd)) == code
 
 
-def test_snp_platforms_and_chains_are_checked(intel: IntelPki, amd: AmdPki) -> None:
-    evidence, roots = evidence_for("sev-snp", intel, amd, statement()), roots_of(intel, amd)
-    floor = SnpTcb(bootloader=3, tee=0, snp=20, microcode=210)
-    assert refusal(evidence, policy("sev-snp", snp_minimum_tcb=floor), roots=roots) == "evidence-tcb"
-    assert refusal(evidence, policy("sev-snp", snp_minimum_tcb=None), roots=roots) == "evidence-tcb"
+@pytest.mark.parametrize("floor", [SnpTcb(bootloader=3, tee=0, snp=20, microcode=210), None])
+def test_snp_platforms_need_a_floor_and_reach_it(floor: SnpTcb | None, intel: IntelPki, amd: AmdPki) -> None:
+    evidence = evidence_for("sev-snp", intel, amd, statement())
+    demanding = policy("sev-snp", snp_minimum_tcb=floor)
+    assert refusal(evidence, demanding, roots=roots_of(intel, amd)) == "evidence-tcb"
+
+
+def test_snp_roots_are_those_of_the_generation(intel: IntelPki, amd: AmdPki) -> None:
+    evidence = evidence_for("sev-snp", intel, amd, statement())
     unknown = TrustRoots(amd={"Turin": "00" * 32})
     assert refusal(evidence, policy("sev-snp"), roots=unknown) == "evidence-root"
     renamed = TrustRoots(amd={"Genoa": next(iter(amd.roots.values()))})
     assert refusal(evidence, policy("sev-snp"), roots=renamed) == "evidence-chip"
-    other = AmdPki(ark_key=amd.ark_key)
-    crossed = dataclasses.replace(evidence, chain=pem(other.ask, amd.ark))
-    assert refusal(crossed, policy("sev-snp"), roots=roots) == "evidence-certificate"
-    assert refusal(dataclasses.replace(evidence, vcek=b""), policy("sev-snp"), roots=roots) == "evidence-certificate"
-    assert refusal(dataclasses.replace(evidence, chain=""), policy("sev-snp"), roots=roots) == "evidence-certificate"
+
+
+def test_snp_chains_are_checked(intel: IntelPki, amd: AmdPki) -> None:
+    evidence, roots = evidence_for("sev-snp", intel, amd, statement()), roots_of(intel, amd)
+    crossed = pem(AmdPki(ark_key=amd.ark_key).ask, amd.ark)
+    for change in ({"chain": crossed}, {"chain": ""}, {"vcek": b""}):
+        broken = dataclasses.replace(evidence, **change)
+        assert refusal(broken, policy("sev-snp"), roots=roots) == "evidence-certificate"
     assert refusal(evidence, policy("sev-snp"), NOW_S + 400 * 86400, roots=roots) == "evidence-expired"
-    for position in (0x50, 0x90, 672, 672 + 60, 672 + 72, 672 + 150, 1183):
-        changed = bytearray(evidence.report)
-        changed[position] ^= 1
-        altered = dataclasses.replace(evidence, report=bytes(changed))
-        assert refusal(altered, policy("sev-snp"), roots=roots) == "evidence-signature"
+
+
+@pytest.mark.parametrize("position", [0x50, 0x90, 672, 672 + 60, 672 + 72, 672 + 150, 1183])
+def test_snp_reports_are_signed_to_the_last_byte(position: int, intel: IntelPki, amd: AmdPki) -> None:
+    evidence = evidence_for("sev-snp", intel, amd, statement())
+    changed = bytearray(evidence.report)
+    changed[position] ^= 1
+    altered = dataclasses.replace(evidence, report=bytes(changed))
+    assert refusal(altered, policy("sev-snp"), roots=roots_of(intel, amd)) == "evidence-signature"
 
 
 # Development evidence
 
 
+MADE_UP = Evidence("development", development.make_report(statement().report_data()), statement())
+TRUSTING = EvidencePolicy(bundle_digests=("22" * 32,), allow_any_client=True)
+
+
 def test_development_evidence_needs_the_insecure_flag_and_warns() -> None:
-    what = statement()
-    evidence = Evidence("development", development.make_report(what.report_data()), what)
-    trusting = EvidencePolicy(bundle_digests=("22" * 32,), allow_any_client=True)
-    assert refusal(evidence, trusting) == "evidence-development"
+    assert refusal(MADE_UP, TRUSTING) == "evidence-development"
     with pytest.warns(InsecureEvidenceWarning, match="nothing is protected"):
-        assert verify_evidence(evidence, trusting, NOW_S, insecure_development=True).development
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", InsecureEvidenceWarning)
-        # The flag relaxes the hardware, not the rest of the policy.
-        assert refusal(evidence, EvidencePolicy(), insecure_development=True) == "policy-empty"
-        forged = dataclasses.replace(evidence, statement=dataclasses.replace(what, boot_id=bytes(16)))
-        assert refusal(forged, trusting, insecure_development=True) == "evidence-report-data"
-        for report in (b"", evidence.report[:-1], bytes(len(evidence.report))):
-            broken = dataclasses.replace(evidence, report=report)
-            assert refusal(broken, trusting, insecure_development=True) == "evidence-malformed"
-        changed = evidence.report[:-1] + bytes((evidence.report[-1] ^ 1,))
-        assert refusal(dataclasses.replace(evidence, report=changed), trusting, insecure_development=True) == (
-            "evidence-signature"
-        )
+        assert verify_evidence(MADE_UP, TRUSTING, NOW_S, insecure_development=True).development
 
 
-def test_development_evidence_does_not_pass_as_hardware(intel: IntelPki, amd: AmdPki) -> None:
-    what = statement()
-    for tee in TEES:
-        posing = Evidence(tee, development.make_report(what.report_data()), what)  # type: ignore[arg-type]
-        assert refusal(posing, policy(tee), roots=roots_of(intel, amd)) == "evidence-malformed"
-        real = dataclasses.replace(evidence_for(tee, intel, amd, what), tee="development")
-        with pytest.warns(InsecureEvidenceWarning):
-            assert refusal(real, policy(tee), insecure_development=True) == "evidence-malformed"
-    swapped = dataclasses.replace(evidence_for("tdx", intel, amd, what), tee="sgx")
+@pytest.mark.filterwarnings("ignore::fides_plugins.attestation.verify.InsecureEvidenceWarning")
+@pytest.mark.parametrize(
+    ("change", "demands", "code"),
+    [
+        ({}, EvidencePolicy(), "policy-empty"),
+        ({"statement": statement(boot_id=bytes(16))}, TRUSTING, "evidence-report-data"),
+        ({"report": b""}, TRUSTING, "evidence-malformed"),
+        ({"report": MADE_UP.report[:-1]}, TRUSTING, "evidence-malformed"),
+        ({"report": bytes(len(MADE_UP.report))}, TRUSTING, "evidence-malformed"),
+        ({"report": MADE_UP.report[:-1] + bytes((MADE_UP.report[-1] ^ 1,))}, TRUSTING, "evidence-signature"),
+    ],
+)
+def test_the_insecure_flag_relaxes_the_hardware_alone(
+    change: dict[str, Any], demands: EvidencePolicy, code: str
+) -> None:
+    assert refusal(dataclasses.replace(MADE_UP, **change), demands, insecure_development=True) == code
+
+
+@pytest.mark.parametrize("tee", TEES)
+def test_development_evidence_does_not_pass_as_hardware(tee: Tee, intel: IntelPki, amd: AmdPki) -> None:
+    posing = dataclasses.replace(MADE_UP, tee=tee)
+    assert refusal(posing, policy(tee), roots=roots_of(intel, amd)) == "evidence-malformed"
+    real = dataclasses.replace(evidence_for(tee, intel, amd, statement()), tee="development")
+    with pytest.warns(InsecureEvidenceWarning):
+        assert refusal(real, policy(tee), insecure_development=True) == "evidence-malformed"
+
+
+def test_evidence_of_one_tee_does_not_pass_as_another(intel: IntelPki, amd: AmdPki) -> None:
+    swapped = dataclasses.replace(evidence_for("tdx", intel, amd, statement()), tee="sgx")
     assert refusal(swapped, policy("sgx"), roots=roots_of(intel, amd)) == "evidence-malformed"

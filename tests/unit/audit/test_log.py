@@ -29,7 +29,7 @@ from fides_plugins.errors import InputError, SettingsError
 from fides_plugins.launch.process import wait_until
 from fides_plugins.pipeline import Pipeline
 from fides_plugins.settings import Settings
-from fides_plugins.testing import fake_logits, fake_query, fake_service, make_bundle, switch_top_two
+from fides_plugins.testing import fake_logits, fake_query, fake_service, switch_top_two
 from fides_plugins.types import Prediction
 
 
@@ -48,8 +48,7 @@ def settings(tmp_path: Path, **options: Any) -> Settings:
 
 
 @pytest.fixture
-def pipeline(tmp_path: Path) -> Iterator[Pipeline]:
-    make_bundle(tmp_path / "bundle")
+def pipeline(tmp_path: Path, bundle_folder: Path) -> Iterator[Pipeline]:
     made = Pipeline.from_settings(settings(tmp_path), tmp_path)
     yield made
     made.close()
@@ -123,8 +122,7 @@ def test_two_processes_write_two_lanes(tmp_path: Path) -> None:
     assert [lane.rows for lane in report.lanes] == [1, 1]
 
 
-def test_attacked_rows_are_logged_whatever_the_sample(tmp_path: Path) -> None:
-    make_bundle(tmp_path / "bundle")
+def test_attacked_rows_are_logged_whatever_the_sample(tmp_path: Path, bundle_folder: Path) -> None:
     pipeline = Pipeline.from_settings(settings(tmp_path, sample=0.0), tmp_path)
     logits = fake_logits(6)
     honest = fake_service(logits)
@@ -242,11 +240,10 @@ def test_a_lane_whose_end_was_cut_is_left_alone_by_the_next_run(tmp_path: Path) 
     assert report.lanes[1].rows == 2
 
 
-def test_a_wrong_option_is_named(tmp_path: Path) -> None:
-    make_bundle(tmp_path / "bundle")
-    for options, name in (({"fsnyc": "never"}, "fsnyc"), ({"sample": 2}, "sample"), ({"path": ""}, "path")):
-        with pytest.raises(SettingsError, match=name):
-            Pipeline.from_settings(settings(tmp_path, **options), tmp_path)
+@pytest.mark.parametrize(("option", "value"), [("fsnyc", "never"), ("sample", 2), ("path", "")])
+def test_a_wrong_option_is_named(tmp_path: Path, bundle_folder: Path, option: str, value: object) -> None:
+    with pytest.raises(SettingsError, match=option):
+        Pipeline.from_settings(settings(tmp_path, **{option: value}), tmp_path)
 
 
 def test_a_full_disk_never_blocks_and_the_loss_is_in_the_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,9 +312,8 @@ def test_a_record_that_is_no_json_is_counted_and_the_rest_goes_on(tmp_path: Path
 
 
 def test_the_plug_in_costs_the_pipeline_nothing_when_the_disk_hangs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, bundle_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_bundle(tmp_path / "bundle")
     release, real = threading.Event(), os.write
     monkeypatch.setattr(writer_module.os, "write", lambda fd, data: (release.wait(20), real(fd, data))[1])
     pipeline = Pipeline.from_settings(settings(tmp_path, queue_rows=50), tmp_path)

@@ -22,7 +22,7 @@ from fides_plugins.pipeline import Pipeline
 from fides_plugins.settings import Settings
 from fides_plugins.testing import fake_logits, memory_bundle
 from fides_plugins.types import Prediction, Query, SignedRows, softmax
-from tests.support.verifiers import Asked, Hardware, RunningVerifier
+from tests.support.verifiers import Asked, Hardware, RunningVerifier, receipt_keys
 
 ROWS = fake_logits(5)
 
@@ -62,8 +62,7 @@ def test_each_request_of_a_batch_gets_its_own_receipt(bundle: Bundle, running: R
     assert outcome.verification.available[:, 0].tolist() == [False, False, True, True, False]
     np.testing.assert_allclose(outcome.verification.references[2:4, 0], softmax(ROWS[2:4]), atol=1e-6)
     receipts = receipts_of(outcome.verification, 3)
-    keys = {verifier.key_id: verifier._signing.public_key()}
-    opened = [open_receipt(from_text(r, "receipt"), keys) for r in receipts[:2]]
+    opened = [open_receipt(from_text(r, "receipt"), receipt_keys(verifier)) for r in receipts[:2]]
     assert [o.nonce for o in opened] == [sealed.request.nonce, committed.request.nonce]
     assert receipts[2] == ""
     verdict = host.validate(made, Prediction.from_output(ROWS, "logits"), outcome)

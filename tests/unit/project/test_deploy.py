@@ -15,8 +15,9 @@ import yaml
 
 from fides_plugins.cli import app
 from fides_plugins.settings import tomllib
+from tests.support.paths import REPOSITORY
 
-DEPLOY = Path(__file__).parents[3] / "deploy"
+DEPLOY = REPOSITORY / "deploy"
 CLIENTS = ("11" * 32, "22" * 32)
 
 

@@ -29,7 +29,8 @@ from fides_plugins import hookspecs
 from fides_plugins.cli import app
 from fides_plugins.errors import SettingsError
 from fides_plugins.settings import Settings, nest
-from tests.support.docs_blocks import REPOSITORY, Block, blocks, fides_commands, pages
+from tests.support.docs_blocks import Block, blocks, fides_commands, pages
+from tests.support.paths import REPOSITORY
 from tests.support.plugin_environments import fides_script
 
 if sys.version_info >= (3, 11):

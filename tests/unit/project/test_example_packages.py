@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from fides_plugins.hookspecs import ENTRY_POINT_GROUP
+from tests.support.command_line import fides
+from tests.support.paths import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 PACKAGES = sorted(p.parent for p in (REPOSITORY / "examples").glob("fides-*/pyproject.toml"))
 
 
@@ -44,7 +45,7 @@ def test_it_installs_and_is_found_by_its_entry_point(package: Path, tmp_path: Pa
     done = _run(*pip, "--target", tmp_path / "site", package)
     assert done.returncode == 0, done.stderr
 
-    done = _run(sys.executable, "-m", "fides_plugins.cli", "plugins", "--json", PYTHONPATH=str(tmp_path / "site"))
+    done = fides("plugins", "--json", PYTHONPATH=str(tmp_path / "site"))
 
     name = package.name.removeprefix("fides-")
     found = {p["name"]: p for p in json.loads(done.stdout)["plugins"]}[name]
@@ -57,6 +58,6 @@ def test_it_installs_and_is_found_by_its_entry_point(package: Path, tmp_path: Pa
         assert done.returncode == 1
 
 
-def test_the_readmes_name_the_entry_point_group_rightly() -> None:
-    for package in PACKAGES:
-        assert f"[project.entry-points.{ENTRY_POINT_GROUP}]" in (package / "pyproject.toml").read_text()
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda p: p.name)
+def test_its_entry_point_group_is_the_packages(package: Path) -> None:
+    assert f"[project.entry-points.{ENTRY_POINT_GROUP}]" in (package / "pyproject.toml").read_text()

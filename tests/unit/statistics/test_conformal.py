@@ -38,7 +38,7 @@ def test_rows_needed_is_exact(rate: float, needed: int):
         Calibration(np.zeros(needed - 1)).require(rate)
 
 
-def test_scores_must_be_there_and_finite():
-    for bad in ([], [np.nan], [1.0, np.inf]):
-        with pytest.raises(InputError, match="missing or not finite"):
-            Calibration(bad)
+@pytest.mark.parametrize("scores", [[], [np.nan], [1.0, np.inf]])
+def test_scores_must_be_there_and_finite(scores: list[float]):
+    with pytest.raises(InputError, match="missing or not finite"):
+        Calibration(scores)

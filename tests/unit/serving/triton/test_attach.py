@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from fides_plugins.bundle import InputSpec
+from fides_plugins.cli import app
 from fides_plugins.errors import FidesError, ServerError
 from fides_plugins.serving.triton.attach import MANIFEST_FILE, attach, detach
 from fides_plugins.serving.triton.config import parse_text, without_name
@@ -144,45 +146,73 @@ def _whole(input_dims: str, output_dims: str) -> str:
 
 
 BATCHING = "dynamic_batching { preferred_batch_size: [ 4, 8 ] max_queue_delay_microseconds: 100 }\n"
-REFUSED = {
-    "decoupled": (STRANGER_CONFIG + "model_transaction_policy { decoupled: true }\n", "decoupled"),
-    "versions": (_replace("latest { num_versions: 1 }", "all { }"), r"serves the versions \[1, 3\].*--version"),
-    "no class output": (_replace("dims: [ 10 ] label", "dims: [ 11 ] label"), "no class output"),
-    "label output": (_replace('"scores" data_type: TYPE_FP32', '"scores" data_type: TYPE_INT64'), "no class output"),
-    "shape": (_replace("dims: [ 1, 8, 8 ] } ]\noutput", "dims: [ 3, 8, 8 ] } ]\noutput"), "takes .1, 8, 8."),
-    "bytes": (_replace("TYPE_FP32 dims: [ 1, 8, 8 ] } ]\noutput", "TYPE_STRING dims: [ 1 ] } ]\noutput"), "decoder"),
-    "no tensors": ('backend: "python"\n', "--from-server"),
-    "not a config": ("input [ {", "not a valid model configuration"),
-    "two outputs": (
-        _replace("output [ {", 'output [ { name: "aux" data_type: TYPE_FP32 dims: [ 10 ] }, {'),
-        r"Several outputs.*--output",
-    ),
-    "two inputs": (
-        _replace("input [ {", 'input [ { name: "mask" data_type: TYPE_FP32 dims: [ 1, 8, 8 ] }, {'),
-        r"inputs .*--input",
-    ),
-    "sequences": (_replace(BATCHING, "sequence_batching { }\n"), "sequence_batching.*Protect a model without it"),
-    "full queue": (
-        _replace(BATCHING, "dynamic_batching { default_queue_policy { max_queue_size: 1 } }\n"),
-        "max_queue_size.*timeout_action: REJECT",
-    ),
-    "full queue of a priority": (
-        _replace(
-            BATCHING,
-            "dynamic_batching { priority_levels: 2 default_priority_level: 1 "
-            "priority_queue_policy { key: 2 value { max_queue_size: 8 } } }\n",
+OF_BYTES = _replace("TYPE_FP32 dims: [ 1, 8, 8 ] } ]\noutput", "TYPE_STRING dims: [ 1 ] } ]\noutput")
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        pytest.param(
+            STRANGER_CONFIG + "model_transaction_policy { decoupled: true }\n", "decoupled", id="answers in parts"
         ),
-        "max_queue_size",
-    ),
-    "rows in the output only": (_whole("1, 8, 8", "1, 10"), "takes .1, 8, 8. after the row axis.*both"),
-    "rows in the input only": (_whole("1, 1, 8, 8", "10"), "takes .1, 8, 8. and no row axis.*both"),
-    "same name": (_replace('name: "scores"', 'name: "pixels_in"'), "cannot tell them apart"),
-}
-
-
-@pytest.mark.parametrize("case", sorted(REFUSED))
-def test_what_cannot_be_protected_is_refused_and_leaves_nothing(tmp_path: Path, bundle: Path, case: str) -> None:
-    config, match = REFUSED[case]
+        pytest.param(
+            _replace("latest { num_versions: 1 }", "all { }"),
+            r"serves the versions \[1, 3\].*--version",
+            id="several versions",
+        ),
+        pytest.param(_replace("dims: [ 10 ] label", "dims: [ 11 ] label"), "no class output", id="eleven classes"),
+        pytest.param(
+            _replace('"scores" data_type: TYPE_FP32', '"scores" data_type: TYPE_INT64'),
+            "no class output",
+            id="labels instead of scores",
+        ),
+        pytest.param(
+            _replace("dims: [ 1, 8, 8 ] } ]\noutput", "dims: [ 3, 8, 8 ] } ]\noutput"),
+            "takes .1, 8, 8.",
+            id="another shape",
+        ),
+        pytest.param(OF_BYTES, "decoder", id="bytes"),
+        pytest.param('backend: "python"\n', "--from-server", id="no tensors"),
+        pytest.param("input [ {", "not a valid model configuration", id="no configuration"),
+        pytest.param(
+            _replace("output [ {", 'output [ { name: "aux" data_type: TYPE_FP32 dims: [ 10 ] }, {'),
+            r"Several outputs.*--output",
+            id="two outputs",
+        ),
+        pytest.param(
+            _replace("input [ {", 'input [ { name: "mask" data_type: TYPE_FP32 dims: [ 1, 8, 8 ] }, {'),
+            r"inputs .*--input",
+            id="two inputs",
+        ),
+        pytest.param(
+            _replace(BATCHING, "sequence_batching { }\n"),
+            "sequence_batching.*Protect a model without it",
+            id="sequences",
+        ),
+        pytest.param(
+            _replace(BATCHING, "dynamic_batching { default_queue_policy { max_queue_size: 1 } }\n"),
+            "max_queue_size.*timeout_action: REJECT",
+            id="a queue that can be full",
+        ),
+        pytest.param(
+            _replace(
+                BATCHING,
+                "dynamic_batching { priority_levels: 2 default_priority_level: 1 "
+                "priority_queue_policy { key: 2 value { max_queue_size: 8 } } }\n",
+            ),
+            "max_queue_size",
+            id="a queue of a priority that can be full",
+        ),
+        pytest.param(
+            _whole("1, 8, 8", "1, 10"), "takes .1, 8, 8. after the row axis.*both", id="rows in the output only"
+        ),
+        pytest.param(_whole("1, 1, 8, 8", "10"), "takes .1, 8, 8. and no row axis.*both", id="rows in the input only"),
+        pytest.param(_replace('name: "scores"', 'name: "pixels_in"'), "cannot tell them apart", id="one name twice"),
+    ],
+)
+def test_what_cannot_be_protected_is_refused_and_leaves_nothing(
+    tmp_path: Path, bundle: Path, config: str, match: str
+) -> None:
     repository = stranger_repository(tmp_path / "repository", config)
     before = tree_digest(repository)
     with pytest.raises(FidesError, match=match):
@@ -216,19 +246,19 @@ def test_a_service_name_that_was_set_is_kept(repository: Path, bundle: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("case", "decode", "match"),
+    ("config", "decode", "match"),
     [
-        ("bytes", "image:size=8", "decoder 'image:size=8'"),
-        ("bytes", "image:size=224x224,mode=L", r"makes rows of the shape .1, 224, 224.*takes .1, 8, 8."),
-        ("bytes", "image:size=8x8", r"makes rows of the shape .3, 8, 8."),
-        ("bytes", "image:size=8x8,mode=L,mean=0/0/0", r"3 mean.*for 1 channel"),
-        ("floats", "image:size=8x8,mode=L", "Leave --decode out"),
+        (OF_BYTES, "image:size=8", "decoder 'image:size=8'"),
+        (OF_BYTES, "image:size=224x224,mode=L", r"makes rows of the shape .1, 224, 224.*takes .1, 8, 8."),
+        (OF_BYTES, "image:size=8x8", r"makes rows of the shape .3, 8, 8."),
+        (OF_BYTES, "image:size=8x8,mode=L,mean=0/0/0", r"3 mean.*for 1 channel"),
+        (STRANGER_CONFIG, "image:size=8x8,mode=L", "Leave --decode out"),
     ],
+    ids=["no size", "another size", "another mode", "three means", "no bytes"],
 )
 def test_a_decoder_that_does_not_fit_leaves_nothing(
-    tmp_path: Path, bundle: Path, case: str, decode: str, match: str
+    tmp_path: Path, bundle: Path, config: str, decode: str, match: str
 ) -> None:
-    config = REFUSED["bytes"][0] if case == "bytes" else STRANGER_CONFIG
     repository = stranger_repository(tmp_path / "repository", config)
     before = tree_digest(repository)
     with pytest.raises(FidesError, match=match):
@@ -306,10 +336,6 @@ def test_the_input_of_another_bundle_is_refused(repository: Path, tmp_path: Path
 
 
 def test_the_command_line_attaches_and_detaches(repository: Path, bundle: Path) -> None:
-    from typer.testing import CliRunner
-
-    from fides_plugins.cli import app
-
     before = tree_digest(repository)
     run = CliRunner().invoke
     command = ["attach", "triton", str(repository), "flowers", "--bundle", str(bundle), "--mode", "flag"]
