@@ -54,8 +54,8 @@ _ROW_CAUSED = ("raised", "contract", "input")
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
-    """One request among several that are judged together.
+class Claim:
+    """What a service answered to one request, among several that are judged together.
 
     Attributes
     ----------
@@ -274,7 +274,7 @@ class Protection:
                 reason = INTERNAL
         return self._show(query, failed_verdict(self.settings, query.n_rows, len(self.class_names), reason), probe)
 
-    def judge_many(self, parts: Sequence[Part]) -> list[Verdict]:
+    def judge_many(self, parts: Sequence[Claim]) -> list[Verdict]:
         """One verdict per part. Parts that differ in their rows alone are judged in one call.
 
         A call costs much the same for one row and for many. If a plug-in fails in it, one client's rows may be the
@@ -340,7 +340,7 @@ class Protection:
                 self._recorder.observe_verdict(verdict, query.request_ids)
         return verdict
 
-    def _mergeable(self, part: Part) -> tuple[Any, Prediction | None]:
+    def _mergeable(self, part: Claim) -> tuple[Any, Prediction | None]:
         """What parts must have in common to be judged in one call, and the answer as read.
 
         The key is None for a part that is judged alone: where the inputs are handed on, or a verifier shows evidence
@@ -360,7 +360,7 @@ class Protection:
             return None, None
         return (m, k, verification.sources), service
 
-    def _judge_together(self, parts: Sequence[Part], services: Sequence[Prediction]) -> list[Verdict] | None:
+    def _judge_together(self, parts: Sequence[Claim], services: Sequence[Prediction]) -> list[Verdict] | None:
         assert self._pipeline is not None  # parts without a pipeline have no key
         errors = self._pipeline.plugin_errors
         before = sum(errors.values())

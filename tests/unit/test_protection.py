@@ -12,7 +12,7 @@ from fides_plugins import Detection, Query, Verdict, Verification, hookimpl
 from fides_plugins.errors import BundleError, SettingsError
 from fides_plugins.guard import Failure
 from fides_plugins.pipeline import VerifyOutcome
-from fides_plugins.protection import INTERNAL, Part, Protection
+from fides_plugins.protection import INTERNAL, Claim, Protection
 from fides_plugins.settings import Settings
 from fides_plugins.testing import INPUT_NAME, fake_logits, memory_bundle, switch_top_two
 from fides_plugins.types import SignedRows, softmax
@@ -56,10 +56,10 @@ def query(mine: Protection, rows: NDArray[np.float32], *ids: str) -> Query:
     return mine.query({INPUT_NAME: rows}, len(rows), ids)
 
 
-def part(mine: Protection, rows: slice, output: NDArray[Any] = LIE, *ids: str) -> Part:
+def part(mine: Protection, rows: slice, output: NDArray[Any] = LIE, *ids: str) -> Claim:
     """What one client asked and was answered, as the second step of an ensemble sees it."""
     outcome = mine.verify(query(mine, LOGITS[rows]))
-    return Part(mine.query({}, len(LOGITS[rows]), ids), output[rows], outcome)
+    return Claim(mine.query({}, len(LOGITS[rows]), ids), output[rows], outcome)
 
 
 def test_queries_of_the_same_tensors_are_verified_in_one_call() -> None:
@@ -123,23 +123,23 @@ def test_a_plugin_that_fails_on_one_clients_row_fails_for_that_client_alone() ->
     assert len(watcher.recorded) == 3, "each row is recorded once, however often it was judged"
 
 
-def with_evidence(p: Part) -> Part:
+def with_evidence(p: Claim) -> Claim:
     verification = p.outcome.verification
     assert verification is not None
     shown = Verification(verification.references, verification.available, verification.sources, ({"ms": 1},))
-    return Part(p.query, p.output, VerifyOutcome(shown))
+    return Claim(p.query, p.output, VerifyOutcome(shown))
 
 
-def with_failure(p: Part) -> Part:
-    return Part(p.query, p.output, VerifyOutcome(p.outcome.verification, (Failure("v", "fides_verify", "timeout"),)))
+def with_failure(p: Claim) -> Claim:
+    return Claim(p.query, p.output, VerifyOutcome(p.outcome.verification, (Failure("v", "fides_verify", "timeout"),)))
 
 
-def with_inputs(p: Part) -> Part:
-    return Part(Query({INPUT_NAME: LOGITS[:2]}), p.output, p.outcome)
+def with_inputs(p: Claim) -> Claim:
+    return Claim(Query({INPUT_NAME: LOGITS[:2]}), p.output, p.outcome)
 
 
-def with_another_width(p: Part) -> Part:
-    return Part(p.query, p.output[:, :4], p.outcome)
+def with_another_width(p: Claim) -> Claim:
+    return Claim(p.query, p.output[:, :4], p.outcome)
 
 
 @pytest.mark.parametrize("change", [with_evidence, with_failure, with_inputs, with_another_width])
@@ -155,7 +155,7 @@ def test_a_probe_is_judged_and_shown_to_nobody() -> None:
     watcher = Watcher()
     mine = protection(watcher)
     p = part(mine, slice(0, 2))
-    (verdict,) = mine.judge_many([Part(p.query, p.output, p.outcome, probe=True)])
+    (verdict,) = mine.judge_many([Claim(p.query, p.output, p.outcome, probe=True)])
     assert verdict.status_text.tolist() == ["trusted", "attacked"]
     assert watcher.recorded == []
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fides_plugins.builtin.remote import receipts_of
 from fides_plugins.guard import Failure
 from fides_plugins.pipeline import VerifyOutcome
-from fides_plugins.protection import Part, safe_text
+from fides_plugins.protection import Claim, safe_text
 from fides_plugins.serving.triton import wire
 from fides_plugins.serving.triton.step import Step, refusal, row_ids
 from fides_plugins.types import Status, Verdict
@@ -34,7 +34,7 @@ class _Work:
     """One request: what was read of it, or why it could not be."""
 
     output: NDArray[Any] | None
-    part: Part | None = None
+    part: Claim | None = None
     problem: str = ""
     ids: tuple[str, ...] = ()
 
@@ -91,7 +91,7 @@ class TritonPythonModel:
                 parts = [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in wire.INTERNAL]
                 outcome, probe = wire.unpack_outcome(*parts), wire.is_probe(parts[-1])
             query = self._step.protection.query(self._step.arrays(request, self._query_inputs), n_rows, ids)
-            return _Work(output, Part(query, output, outcome, probe))
+            return _Work(output, Claim(query, output, outcome, probe))
         except Exception as error:  # host boundary: the row is an error, and policy decides what that means
             logger.error("fides_validate cannot read a request", exc_info=error)
             return _Work(output, problem=safe_text(error), ids=ids)
