@@ -20,7 +20,7 @@ import numpy as np
 
 from fides_plugins.training.attacks import default_registry
 from fides_plugins.training.detector.detection import fit_predictions
-from fides_plugins.training.evaluation.evaluation import evaluate
+from fides_plugins.training.evaluation.evaluate import evaluate
 from fides_plugins.training.evaluation.synthetic import synthetic_pair
 from fides_plugins.training.predictions import Predictions, load_predictions
 

@@ -17,7 +17,7 @@ import numpy as np
 from fides_plugins.statistics.conformal import Calibration
 from fides_plugins.training.attacks import default_registry
 from fides_plugins.training.detector.detection import train_on
-from fides_plugins.training.evaluation.evaluation import Judge
+from fides_plugins.training.evaluation.evaluate import LearnedDetection
 from fides_plugins.training.evaluation.monitor_study import first_alarms
 from fides_plugins.training.evaluation.synthetic import synthetic_pair
 from fides_plugins.training.predictions import load_predictions
@@ -55,7 +55,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = load_predictions(arguments.predictions) if arguments.predictions else synthetic_pair(8000, 10, signal=4.0)
     fit, held_out = rows.split(0.5, arguments.seed)
-    judge = Judge.of_artifacts(train_on(fit, seed=arguments.seed))
+    judge = LearnedDetection.of_artifacts(train_on(fit, seed=arguments.seed))
     lies, _ = default_registry().output("switch").apply(held_out.service, np.random.default_rng(arguments.seed))
     benign = judge.score(held_out.service, held_out.verification)
     attacked = judge.score(lies, held_out.verification)

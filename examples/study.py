@@ -26,7 +26,7 @@ from fides_plugins.training.attacks import default_registry
 from fides_plugins.training.attacks.model import Victim
 from fides_plugins.training.data import Dataset
 from fides_plugins.training.distil.distillation import Augmentation, augment
-from fides_plugins.training.evaluation.evaluation import evaluate
+from fides_plugins.training.evaluation.evaluate import evaluate
 from fides_plugins.training.evaluation.report import render
 from fides_plugins.training.evaluation.service_attacks import attack_from_inside
 from fides_plugins.training.export import export_onnx

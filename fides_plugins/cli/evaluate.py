@@ -75,7 +75,7 @@ def evaluate(
     if (predictions is None) == (data is None) or (data is not None) != bool(service):
         raise SettingsError("Nothing to evaluate on.", "Give --predictions, or --service and --data.")
     from fides_plugins.bundle import Bundle
-    from fides_plugins.training.evaluation.evaluation import evaluate as run
+    from fides_plugins.training.evaluation.evaluate import evaluate as run
     from fides_plugins.training.predictions import load_predictions
 
     loaded = Bundle.load(bundle)
@@ -168,7 +168,7 @@ def _ask(
 
 
 def _show(result: dict[str, Any], report: Path | None) -> None:
-    from fides_plugins.training.evaluation.evaluation import MEASURES
+    from fides_plugins.training.evaluation.evaluate import MEASURES
 
     clean = result["clean"]
     low, high = clean["false_alarm_rate_interval"]

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fides_plugins.training.costs import Cost
-from fides_plugins.training.distil.gdtl import Step
+from fides_plugins.training.distil.gdtl import SearchStep
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class FitReport:
     service_cost: Cost | None
     verification_cost: Cost
     student: str
-    steps: tuple[Step, ...]
+    steps: tuple[SearchStep, ...]
     reached: bool
     agreement: float
     service_accuracy: float | None
@@ -65,6 +65,6 @@ class FitReport:
         parts = {
             "service_cost": None if service is None else Cost(**service),
             "verification_cost": Cost(**values["verification_cost"]),
-            "steps": tuple(Step(**s) for s in values["steps"]),
+            "steps": tuple(SearchStep(**s) for s in values["steps"]),
         }
         return cls(**{**values, **parts})

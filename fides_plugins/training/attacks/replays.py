@@ -20,8 +20,8 @@ _LEAST_CHANGE = 0.2
 _NEAREST = 0.1
 
 
-class Answers:
-    """The service's answers (N, K), and what the kinds of replays ask of them, computed once for all draws."""
+class RankedAnswers:
+    """The service's answers (N, K) and their order of confidence, computed once for all draws."""
 
     def __init__(self, probabilities: Float32Array) -> None:
         self.probabilities = probabilities
@@ -37,7 +37,7 @@ class Answers:
 
 
 #: From answers and a generator to the row whose answer each row gets, (N,).
-_Draw = Callable[[Answers, np.random.Generator], IntArray]
+_Draw = Callable[[RankedAnswers, np.random.Generator], IntArray]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Replay:
     changes_label: bool
     draw: _Draw
 
-    def apply(self, service: Answers, rng: np.random.Generator) -> tuple[Float32Array, IntArray]:
+    def apply(self, service: RankedAnswers, rng: np.random.Generator) -> tuple[Float32Array, IntArray]:
         """Replayed answers (P, K), and the rows (P,) that get them."""
         replayed = service.probabilities[self.draw(service, rng)]
         if self.changes_label:
@@ -66,21 +66,21 @@ class Replay:
         return replayed[changed], np.flatnonzero(changed)
 
 
-def _any(service: Answers, rng: np.random.Generator) -> IntArray:
+def _any(service: RankedAnswers, rng: np.random.Generator) -> IntArray:
     return np.asarray(rng.permutation(len(service.own)))
 
 
-def _runner_up(service: Answers, rng: np.random.Generator, nearest: bool) -> IntArray:
+def _runner_up(service: RankedAnswers, rng: np.random.Generator, nearest: bool) -> IntArray:
     own, second = service.first_two.T
     return _by_class(service, own, second, rng, nearest)
 
 
-def _same_class(service: Answers, rng: np.random.Generator) -> IntArray:
+def _same_class(service: RankedAnswers, rng: np.random.Generator) -> IntArray:
     return _by_class(service, service.own, service.own, rng, nearest=False)
 
 
 def _by_class(
-    service: Answers, wanted: IntArray, offered: IntArray, rng: np.random.Generator, nearest: bool
+    service: RankedAnswers, wanted: IntArray, offered: IntArray, rng: np.random.Generator, nearest: bool
 ) -> IntArray:
     """For each row, one that offers the class it wants; any row where none does."""
     chosen = _any(service, rng)

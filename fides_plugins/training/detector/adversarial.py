@@ -10,8 +10,8 @@ What is added to the paper, and why (measured in `docs/explanation/detection.md`
 - Attacks are weighted while training: those on which the detector is behind a rule of thumb (plain
   disagreement, a threshold on KL) at the rule's own false-alarm rate gain weight, as in distributionally
   robust optimisation (Sagawa et al., ICLR 2020).
-- Agreeing and disagreeing rows are scored apart, each list gets a share of the budget, and plain KL has a say in
-  either, see `lists.py`.
+- Rows on which the models agree and rows on which they differ are two strata, scored apart. Each gets a share of the
+  budget, and plain KL has a weight in either, see `strata.py`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from torch.nn import functional
 
 from fides_plugins.training.attacks import OutputAttack
 from fides_plugins.training.detector.calibration import fit_temperature
-from fides_plugins.training.detector.features import DIVERGENCES, Pair, Temper
+from fides_plugins.training.detector.features import DIVERGENCES, Pair, TemperatureScaling
 from fides_plugins.training.detector.networks import Detector, Generator, Reclassifier, agreement_of, to_be_ordered
 from fides_plugins.training.detector.pools import Pool, Pools
-from fides_plugins.training.detector.strata import LEARNED_ALONE, SAYS, Says
+from fides_plugins.training.detector.strata import LEARNED_ALONE, SCORE_WEIGHTS, ScoreWeights
 from fides_plugins.training.predictions import Predictions
 
 #: Called with the work done so far, from 0 to 1.
@@ -111,7 +111,7 @@ class GanOptions:
 class Networks:
     """What training gives."""
 
-    temper: Temper
+    scaling: TemperatureScaling
     detector: Detector
     reclassifier: Reclassifier
     generator: Generator
@@ -156,16 +156,16 @@ class _Trainer:
         # Copies, because torch shares memory with numpy and takes no read-only arrays.
         self.rows = replace(rows, service=rows.service.copy(), verification=rows.verification.copy())
         self.options = options
-        # Each model's temperature from the other's choice: certainty then says how likely they agree.
-        self.temper = Temper(
+        # Each model's temperature from the other's choice: certainty then tells how likely they agree.
+        self.scaling = TemperatureScaling(
             max(MIN_TEMPERATURE, fit_temperature(rows.service, rows.verification.argmax(axis=1))),
             max(MIN_TEMPERATURE, fit_temperature(rows.verification, rows.service.argmax(axis=1))),
         )
         self.importance: dict[str, float] = {}
         self.difficulty: dict[str, float] = {}
-        self.make = Pools(self.rows, attacks, self.temper, MEMBERS, rng, options.replay_weight, options.class_limit)
+        self.make = Pools(self.rows, attacks, self.scaling, MEMBERS, rng, options.replay_weight, options.class_limit)
         self.benign = self.make.benign()
-        self.generator = Generator(self.temper.temperatures[0])
+        self.generator = Generator(self.scaling.temperatures[0])
         self.pools = self.make.attacked(None)
         sample = torch.cat([self.benign.features, *(p.features for p in self.pools)])
         self.detector = Detector(sample, MEMBERS)
@@ -199,21 +199,16 @@ class _Trainer:
             self._weigh_attacks()
             if o.generator:
                 self._train_generator(generator_optimiser)
-        # What was learned is trained to stand alone; what KL has to say comes in at the end. The generator, which
+        # What was learned is trained to stand alone; KL gets its weight at the end. The generator, which
         # evaluation attacks with, then learns to be taken for benign by the detector as it is used.
-        self._order(SAYS, *by_say(self.pools))
+        self._order(SCORE_WEIGHTS, *by_precedence(self.pools))
         if o.generator:
             self._train_generator(generator_optimiser, by_rank=True)
         progress(1.0)
         for module in (self.detector, self.reclassifier, self.generator):
             module.eval()
-        return Networks(
-            self.temper,
-            self.detector,
-            self.reclassifier,
-            self.generator,
-            with_truth=self.rows.labels is not None,
-        )
+        with_truth = self.rows.labels is not None
+        return Networks(self.scaling, self.detector, self.reclassifier, self.generator, with_truth)
 
     def _losses(self) -> tuple[Tensor, Tensor]:
         """Detector and re-classifier loss of one batch: benign rows and half as many of each attack."""
@@ -274,19 +269,19 @@ class _Trainer:
         self._weigh_errors()
 
     @torch.no_grad()
-    def _order(self, says: Says, first: Sequence[Pool], then: Sequence[Pool]) -> list[list[float]]:
-        """Measure the lists and divide the budget between them; the regrets left on `first`, see `_regrets`.
+    def _order(self, weights: ScoreWeights, first: Sequence[Pool], then: Sequence[Pool]) -> list[list[float]]:
+        """Measure the strata and divide the budget between them; the regrets left on `first`, see `_regrets`.
 
         The share is one that `first` can't tell from its best; among those, one that `then` can't tell from its best;
         among those, the smallest: what was trained on looks better than it is.
         """
-        lists = self.detector.lists
+        strata = self.detector.strata
         benign = self._held_out(self.benign)
-        lists.measure(benign.double().numpy(), self.benign.agrees[:, 0].numpy(), says)
+        strata.measure(benign.double().numpy(), self.benign.agrees[:, 0].numpy(), weights)
         attacked = [self._held_out(pool) for pool in first]
         left = self._cheapest(SHARES, benign, first, attacked)
         left = self._cheapest(left, benign, then, [self._held_out(pool) for pool in then])
-        lists.give(left[0])
+        strata.allocate(left[0])
         return self._regrets(benign, first, attacked)
 
     def _cheapest(
@@ -297,7 +292,7 @@ class _Trainer:
             return shares
         worst = []
         for share in shares:
-            self.detector.lists.give(share)
+            self.detector.strata.allocate(share)
             worst.append(max(max(regrets) for regrets in self._regrets(benign, pools, attacked)))
         return close_to_least(shares, worst, 0.25 / math.sqrt(len(benign)))
 
@@ -313,12 +308,12 @@ class _Trainer:
         benign, attacked:
             (N, 4) scores of benign rows, and of each pool's.
         """
-        lists = self.detector.lists
-        ranks = lists(benign, self.benign.agrees).numpy()
+        strata = self.detector.strata
+        ranks = strata(benign, self.benign.agrees).numpy()
         own_rate = 1.0 - float(self.benign.agrees.float().mean())
         regrets = []
         for pool, scores in zip(pools, attacked, strict=True):
-            lies = lists(scores, pool.agrees).numpy()
+            lies = strata(scores, pool.agrees).numpy()
             of = [1.0 - float(pool.agrees.float().mean()) - _caught(ranks, lies, own_rate)]
             of += [_caught(self.benign.kl, pool.kl, rate) - _caught(ranks, lies, rate) for rate in RULE_RATES]
             counts = CHANGED_CLASS_COUNTS if pool.lies else 1.0
@@ -349,7 +344,7 @@ class _Trainer:
             for _ in range(self.options.generator_steps):
                 i = torch.randint(len(service), (batch,))
                 attacked = self.generator(service[i], torch.randn(len(i), service.shape[1]))
-                pair = Pair(self.temper, attacked, verification[i])
+                pair = Pair(self.scaling, attacked, verification[i])
                 features = pair.features()
                 if by_rank:
                     loss = self.detector(features).mean()
@@ -361,8 +356,8 @@ class _Trainer:
                 optimiser.step()
 
 
-def by_say(pools: Sequence[Pool]) -> tuple[list[Pool], list[Pool]]:
-    """Pools that have the first say in how the budget is divided in the end, and pools that choose from what is left.
+def by_precedence(pools: Sequence[Pool]) -> tuple[list[Pool], list[Pool]]:
+    """Pools that decide first how the budget is divided in the end, and pools that choose from what is left.
 
     A replay stands in for attacks that training does not see. Where a named attack does the same, changes the class
     or keeps it, that one tells better what is lost: a rule of thumb that is ahead on replays alone would take the

@@ -179,7 +179,7 @@ def train_on(
     # The balanced threshold moves to a score of 0.5, so that it needs no place of its own.
     rng = np.random.default_rng((seed, 1))
     with torch.no_grad():
-        plain = DetectorGraph(networks.temper, networks.detector, 0.0).eval()
+        plain = DetectorGraph(networks.scaling, networks.detector, 0.0).eval()
 
         def ranks(service: Float32Array, verification: Float32Array) -> Float32Array:
             pieces = [
@@ -196,10 +196,10 @@ def train_on(
                     attacked[attack.name] = ranks(lies[changed], np.ascontiguousarray(held_out.verification[changed]))
         threshold = balanced_threshold(ranks(held_out.service, held_out.verification), attacked)
     detector = export(
-        DetectorGraph(networks.temper, networks.detector, threshold), ("service", "verification"), ("score",)
+        DetectorGraph(networks.scaling, networks.detector, threshold), ("service", "verification"), ("score",)
     )
     reclassifier = export(
-        ReclassifierGraph(networks.temper, networks.reclassifier, networks.with_truth),
+        ReclassifierGraph(networks.scaling, networks.reclassifier, networks.with_truth),
         ("service", "verification"),
         ("probabilities", "truth"),
     )
@@ -217,8 +217,8 @@ def train_on(
             "calibration_rows": held_out.n_rows,
             "labels": rows.labels is not None,
             "agreement": round(rows.agreement, 6),
-            "temperature_service": round(networks.temper.temperatures[0], 6),
-            "temperature_verification": round(networks.temper.temperatures[1], 6),
+            "temperature_service": round(networks.scaling.temperatures[0], 6),
+            "temperature_verification": round(networks.scaling.temperatures[1], 6),
         },
     )
 

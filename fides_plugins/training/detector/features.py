@@ -1,9 +1,9 @@
 """What detector and re-classifier see of a pair of answers. Part of the exported graphs.
 
-Both work on *tempered* log-probabilities: log p / T, normalised again, with one temperature for each
-model. Distilled and fine-tuned networks are often certain to many digits; in float32 probabilities the
-digits are still there, and a temperature brings them back to a scale on which certainty says how likely
-the two are to agree (Guo et al., "On Calibration of Modern Neural Networks", ICML 2017).
+Both work on *scaled* log-probabilities: log p / T, normalised again, with one temperature for each model (temperature
+scaling; Guo et al., "On Calibration of Modern Neural Networks", ICML 2017). Distilled and fine-tuned networks are often
+certain to many digits; in float32 probabilities the digits are still there, and a temperature brings them back to a
+scale on which certainty tells how likely the two are to agree.
 
 No feature depends on the number or on the order of the classes' columns, so one network serves any K.
 The divergences are those of `fides_plugins.statistics.divergences`; a test holds the two to 1e-5 of each other.
@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from fides_plugins.statistics.divergences import EPSILON
 
-#: Stands for a class that is not there; below every tempered log-probability.
+#: Stands for a class that is not there; below every scaled log-probability.
 LOG_PAD = -1e4
 #: Log-ratios are clipped here before they enter a network.
 LOG_RATIO_LIMIT = 20.0
@@ -25,7 +25,7 @@ LOG_RATIO_LIMIT = 20.0
 TOP = 3
 
 FEATURE_NAMES: tuple[str, ...] = (
-    "kl_untempered",
+    "kl_unscaled",
     "kl",
     "kl_reverse",
     "entropy_service",
@@ -55,11 +55,11 @@ DIVERGENCES = 8
 #: Columns of the per-class matrix, see `Pair.class_features`.
 CLASS_FEATURES = 16
 
-# Rows of probabilities: the tempered s and v, s and v as they came, and the mean of the tempered two. Which one is
+# Rows of probabilities: the scaled s and v, s and v as they came, and the mean of the scaled two. Which one is
 # multiplied with whose logarithm, summed over the classes:
 _PROBABILITY_OF = (0, 0, 1, 1, 2, 2, 4)
 _LOGARITHM_OF = (0, 1, 0, 1, 2, 3, 4)
-# The divergences from these sums and, last, the sum of the smaller of the tempered s and v; and what is added.
+# The divergences from these sums and, last, the sum of the smaller of the scaled s and v; and what is added.
 _FROM_SUMS = (
     (0.0, 1.0, 0.0, -1.0, 0.0, 0.0, 0.5, 0.0),
     (0.0, -1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0),
@@ -88,8 +88,8 @@ _FROM_TOP = (
 _OTHER_WAY = (1, 0)
 
 
-class Temper(nn.Module):
-    """Probabilities (N, 2, K), the service's and the verification model's, to tempered log-probabilities."""
+class TemperatureScaling(nn.Module):
+    """Probabilities (N, 2, K), the service's and the verification model's, to scaled log-probabilities."""
 
     scale: Tensor
 
@@ -110,22 +110,22 @@ class Temper(nn.Module):
 
 
 class Pair:
-    """The tempered pair and what several features share, computed once.
+    """The scaled pair and what several features share, computed once.
 
     Both models are worked on side by side in one tensor, and what is linear is one product with a constant: a graph
     for single rows costs what its number of operations costs, not what they compute.
 
     Parameters
     ----------
-    temper:
+    scaling:
         With the temperatures of the two models.
     service, verification:
         (N, K) probabilities.
     """
 
-    def __init__(self, temper: Temper, service: Tensor, verification: Tensor) -> None:
-        self.untempered = torch.stack((service, verification), dim=1)
-        self.logs = logs = temper(self.untempered)
+    def __init__(self, scaling: TemperatureScaling, service: Tensor, verification: Tensor) -> None:
+        self.unscaled = torch.stack((service, verification), dim=1)
+        self.logs = logs = scaling(self.unscaled)
         top = torch.topk(functional.pad(logs, (0, max(0, TOP - 2)), value=LOG_PAD), TOP, dim=2)
         self.top = top.values
         crossed = _pick(logs, _OTHER_WAY)
@@ -146,12 +146,12 @@ class Pair:
 
     def divergences(self) -> Tensor:
         """(N, DIVERGENCES), the first of the features."""
-        tempered = torch.exp(self.logs)
-        p = torch.clamp(torch.cat((tempered, self.untempered), dim=1), EPSILON, 1.0)
+        scaled = torch.exp(self.logs)
+        p = torch.clamp(torch.cat((scaled, self.unscaled), dim=1), EPSILON, 1.0)
         p = torch.cat((p, p[:, :2].mean(dim=1, keepdim=True)), dim=1)
         # Not a matrix product: its running sums in float32 lose the many small terms of a thousand classes.
         products = _pick(p, _PROBABILITY_OF) * _pick(torch.log(p), _LOGARITHM_OF)
-        sums = torch.cat((products, tempered.amin(dim=1, keepdim=True)), dim=1).sum(dim=2)
+        sums = torch.cat((products, scaled.amin(dim=1, keepdim=True)), dim=1).sum(dim=2)
         return torch.addmm(torch.tensor(_ADDED), sums, torch.tensor(_FROM_SUMS))
 
     def places(self) -> Tensor:

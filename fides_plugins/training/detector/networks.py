@@ -21,10 +21,10 @@ from fides_plugins.training.detector.features import (
     FEATURE_NAMES,
     KLS,
     Pair,
-    Temper,
+    TemperatureScaling,
     limit,
 )
-from fides_plugins.training.detector.strata import Lists
+from fides_plugins.training.detector.strata import Strata
 from fides_plugins.training.export import strip, to_onnx
 
 SLOPE = 0.1
@@ -52,7 +52,7 @@ class Detector(nn.Module):
 
     Several networks in one: their weights are stacked in matrices (members, in, out), so that a call
     costs three multiplications however many there are. Each has two outputs, for rows on which the models
-    disagree and for rows on which they agree; `lists` puts both into one order.
+    disagree and for rows on which they agree; `strata` puts both into one order.
     """
 
     def __init__(self, sample: Tensor, members: int, width: int = 32, dropout: float = 0.2) -> None:
@@ -62,10 +62,10 @@ class Detector(nn.Module):
         self.weights = nn.ParameterList(nn.Parameter(_initial(members, a, b)) for a, b in sizes)
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(members, 1, b)) for _, b in sizes)
         self.dropout = nn.Dropout(dropout)
-        self.lists = Lists()
+        self.strata = Strata()
 
     def members(self, features: Tensor) -> Tensor:
-        """(members, N, 2) logits of features (N, F): attacked against benign, by list."""
+        """(members, N, 2) logits of features (N, F): attacked against benign, by stratum."""
         x: Tensor = self.standardise(features)[None]
         last = len(self.weights) - 1
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
@@ -79,8 +79,8 @@ class Detector(nn.Module):
         return self.members(features).mean(dim=0)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(N,) ranks, see `Lists`."""
-        return cast(Tensor, self.lists(to_be_ordered(self.logits(features), features), agreement_of(features) > 0.5))
+        """(N,) ranks, see `Strata`."""
+        return cast(Tensor, self.strata(to_be_ordered(self.logits(features), features), agreement_of(features) > 0.5))
 
     def merged(self) -> nn.Sequential:
         """The same logits of features as one plain network, (N, F) to (N, 2): fewer, larger operations.
@@ -147,13 +147,13 @@ class Generator(nn.Module):
     def forward(self, service: Tensor, noise: Tensor) -> Tensor:
         """(N, K) attacked probabilities from clean ones and standard normal noise, (N, K) both."""
         logs = torch.log(torch.clamp_min(service, 1e-30))
-        tempered = functional.log_softmax(logs * self.scale, dim=1)
-        top = torch.topk(tempered, 2, dim=1).values
-        is_top = (tempered >= top[:, :1]).to(service.dtype)
+        scaled = functional.log_softmax(logs * self.scale, dim=1)
+        top = torch.topk(scaled, 2, dim=1).values
+        is_top = (scaled >= top[:, :1]).to(service.dtype)
         columns = (
-            limit(tempered - top[:, :1]) * 0.2,
-            limit(tempered - top[:, 1:]) * 0.2,
-            torch.exp(tempered),
+            limit(scaled - top[:, :1]) * 0.2,
+            limit(scaled - top[:, 1:]) * 0.2,
+            torch.exp(scaled),
             is_top,
             noise,
         )
@@ -169,43 +169,43 @@ class Generator(nn.Module):
 class DetectorGraph(nn.Module):
     """service, verification (N, K) -> score (N,) in (0, 1), 0.5 at the balanced threshold."""
 
-    def __init__(self, temper: Temper, detector: Detector, balanced_rank: float) -> None:
+    def __init__(self, scaling: TemperatureScaling, detector: Detector, balanced_rank: float) -> None:
         super().__init__()
-        self.temper, self.detector = temper, detector.merged()
-        self.lists = copy.deepcopy(detector.lists)
-        self.lists.base.sub_(balanced_rank)
+        self.scaling, self.detector = scaling, detector.merged()
+        self.strata = copy.deepcopy(detector.strata)
+        self.strata.base.sub_(balanced_rank)
 
     def forward(self, service: Tensor, verification: Tensor) -> Tensor:
         return to_score(self.ranks(service, verification))
 
     def ranks(self, service: Tensor, verification: Tensor) -> Tensor:
-        """(N,) ranks, see `Lists`, less the balanced one."""
-        pair = Pair(self.temper, service, verification)
+        """(N,) ranks, see `Strata`, less the balanced one."""
+        pair = Pair(self.scaling, service, verification)
         features = pair.features()
-        return cast(Tensor, self.lists(to_be_ordered(self.detector(features), features), pair.agrees))
+        return cast(Tensor, self.strata(to_be_ordered(self.detector(features), features), pair.agrees))
 
 
 class ReclassifierGraph(nn.Module):
     """service, verification (N, K) -> probabilities (N, K), truth (N, K).
 
     `probabilities`: that the un-attacked service would have chosen the class. `truth`: that it is the
-    true class; without labels in training this is the tempered reference itself.
+    true class; without labels in training this is the scaled reference itself.
     """
 
-    def __init__(self, temper: Temper, reclassifier: Reclassifier, with_truth: bool) -> None:
+    def __init__(self, scaling: TemperatureScaling, reclassifier: Reclassifier, with_truth: bool) -> None:
         super().__init__()
-        self.temper, self.reclassifier = temper, reclassifier
+        self.scaling, self.reclassifier = scaling, reclassifier
         self.with_truth = with_truth
 
     def forward(self, service: Tensor, verification: Tensor) -> tuple[Tensor, Tensor]:
-        pair = Pair(self.temper, service, verification)
+        pair = Pair(self.scaling, service, verification)
         both = torch.softmax(self.reclassifier(pair.class_features(), pair.places()), dim=1)
         truth = both[:, :, 1] if self.with_truth else torch.exp(pair.logs[:, 1])
         return both[:, :, 0], truth
 
 
 def to_be_ordered(logits: Tensor, features: Tensor) -> Tensor:
-    """(N, 4) scores for `Lists`: the logits (N, 2) and KL, of the answers as they came and tempered."""
+    """(N, 4) scores for `Strata`: the logits (N, 2) and KL, of the answers as they came and scaled."""
     return torch.cat((logits, features[:, :KLS]), dim=1)
 
 

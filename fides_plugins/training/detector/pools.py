@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fides_plugins.statistics import divergences
 from fides_plugins.training.attacks import GENERATOR, OutputAttack
-from fides_plugins.training.attacks.replays import REPLAYS, Answers
-from fides_plugins.training.detector.features import CLASS_FEATURES, Pair, Temper
+from fides_plugins.training.attacks.replays import REPLAYS, RankedAnswers
+from fides_plugins.training.detector.features import CLASS_FEATURES, Pair, TemperatureScaling
 from fides_plugins.training.detector.networks import Generator
 from fides_plugins.training.predictions import Predictions
 from fides_plugins.types import Float32Array, Float64Array, IntArray
@@ -23,7 +23,7 @@ from fides_plugins.types import Float32Array, Float64Array, IntArray
 class Pool:
     """Features of one attack's rows (or the benign ones), ready for batches.
 
-    `agrees` is (P, 1) bool, as `Lists` takes it.
+    `agrees` is (P, 1) bool, as `Strata` takes it.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Pools:
         Clean pairs.
     attacks:
         Output attacks to apply.
-    temper:
+    scaling:
         Temperatures of the features.
     folds:
         Each row belongs to one of so many, and takes its fold into every pool.
@@ -66,15 +66,15 @@ class Pools:
         self,
         rows: Predictions,
         attacks: Sequence[OutputAttack],
-        temper: Temper,
+        scaling: TemperatureScaling,
         folds: int,
         rng: np.random.Generator,
         replay_weight: float,
         class_limit: int,
     ) -> None:
-        self.rows, self.attacks, self.temper, self.rng = rows, attacks, temper, rng
+        self.rows, self.attacks, self.scaling, self.rng = rows, attacks, scaling, rng
         self.replay_weight, self.class_limit = replay_weight, class_limit
-        self.answers = Answers(rows.service)
+        self.answers = RankedAnswers(rows.service)
         self.fold = torch.from_numpy(rng.permutation(rows.n_rows) % folds)
 
     def benign(self) -> Pool:
@@ -111,7 +111,7 @@ class Pools:
             index = of[start : start + piece]
             verification = torch.from_numpy(self.rows.verification[index])
             claimed = torch.from_numpy(np.array(service[start : start + piece]))
-            pair = Pair(self.temper, claimed, verification)
+            pair = Pair(self.scaling, claimed, verification)
             own = torch.from_numpy(self.answers.own[index])
             truth = own if self.rows.labels is None else torch.from_numpy(self.rows.labels[index])
             columns, offset = self._candidates(pair, own, truth)

@@ -3,11 +3,11 @@
 A changed class shows as disagreement, a changed confidence does not. One score for both has to trade them
 against each other everywhere: what lifts tampered agreeing rows above the few most suspicious benign ones also
 lifts them above the many disagreeing ones, and then a plain "do they disagree?" is the better detector. So each
-list has scores of its own, is measured in its own false alarms, and gets a share of the budget: a row's rank is
--ln of the budget at which its list's share reaches it (weighted Bonferroni; Holm, "A Simple Sequentially
+stratum has scores of its own, is measured in its own false alarms, and gets a share of the budget: a row's rank is
+-ln of the budget at which its stratum's share reaches it (weighted Bonferroni; Holm, "A Simple Sequentially
 Rejective Multiple Test Procedure", 1979).
 
-Within a list, what training learned has not the whole say. It knows the attacks that it saw; an attack that it
+Within a stratum, what training learned does not decide alone. It knows the attacks that it saw; an attack that it
 did not see is no less unlike a benign row for that, and plain KL tells so. The two are averaged as ranks, which is
 the weighted geometric mean of their budgets (a logarithmic opinion pool; Genest and Zidek, "Combining Probability
 Distributions: A Critique and an Annotated Bibliography", 1986).
@@ -24,31 +24,32 @@ from torch import Tensor, nn
 
 from fides_plugins.types import BoolArray, Float64Array, IntArray
 
-#: Bends of a list's curve: the benign rows at rank 2, 4, 8, ... This many hold 2**15 rows.
+#: Bends of a stratum's curve: the benign rows at rank 2, 4, 8, ... This many hold 2**15 rows.
 KNOTS = 16
 #: Slopes outside the range of benign scores, where there is nothing to measure; (below, above).
 _OUTER = ((0.05, 1.0), (0.1, 2.0))
-#: Slope of a list with too few benign rows for a curve.
+#: Slope of a stratum with too few benign rows for a curve.
 _FLAT = 0.25
 #: Slope by which mean levels may be stretched.
 _STRAIGHT = (0.5, 3.0)
 #: At the beginning of training.
 FIRST_SHARE = 0.1
-#: What has how much to say about disagreeing rows (the logit, KL of the answers as they came, tempered KL), and about
-#: agreeing ones (the logit, tempered KL). Each adds up to 1. Between 0.4 and 0.65 for the logit little changes; see
-#: docs/explanation/detection.md.
-Says = tuple[tuple[float, float, float], tuple[float, float]]
-SAYS: Says = ((0.6, 0.25, 0.15), (0.5, 0.5))
-LEARNED_ALONE: Says = ((1.0, 0.0, 0.0), (1.0, 0.0))
+#: Weights of the scores where the models disagree (the logit, KL of the answers as they came, KL after temperature
+#: scaling), and where they agree (the logit, KL after temperature scaling). Each adds up to 1. Between 0.4 and 0.65 for
+#: the logit little changes; see docs/explanation/detection.md.
+ScoreWeights = tuple[tuple[float, float, float], tuple[float, float]]
+SCORE_WEIGHTS: ScoreWeights = ((0.6, 0.25, 0.15), (0.5, 0.5))
+LEARNED_ALONE: ScoreWeights = ((1.0, 0.0, 0.0), (1.0, 0.0))
 #: Which columns of the scores those are.
 _COLUMNS = ((0, 2, 3), (1, 3))
 
 
-class Lists(nn.Module):
+class Strata(nn.Module):
     """(N, 4) scores to (N,) ranks.
 
-    The scores: the logit as if the models disagreed, as if they agreed, KL of the answers as they came, tempered KL.
-    Each list has a curve for each score that says something there; the others' knots and bends are zero.
+    The scores: the logit as if the models disagreed, as if they agreed, KL of the answers as they came, KL after
+    temperature scaling.
+    Each stratum has a curve for every score that has a weight there; the others' knots and bends are zero.
     """
 
     knots: Tensor
@@ -59,13 +60,13 @@ class Lists(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        # One column of knots per score: those of the disagreeing list's curve, then the agreeing one's.
+        # One column of knots per score: the curve of the disagreeing rows, then of the agreeing ones.
         self.register_buffer("knots", torch.zeros(4, 2, KNOTS))
         self.register_buffer("bends", torch.zeros(4, 2, KNOTS, 2))
         self.register_buffer("slope", torch.eye(4, 2))
         self.register_buffer("base", torch.zeros(2))
         self.register_buffer("share", torch.zeros(2))
-        self.give(FIRST_SHARE)
+        self.allocate(FIRST_SHARE)
 
     def forward(self, scores: Tensor, agrees: Tensor) -> Tensor:
         """-ln of the budget that reaches a row.
@@ -81,11 +82,11 @@ class Lists(nn.Module):
         ranks = torch.addmm(torch.addmm(self.base + self.share, scores, self.slope), risen, self.bends.flatten(0, 2))
         return ranks.gather(1, agrees.to(torch.int64))[:, 0]
 
-    def give(self, share: float) -> None:
+    def allocate(self, share: float) -> None:
         """Give agreeing rows this share of the budget, and disagreeing rows the rest."""
         self.share.copy_(torch.tensor([math.log(1.0 - share), math.log(share)]))
 
-    def measure(self, scores: Float64Array, agrees: BoolArray, says: Says = SAYS) -> None:
+    def measure(self, scores: Float64Array, agrees: BoolArray, weights: ScoreWeights = SCORE_WEIGHTS) -> None:
         """Take the curves from benign rows.
 
         Parameters
@@ -94,19 +95,19 @@ class Lists(nn.Module):
             (N, 4).
         agrees:
             (N,).
-        says:
-            See `SAYS`.
+        weights:
+            See `SCORE_WEIGHTS`.
         """
         n = len(scores)
         for buffer in (self.knots, self.bends, self.slope):
             buffer.zero_()
-        for which, say in enumerate(says):
+        for which, own in enumerate(weights):
             rows = scores[agrees == bool(which)][:, _COLUMNS[which]]
             curves = [_Curve.of(column, n) for column in rows.T]
-            mixed = sum(weight * curve(column) for weight, curve, column in zip(say, curves, rows.T, strict=True))
+            mixed = sum(weight * curve(column) for weight, curve, column in zip(own, curves, rows.T, strict=True))
             constant, slope = _line(np.sort(mixed)[::-1], n)
-            self.base[which] = constant + sum(slope * w * c.base for w, c in zip(say, curves, strict=True))
-            for column, weight, curve in zip(_COLUMNS[which], say, curves, strict=True):
+            self.base[which] = constant + sum(slope * w * c.base for w, c in zip(own, curves, strict=True))
+            for column, weight, curve in zip(_COLUMNS[which], own, curves, strict=True):
                 self.knots[column, which] = torch.from_numpy(curve.knots)
                 self.bends[column, which, :, which] = torch.from_numpy(slope * weight * curve.bends)
                 self.slope[column, which] = slope * weight * curve.slope
@@ -128,7 +129,7 @@ class _Curve:
 
     @classmethod
     def of(cls, scores: Float64Array, n: int) -> _Curve:
-        """From the list's benign scores, out of n benign rows."""
+        """From the stratum's benign scores, out of n benign rows."""
         knots, bends = np.zeros(KNOTS), np.zeros(KNOTS)
         scores = np.sort(scores)[::-1]
         if len(scores) < 2:

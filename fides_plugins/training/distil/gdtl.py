@@ -65,7 +65,7 @@ class GdtlSettings:
 
 
 @dataclass(frozen=True)
-class Step:
+class SearchStep:
     """One row of the trade-off table. `kept`: later steps build on it, or it is the student's last word."""
 
     student: str
@@ -93,7 +93,7 @@ class GdtlResult:
     cost: Cost
     agreement: float
     reached: bool
-    steps: tuple[Step, ...]
+    steps: tuple[SearchStep, ...]
 
 
 def search(
@@ -153,7 +153,7 @@ def search(
         )
     if not certain(1.0, len(held_out_images), wanted.agreement):
         fitting = fitting[-1:]
-    steps: list[Step] = []
+    steps: list[SearchStep] = []
     best: tuple[tuple[float, float], GdtlResult] | None = None
     for index, (cost, student) in enumerate(fitting):
 
@@ -208,7 +208,7 @@ class _Run:
     who: Alone
 
     def __post_init__(self) -> None:
-        self.steps: list[Step] = []
+        self.steps: list[SearchStep] = []
 
     def whole(self) -> float:
         """Train every layer at once; returns held-out agreement."""
@@ -266,7 +266,9 @@ class _Run:
     def _note(self, action: str, *, kept: bool, value: float | None = None) -> float:
         value = agreement(predict(self.model, self.images), self.logits) if value is None else value
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        self.steps.append(Step(self.student.name, action, self.cost.parameters, self.cost.macs, trainable, value, kept))
+        self.steps.append(
+            SearchStep(self.student.name, action, self.cost.parameters, self.cost.macs, trainable, value, kept)
+        )
         return value
 
 

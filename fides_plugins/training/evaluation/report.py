@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fides_plugins import __version__
 from fides_plugins.bundle import Bundle
 from fides_plugins.errors import TrainingError
-from fides_plugins.training.evaluation.evaluation import MEASURES, Details, Evaluation
+from fides_plugins.training.evaluation.evaluate import MEASURES, Details, Evaluation
 from fides_plugins.training.predictions import Predictions
 from fides_plugins.types import Float64Array
 

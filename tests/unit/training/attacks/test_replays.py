@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fides_plugins.training.attacks.replays import REPLAYS, Answers, Replay
+from fides_plugins.training.attacks.replays import REPLAYS, RankedAnswers, Replay
 from fides_plugins.training.evaluation.synthetic import synthetic_pair
 
 SERVICE = synthetic_pair(4000, 10, signal=3.0).service
@@ -13,12 +13,12 @@ BY_NAME = {replay.name: replay for replay in REPLAYS}
 
 
 def drawn(name: str) -> tuple[np.ndarray, np.ndarray]:
-    return BY_NAME[name].apply(Answers(SERVICE), np.random.default_rng(1))
+    return BY_NAME[name].apply(RankedAnswers(SERVICE), np.random.default_rng(1))
 
 
 @pytest.mark.parametrize("replay", REPLAYS, ids=lambda r: r.name)
 def test_every_replay_is_a_genuine_answer_to_another_input(replay: Replay):
-    answers, rows = replay.apply(Answers(SERVICE), np.random.default_rng(0))
+    answers, rows = replay.apply(RankedAnswers(SERVICE), np.random.default_rng(0))
     assert len(answers) == len(rows) > 1000
     genuine = {row.tobytes() for row in SERVICE}
     assert all(answer.tobytes() in genuine for answer in answers)
@@ -47,6 +47,6 @@ def test_a_class_that_no_other_answer_offers_gets_any_answer():
     # Three classes; the third is chosen once and never a runner-up.
     service = np.array([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.3, 0.6, 0.1], [0.2, 0.1, 0.7]], np.float32)
     for replay in REPLAYS:
-        answers, rows = replay.apply(Answers(service), np.random.default_rng(0))
+        answers, rows = replay.apply(RankedAnswers(service), np.random.default_rng(0))
         assert len(answers) == len(rows)
         assert np.isfinite(answers).all()

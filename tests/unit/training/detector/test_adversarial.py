@@ -12,9 +12,9 @@ import torch
 from fides_plugins.onnx_model import OnnxModel
 from fides_plugins.statistics import divergences
 from fides_plugins.training.attacks import default_registry
-from fides_plugins.training.detector.adversarial import GanOptions, by_say, close_to_least, train_gan
+from fides_plugins.training.detector.adversarial import GanOptions, by_precedence, close_to_least, train_gan
 from fides_plugins.training.detector.detection import DetectionArtifacts, train_detection
-from fides_plugins.training.detector.features import FEATURE_NAMES, Pair, Temper
+from fides_plugins.training.detector.features import FEATURE_NAMES, Pair, TemperatureScaling
 from fides_plugins.training.detector.networks import Detector, DetectorGraph, export
 from fides_plugins.training.detector.pools import Pools
 from fides_plugins.training.evaluation.synthetic import synthetic_pair
@@ -38,22 +38,22 @@ def feeds(n: int, k: int, seed: int = 0) -> dict[str, np.ndarray]:
 class _Features(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.temper = Temper(*TEMPERATURES)
+        self.scaling = TemperatureScaling(*TEMPERATURES)
 
     def forward(self, service: torch.Tensor, verification: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        pair = Pair(self.temper, service, verification)
+        pair = Pair(self.scaling, service, verification)
         return pair.features(), torch.exp(pair.logs)
 
 
 @pytest.mark.parametrize("k", [2, 3, 10, 100, 1000])
 def test_features_in_the_graph_are_those_of_divergences(k: int):
     """The exported graph in float32 beside numpy in float64, on the distributions it compares, to 1e-5."""
-    graph = OnnxModel(export(_Features(), ("service", "verification"), ("features", "tempered")))
+    graph = OnnxModel(export(_Features(), ("service", "verification"), ("features", "scaled")))
     pair = feeds(200, k)
     pair["service"][:5] = np.eye(k, dtype=np.float32)[0]  # certain to the last bit
     answer = graph.run(pair)
     found = dict(zip(FEATURE_NAMES, answer["features"].T, strict=True))
-    s, v = answer["tempered"][:, 0], answer["tempered"][:, 1]
+    s, v = answer["scaled"][:, 0], answer["scaled"][:, 1]
     for name, mine, temperature in zip(pair, (s, v), TEMPERATURES, strict=True):
         powers = np.maximum(pair[name].astype(np.float64), 1e-30) ** (1 / temperature)
         np.testing.assert_allclose(mine, powers / powers.sum(axis=1, keepdims=True), rtol=1e-4, atol=1e-12)
@@ -133,14 +133,14 @@ def test_the_merged_network_is_the_mean_of_its_members():
     sample = torch.randn(50, len(FEATURE_NAMES), generator=torch.Generator().manual_seed(0))
     detector = Detector(sample, 4).eval()
     torch.testing.assert_close(detector.merged()(sample), detector.logits(sample), atol=1e-5, rtol=1e-5)
-    graph = DetectorGraph(Temper(1.0, 1.0), detector, 0.0)
+    graph = DetectorGraph(TemperatureScaling(1.0, 1.0), detector, 0.0)
     pair = feeds(20, 5)
     score = OnnxModel(export(graph, ("service", "verification"), ("score",))).run(pair)["score"]
     with torch.no_grad():
         np.testing.assert_allclose(score, graph(*map(torch.from_numpy, pair.values())).numpy(), atol=1e-5)
 
 
-def test_without_labels_the_truth_is_the_tempered_reference():
+def test_without_labels_the_truth_is_the_scaled_reference():
     rows = synthetic_pair(600, 4, with_labels=False)
     made = train_detection(rows.service, rows.verification, attacks=("switch",))
     truth = OnnxModel(made.reclassifier_onnx).run(feeds(50, 4))["truth"]
@@ -183,8 +183,8 @@ def test_replays_have_the_first_say_only_where_no_named_attack_is_like_them(name
     rows = synthetic_pair(300, 6, signal=3.5)
     registry = default_registry()
     attacks = [registry.output(name) for name in names]
-    pools = Pools(rows, attacks, Temper(*TEMPERATURES), 4, np.random.default_rng(0), 1.0, 32).attacked(None)
-    first, then = by_say(pools)
+    pools = Pools(rows, attacks, TemperatureScaling(*TEMPERATURES), 4, np.random.default_rng(0), 1.0, 32).attacked(None)
+    first, then = by_precedence(pools)
     assert {pool.name for pool in first} == set(names) | replays
     assert {pool.name for pool in then} == {"replay", "replay-near", "replay-like", "replay-alike"} - replays
 

@@ -79,7 +79,7 @@ def stored_scores() -> np.ndarray:
     registry = default_registry()
     options = GanOptions(rounds=1, steps=40, generator=False)
     networks = train_gan(synthetic_pair(600, 5, signal=3.0), [registry.output("switch")], options=options)
-    graph = export(DetectorGraph(networks.temper, networks.detector, 0.0), ("service", "verification"), ("score",))
+    graph = export(DetectorGraph(networks.scaling, networks.detector, 0.0), ("service", "verification"), ("score",))
     return benign_scores(OnnxModel(graph), synthetic_pair(2000, 5, signal=3.0, seed=1))["learned"]
 
 

@@ -17,7 +17,7 @@ from fides_plugins.errors import InputError, TrainingError
 from fides_plugins.statistics.intervals import wilson
 from fides_plugins.training.attacks import default_registry
 from fides_plugins.training.detector.detection import fit_predictions
-from fides_plugins.training.evaluation.evaluation import MEASURES, Evaluation, evaluate
+from fides_plugins.training.evaluation.evaluate import MEASURES, Evaluation, evaluate
 from fides_plugins.training.evaluation.measures import Estimate, Scores, bootstrap_weights, mean
 from fides_plugins.training.evaluation.monitor_study import MonitorStudy, study_monitor
 from fides_plugins.training.evaluation.report import render

@@ -15,7 +15,7 @@ import pytest
 from fides_plugins.bundle import Bundle
 from fides_plugins.training.attacks import default_registry
 from fides_plugins.training.detector.detection import fit_predictions
-from fides_plugins.training.evaluation.evaluation import evaluate
+from fides_plugins.training.evaluation.evaluate import evaluate
 from fides_plugins.training.evaluation.report import picture, render
 from fides_plugins.training.evaluation.synthetic import synthetic_pair
 from tests.support.docs_blocks import REPOSITORY

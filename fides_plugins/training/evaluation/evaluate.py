@@ -56,7 +56,7 @@ Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
-class Judge:
+class LearnedDetection:
     """A detector with its re-classifier and calibration."""
 
     detector: OnnxModel
@@ -64,7 +64,7 @@ class Judge:
     calibration: Calibration
 
     @classmethod
-    def of_bundle(cls, bundle: Bundle) -> Judge:
+    def of_bundle(cls, bundle: Bundle) -> LearnedDetection:
         """The bundle's learned detection.
 
         Raises
@@ -79,7 +79,7 @@ class Judge:
         return cls(bundle.model(manifest.detector), bundle.model(manifest.reclassifier), known[LEARNED])
 
     @classmethod
-    def of_artifacts(cls, artifacts: DetectionArtifacts) -> Judge:
+    def of_artifacts(cls, artifacts: DetectionArtifacts) -> LearnedDetection:
         """Freshly trained detection."""
         return cls(
             OnnxModel(artifacts.detector_onnx),
@@ -186,7 +186,7 @@ def evaluate(
         )
     notes = check_rows("attacks", rows.n_rows)
     tell = progress or (lambda what, done: None)
-    judge = Judge.of_bundle(bundle)
+    judge = LearnedDetection.of_bundle(bundle)
     spec = bundle.manifest.calibration
     rate = false_alarm_rate if false_alarm_rate is not None else (spec.false_alarm_rate if spec else 0.01)
     bundle.calibration(LEARNED, rate)
@@ -291,7 +291,7 @@ class Measured:
     details: Details
 
 
-def measure(judge: Judge, clean: Predictions, attack: AttackedRows, weights: Any, rate: float) -> Measured:
+def measure(judge: LearnedDetection, clean: Predictions, attack: AttackedRows, weights: Any, rate: float) -> Measured:
     """All measures of one attack."""
     benign_score = judge.score(clean.service, clean.verification)
     attacked_score = judge.score(attack.service, attack.verification)
@@ -365,6 +365,6 @@ def _unseen(
         tell(f"training without {attack.name}", i / len(attacked))
         names = [name for name in trained_on if name != attack.name]
         artifacts = train_on(training, attacks=names, registry=registry, false_alarm_rate=rate, seed=seed)
-        measured = measure(Judge.of_artifacts(artifacts), judged, attack, weights, rate)
+        measured = measure(LearnedDetection.of_artifacts(artifacts), judged, attack, weights, rate)
         result["unseen"][attack.name] = measured.values
         result["comparison"]["unseen"][attack.name] = measured.comparison
