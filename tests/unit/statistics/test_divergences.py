@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fides_plugins.errors import SettingsError
 from fides_plugins.statistics import divergences as d
 
 P = np.array([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0], [0.2, 0.3, 0.5]])
@@ -37,5 +38,5 @@ def test_every_divergence_is_finite_and_scores_lie_in_the_unit_interval(name: st
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(Exception, match="Known are: kl, kl_reverse, js"):
+    with pytest.raises(SettingsError, match="Known are: kl, kl_reverse, js"):
         d.divergence("chi")
