@@ -6,7 +6,7 @@ log-probabilities, probabilities in float16 and in six decimals), a service of r
 combination: the share of benign rows called attacked at a budget of 1%, with the 95% interval that a budget kept
 exactly would give (both the calibration and the test rows are drawn at random). Prints a Markdown table.
 
-`python benchmarks/answer_forms.py --seeds 10`: about an hour and a half on two cores, with two runs side by side.
+`python benchmarks/answer_forms.py --seeds 10`: about an hour and a half on two cores, two runs side by side.
 """
 
 from __future__ import annotations
@@ -176,12 +176,10 @@ def main() -> None:
             chosen.json.write_text(json.dumps(found))
     calibration_rows = int(0.45 * 0.5 * FIT_ROWS)
     spread = 1.96 * np.sqrt(BUDGET * (1 - BUDGET) * (1 / calibration_rows + 1 / TEST_ROWS) / chosen.seeds)
-    print(
-        f"Budget {BUDGET:.1%}; kept exactly, {chosen.seeds} seeds give {BUDGET - spread:.2%} to {BUDGET + spread:.2%}.\n"
-    )
-    print(
-        "| classes | service | form | agreement | false alarms | lowest and highest seed |\n|---:|---|---|---:|---:|---|"
-    )
+    low, high = BUDGET - spread, BUDGET + spread
+    print(f"Kept exactly, a budget of {BUDGET:.0%} gives {low:.2%} to {high:.2%} over {chosen.seeds} seeds.\n")
+    print("| classes | service | form | agreement | false alarms | lowest, highest seed |")
+    print("|---:|---|---|---:|---:|---|")
     for what in combinations:
         agreed, alarms = (np.array(v) for v in zip(*found[what.name], strict=True))
         print(
