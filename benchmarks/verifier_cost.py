@@ -48,7 +48,7 @@ from fides_plugins.bundle import Bundle, InputSpec, Manifest, VerificationSpec, 
 from fides_plugins.client.receipts import ReceiptChecker
 from fides_plugins.client.trust import Trust
 from fides_plugins.enclave.providers import DevelopmentProvider
-from fides_plugins.enclave.serve import Endpoints, serve
+from fides_plugins.enclave.serve import serve
 from fides_plugins.enclave.verifier import Verifier, VerifierOptions
 from fides_plugins.onnx_model import OnnxModel
 from fides_plugins.settings import Settings
@@ -110,11 +110,11 @@ def running(verifier: Verifier) -> Iterator[str]:
     async def main() -> None:
         stop = asyncio.Event()
 
-        def up(where: Endpoints) -> None:
-            found.extend((asyncio.get_running_loop(), stop, f"{where.host}:{where.http_port}"))
+        def up(port: int) -> None:
+            found.extend((asyncio.get_running_loop(), stop, f"127.0.0.1:{port}"))
             ready.set()
 
-        await serve(verifier, Endpoints("127.0.0.1", 0, None), ready=up, stop=stop)
+        await serve(verifier, "127.0.0.1", 0, ready=up, stop=stop)
 
     thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
     thread.start()
