@@ -237,7 +237,7 @@ class HttpFront:
     def _answer(self, model: str, body: bytes, json_length: int | None) -> oip.Body:
         with self._queue.parsing:
             parsed = protocol.parse_request(body, json_length, self._bounds)
-        return protocol.render_response(protocol.infer(self._verifier, model, parsed), parsed)
+        return protocol.infer(self._verifier, model, parsed)
 
     async def _body(self, request: Request) -> bytes:
         """The body, within size and time; its bytes stay taken from the queue's `bodies`."""

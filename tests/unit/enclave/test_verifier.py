@@ -239,7 +239,7 @@ def test_http_bodies_in_json_and_in_binary(verifier: Verifier, bundle: Bundle) -
         else:
             document["inputs"] = [{**entry, "data": ROWS.tolist()}]
             request = protocol.parse_request(json.dumps(document).encode(), None, BOUNDS)
-        body, headers = protocol.render_response(protocol.infer(verifier, bundle.manifest.name, request), request)
+        body, headers = protocol.infer(verifier, bundle.manifest.name, request)
         length = int(headers[JSON_LENGTH]) if JSON_LENGTH in headers else None
         answer = json.loads(body[:length])
         assert answer["id"] == "7"
