@@ -1,17 +1,19 @@
 """What every client is and offers, whatever server it asks: `infer`, `ask`, the alarm, closing, in two ways of waiting.
 
-A client of a server says how one question is put and answered (`_once`) and how its connections are closed.
+A question is written once, as a coroutine. `AsyncCalls` awaits it; in `Calls` nothing that it awaits ever suspends,
+so that one step runs it to its end. A client of a server says how one question is put and answered (`_service`) and
+how its connections are closed.
 """
 
 from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import httpx
 from numpy.typing import NDArray
@@ -24,16 +26,17 @@ from fides_plugins.client.receipts import Brought, Pending
 from fides_plugins.client.verifier_call import VerifierCall
 from fides_plugins.errors import InputError
 from fides_plugins.statistics.monitor import Alarm
-from fides_plugins.types import Verdict
+from fides_plugins.types import Query, Verdict
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+T = TypeVar("T")
 ReceiptFrom = Literal["host", "verifier"]
 
 
-class Client:
+class Client(ABC):
     """What a client judges with, where its receipts come from, and what it has seen so far."""
 
     #: Why this kind of host cannot commit to its output before it is verified.
@@ -72,8 +75,54 @@ class Client:
         """Refused receipts by code."""
         return self.core.judge.refusals
 
+    @abstractmethod
+    async def _service(self, query: Query, pending: Pending) -> Reply:
+        """Ask the service, and read its answer."""
 
-class Calls(Client, ABC):
+    @abstractmethod
+    async def _post(self, **call: Any) -> httpx.Response:
+        """A request over HTTP; the arguments are those of httpx."""
+
+    async def _blocking(self, call: Callable[..., T], *arguments: Any) -> T:
+        """The result of a call that may block."""
+        return call(*arguments)
+
+    async def _both(self, first: Awaitable[Reply], second: Awaitable[Brought]) -> tuple[Reply, Brought]:
+        """What comes of two questions that need not wait for each other."""
+        return await first, await second
+
+    async def _ask(self, inputs: Mapping[str, NDArray[Any]]) -> Answer:
+        answer = await self._once(inputs)
+        # Evidence is fetched again only where a receipt was refused.
+        if answer.refusal is not None and await self._blocking(self.core.worth_repeating, answer):
+            return await self._once(inputs)
+        return answer
+
+    async def _once(self, inputs: Mapping[str, NDArray[Any]]) -> Answer:
+        query, tensor = self.core.prepare(inputs)
+        # Fetching and checking evidence blocks; it is rare.
+        pending = await self._blocking(self.core.checker.begin, tensor)
+        if self._verifier is None:
+            return self.core.finish(query, pending, await self._service(query, pending))
+        if self.core.checker.scheme == "commitment":
+            reply = await self._service(query, pending)
+            brought = await self._receipt(self._verifier, tensor, pending, reply.output)
+        else:
+            receipt = self._receipt(self._verifier, tensor, pending, None)
+            reply, brought = await self._both(self._service(query, pending), receipt)
+        return self.core.finish(query, pending, replace(reply, brought=brought))
+
+    async def _receipt(
+        self, verifier: VerifierCall, tensor: NDArray[Any], pending: Pending, output: NDArray[Any] | None
+    ) -> Brought:
+        """What the verifier brings when the client asks it."""
+        try:
+            return verifier.read(await self._post(**verifier.request(tensor, pending, output)))
+        except httpx.HTTPError as error:
+            return Brought(None, f"no answer ({type(error).__name__})")
+
+
+class Calls(Client):
     """A client that waits."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -99,22 +148,10 @@ class Calls(Client, ABC):
 
     def ask(self, inputs: Mapping[str, NDArray[Any]]) -> Answer:
         """Like `infer`, with the raw response and the reference beside the verdict."""
-        answer = self._once(inputs)
-        return self._once(inputs) if self.core.worth_repeating(answer) else answer
+        return _run(self._ask(inputs))
 
-    @abstractmethod
-    def _once(self, inputs: Mapping[str, NDArray[Any]]) -> Answer: ...
-
-    def _with_receipt(self, reply: Reply, tensor: NDArray[Any], pending: Pending) -> Reply:
-        """The reply with what the verifier brings, where the client asks it."""
-        verifier = self._verifier
-        if verifier is None:
-            return reply
-        try:
-            brought = verifier.read(self._http.post(**verifier.request(tensor, pending, reply.output)))
-        except httpx.HTTPError as error:
-            brought = verifier.no_answer(error)
-        return replace(reply, brought=brought)
+    async def _post(self, **call: Any) -> httpx.Response:
+        return self._http.post(**call)
 
     def close(self) -> None:
         """Close the connections."""
@@ -130,7 +167,7 @@ class Calls(Client, ABC):
         self.close()
 
 
-class AsyncCalls(Client, ABC):
+class AsyncCalls(Client):
     """A client for asyncio: many requests may be under way at once."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -139,27 +176,20 @@ class AsyncCalls(Client, ABC):
 
     async def infer(self, inputs: Mapping[str, NDArray[Any]]) -> Verdict:
         """See `Calls.infer`."""
-        return (await self.ask(inputs)).verdict
+        return (await self._ask(inputs)).verdict
 
     async def ask(self, inputs: Mapping[str, NDArray[Any]]) -> Answer:
         """See `Calls.ask`."""
-        answer = await self._once(inputs)
-        # Fetching evidence again blocks, so it happens in a thread; it is rare.
-        if answer.refusal is not None and await asyncio.to_thread(self.core.worth_repeating, answer):
-            return await self._once(inputs)
-        return answer
+        return await self._ask(inputs)
 
-    @abstractmethod
-    async def _once(self, inputs: Mapping[str, NDArray[Any]]) -> Answer: ...
+    async def _post(self, **call: Any) -> httpx.Response:
+        return await self._http.post(**call)
 
-    async def _receipt(
-        self, verifier: VerifierCall, tensor: NDArray[Any], pending: Pending, output: NDArray[Any] | None
-    ) -> Brought:
-        """What the verifier brings when the client asks it."""
-        try:
-            return verifier.read(await self._http.post(**verifier.request(tensor, pending, output)))
-        except httpx.HTTPError as error:
-            return verifier.no_answer(error)
+    async def _blocking(self, call: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.to_thread(call, *arguments)
+
+    async def _both(self, first: Awaitable[Reply], second: Awaitable[Brought]) -> tuple[Reply, Brought]:
+        return await asyncio.gather(first, second)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -173,3 +203,13 @@ class AsyncCalls(Client, ABC):
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+
+def _run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine that never suspends."""
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        result: T = done.value
+        return result
+    raise AssertionError("a client that waits has nothing to suspend for")

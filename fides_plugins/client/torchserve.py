@@ -8,7 +8,6 @@ must be the handler's tensor, bit by bit, so the client sends that tensor and no
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,7 +24,6 @@ from fides_plugins.bundle import Bundle
 from fides_plugins.client.address import checked_address
 from fides_plugins.client.calls import AsyncCalls, Calls, Client, ReceiptFrom
 from fides_plugins.client.core import Reply
-from fides_plugins.client.judge import Answer
 from fides_plugins.client.receipts import Brought, Pending
 from fides_plugins.errors import InputError, ServerError
 from fides_plugins.types import Query
@@ -82,12 +80,16 @@ class _TorchServeBase(Client):
             headers[REQUEST_HEADER] = pending.text
         return {"url": self._url, "content": body, "headers": headers}
 
-    def _reply(self, response: httpx.Response) -> Reply:
+    async def _service(self, query: Query, pending: Pending) -> Reply:
+        try:
+            response = await self._post(**self._service_call(query, pending))
+        except httpx.HTTPError as error:
+            raise ServerError(f"{self._url} gave no answer ({type(error).__name__}).") from None
         if response.status_code != 200:
             raise ServerError(f"{self._url} answered with status {response.status_code}.")
         try:
             output = np.asarray(self._decode(response.content))
-        # The body is the host's, and `decode` may be the caller's: what it stumbles over can be anything.
+        # The body is the host's, and `decode` may be the caller's: anything may go wrong in it.
         except Exception as error:
             raise ServerError(
                 f"{self._url} gave an answer that cannot be decoded ({type(error).__name__}).", "Give `decode`."
@@ -116,28 +118,6 @@ class TorchServeClient(_TorchServeBase, Calls):
         For each network operation.
     """
 
-    def _once(self, inputs: Mapping[str, NDArray[Any]]) -> Answer:
-        query, tensor = self.core.prepare(inputs)
-        pending = self.core.checker.begin(tensor)
-        try:
-            reply = self._reply(self._http.post(**self._service_call(query, pending)))
-        except httpx.HTTPError as error:
-            raise ServerError(f"{self._url} gave no answer ({type(error).__name__}).") from None
-        return self.core.finish(query, pending, self._with_receipt(reply, tensor, pending))
-
 
 class AsyncTorchServeClient(_TorchServeBase, AsyncCalls):
     """`TorchServeClient` for asyncio: many requests may be under way at once."""
-
-    async def _once(self, inputs: Mapping[str, NDArray[Any]]) -> Answer:
-        query, tensor = self.core.prepare(inputs)
-        # Fetching and checking evidence blocks, so it happens in a thread; it is rare.
-        pending = await asyncio.to_thread(self.core.checker.begin, tensor)
-        try:
-            reply = self._reply(await self._http.post(**self._service_call(query, pending)))
-        except httpx.HTTPError as error:
-            raise ServerError(f"{self._url} gave no answer ({type(error).__name__}).") from None
-        if self._verifier is not None:
-            brought = await self._receipt(self._verifier, tensor, pending, reply.output)
-            reply = Reply(reply.output, brought, reply.raw)
-        return self.core.finish(query, pending, reply)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -22,10 +23,10 @@ from fides_plugins.attestation.wire import PARAMETER, RECEIPT_OUTPUT
 from fides_plugins.bundle import Bundle
 from fides_plugins.client.calls import AsyncCalls, Calls, Client, ReceiptFrom
 from fides_plugins.client.core import Reply
-from fides_plugins.client.judge import Answer
 from fides_plugins.client.receipts import Brought, Pending
 from fides_plugins.errors import InputError, ServerError
-from fides_plugins.oip import oip_type
+from fides_plugins.oip import first_text, oip_type
+from fides_plugins.types import Query
 
 Protocol = Literal["http", "grpc"]
 
@@ -97,7 +98,10 @@ class _TritonBase(Client):
             call["parameters"] = {PARAMETER: pending.text}
         return call
 
-    def _reply(self, result: Any) -> Reply:
+    async def _service(self, query: Query, pending: Pending) -> Reply:
+        if not self._output:
+            self._output = self._choose_output(await self._call("get_model_metadata", model_name=self.model))
+        result = await self._call("infer", **self._service_call(query.inputs, pending))
         try:
             output = result.as_numpy(self._output)
         except _UNREADABLE:
@@ -105,6 +109,10 @@ class _TritonBase(Client):
         if output is None:
             raise ServerError(f"The model {self.model} gave no output {self._output!r}.", "Name its class output.")
         return Reply(output, Brought(receipt_text(result) if self.receipt_from == "host" else None), result)
+
+    @abstractmethod
+    async def _call(self, method: str, **call: Any) -> Any:
+        """A method of tritonclient's connection, with a time-out and one kind of error."""
 
     def _choose_output(self, metadata: Any) -> str:
         """The one output that is no verdict of ours, from the server's description of the model."""
@@ -150,16 +158,7 @@ class TritonClient(_TritonBase, Calls):
     >>> client.infer({"image": images}).label                                                         # doctest: +SKIP
     """
 
-    def _once(self, inputs: Mapping[str, NDArray[Any]]) -> Answer:
-        query, tensor = self.core.prepare(inputs)
-        pending = self.core.checker.begin(tensor)
-        if not self._output:
-            self._output = self._choose_output(self._call("get_model_metadata", model_name=self.model))
-        reply = self._reply(self._call("infer", **self._service_call(query.inputs, pending)))
-        return self.core.finish(query, pending, self._with_receipt(reply, tensor, pending))
-
-    def _call(self, method: str, **call: Any) -> Any:
-        """A method of tritonclient's connection, with a time-out and one kind of error."""
+    async def _call(self, method: str, **call: Any) -> Any:
         options = {"client_timeout": self._timeout_s} if self.protocol == "grpc" else {}
         try:
             return getattr(self._connect(), method)(**call, **options)
@@ -190,23 +189,6 @@ class AsyncTritonClient(_TritonBase, AsyncCalls):
     ...     verdict = await client.infer({"image": images})                                  # doctest: +SKIP
     """
 
-    async def _once(self, inputs: Mapping[str, NDArray[Any]]) -> Answer:
-        query, tensor = self.core.prepare(inputs)
-        # Fetching and checking evidence blocks, so it happens in a thread; it is rare.
-        pending = await asyncio.to_thread(self.core.checker.begin, tensor)
-        if not self._output:
-            self._output = self._choose_output(await self._call("get_model_metadata", model_name=self.model))
-        service = self._call("infer", **self._service_call(query.inputs, pending))
-        if self._verifier is None:
-            return self.core.finish(query, pending, self._reply(await service))
-        if self.core.checker.scheme == "commitment":
-            reply = self._reply(await service)
-            brought = await self._receipt(self._verifier, tensor, pending, reply.output)
-        else:
-            result, brought = await asyncio.gather(service, self._receipt(self._verifier, tensor, pending, None))
-            reply = self._reply(result)
-        return self.core.finish(query, pending, Reply(reply.output, brought, reply.raw))
-
     async def _call(self, method: str, **call: Any) -> Any:
         try:
             return await asyncio.wait_for(getattr(self._connect(), method)(**call), self._timeout_s)
@@ -235,11 +217,8 @@ def receipt_text(result: Any) -> str | None:
     try:
         tensor = result.as_numpy(RECEIPT_OUTPUT)
     except _UNREADABLE:
-        return None
-    if tensor is None or not tensor.size:
-        return None
-    value = tensor.ravel()[0]
-    return value.decode("ascii", "replace") if isinstance(value, bytes) else str(value)
+        tensor = None
+    return None if tensor is None else first_text({RECEIPT_OUTPUT: tensor}, RECEIPT_OUTPUT)
 
 
 def _message(error: Exception) -> str:

@@ -58,11 +58,6 @@ class VerifierCall:
             return Brought(receipt)
         return Brought(None, _plain(oip.read_error(response.content)) or f"status {response.status_code}, no receipt")
 
-    @staticmethod
-    def no_answer(error: httpx.HTTPError) -> Brought:
-        """What is known where no answer came at all."""
-        return Brought(None, f"no answer ({type(error).__name__})")
-
 
 def _plain(text: str) -> str:
     """Foreign words, fit to be printed: one short line without control characters."""
