@@ -143,12 +143,16 @@ class Bundle:
         The parsed `fides.json`.
     digest:
         SHA-256 of `fides.json`, hex; stands for every byte of the bundle.
+    manifest_bytes:
+        The exact bytes of `fides.json`, which `digest` is taken over.
+    origin:
+        Name of the folder that it came from.
     """
 
     def __init__(self, manifest: Manifest, manifest_bytes: bytes, files: Mapping[str, bytes], origin: str) -> None:
         self.manifest = manifest
         self.digest = hashlib.sha256(manifest_bytes).hexdigest()
-        self._manifest_bytes = manifest_bytes
+        self.manifest_bytes = manifest_bytes
         self.origin = origin
         self._files = MappingProxyType(dict(files))
         self._check_parts()
@@ -189,11 +193,6 @@ class Bundle:
         bundle = cls(complete, text.encode(), files, origin)
         bundle.calibrations()
         return bundle
-
-    @property
-    def manifest_bytes(self) -> bytes:
-        """The exact bytes of `fides.json`, which `digest` is taken over."""
-        return self._manifest_bytes
 
     @property
     def n_classes(self) -> int:

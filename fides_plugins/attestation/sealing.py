@@ -17,9 +17,6 @@ from fides_plugins.attestation.refusal import Refusal
 _SUITE = hpke.Suite(hpke.KEM.X25519, hpke.KDF.HKDF_SHA256, hpke.AEAD.AES_128_GCM)
 _DOMAIN = b"fides-sealed-reference/1"
 
-#: Bytes that sealing adds: the encapsulated key (32) and the tag of AES-GCM (16).
-OVERHEAD_BYTES = 48
-
 
 def context(nonce: bytes, input_digest: bytes) -> bytes:
     """HPKE's `info`: domain tag, nonce (32 bytes) and input digest (32 bytes) of the request."""

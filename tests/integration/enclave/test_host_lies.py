@@ -168,7 +168,7 @@ def test_the_host_cannot_read_an_encrypted_reference(world: World) -> None:
     assert verdict.status_text.tolist() == ["attacked"]
     assert verdict.label.tolist() == [best]
     assert learned
-    assert all(plain not in output and len(output) == len(plain) + sealing.OVERHEAD_BYTES for output in learned)
+    assert all(plain not in output and len(output) == len(plain) + 32 + 16 for output in learned)
 
 
 def test_the_host_cannot_ask_in_its_own_name(world: World) -> None:
