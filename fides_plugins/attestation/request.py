@@ -18,7 +18,6 @@ from typing import Any, Literal
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fides_plugins.attestation import cose
-from fides_plugins.attestation.keys import raw_public
 from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.attestation.wire import COMMITMENT_PARAMETER
 
@@ -104,7 +103,7 @@ class SignedRequest:
         }
         if self.scheme == "hpke":
             payload[_CLIENT_KEY] = self.client_key
-        frame = cose.sign(cose.encode(payload), identity, raw_public(identity.public_key()), PROFILE.encode())
+        frame = cose.sign(cose.encode(payload), identity, identity.public_key().public_bytes_raw(), PROFILE.encode())
         return to_text(frame)
 
     @classmethod

@@ -47,9 +47,9 @@ class Client(ABC):
         bundle: Bundle | str | Path,
         policy: EvidencePolicy,
         *,
-        receipt_from: ReceiptFrom,
-        verifier_url: str,
-        timeout_s: float,
+        receipt_from: ReceiptFrom = "host",
+        verifier_url: str = "",
+        timeout_s: float = 10.0,
         **core: Any,
     ) -> None:
         if receipt_from == "verifier" and not verifier_url:

@@ -17,7 +17,6 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from numpy.typing import NDArray
 
 from fides_plugins.attestation import sealing
-from fides_plugins.attestation.keys import raw_public
 from fides_plugins.attestation.receipt import Receipt, open_receipt
 from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.attestation.request import SESSION_BYTES, Scheme, SignedRequest, from_text, to_text
@@ -123,7 +122,7 @@ class ReceiptChecker:
             evidence_id=evidence.facts.evidence_id,
             input_digest=tensor_digest(tensor),
             scheme=self.scheme,
-            client_key=raw_public(key.public_key()) if key is not None else b"",
+            client_key=key.public_key().public_bytes_raw() if key is not None else b"",
             session=self._session,
         )
         now = self._clock()

@@ -22,7 +22,7 @@ from fides_plugins.attestation.policy import EvidencePolicy
 from fides_plugins.attestation.wire import RECEIPT_HEADER, REQUEST_HEADER
 from fides_plugins.bundle import Bundle
 from fides_plugins.client.address import checked_address
-from fides_plugins.client.calls import AsyncCalls, Calls, Client, ReceiptFrom
+from fides_plugins.client.calls import AsyncCalls, Calls, Client
 from fides_plugins.client.core import Reply
 from fides_plugins.client.receipts import Brought, Pending
 from fides_plugins.errors import InputError, ServerError
@@ -58,17 +58,12 @@ class _TorchServeBase(Client):
         bundle: Bundle | str | Path,
         policy: EvidencePolicy,
         *,
-        receipt_from: ReceiptFrom = "host",
         encode: Encode = encode_json,
         decode: Decode = decode_json,
         headers: Mapping[str, str] | None = None,
-        verifier_url: str = "",
-        timeout_s: float = 10.0,
-        **core: Any,
+        **client: Any,
     ) -> None:
-        super().__init__(
-            bundle, policy, receipt_from=receipt_from, verifier_url=verifier_url, timeout_s=timeout_s, **core
-        )
+        super().__init__(bundle, policy, **client)
         self._url = f"{checked_address(url, 'TorchServe')}/predictions/{quote(model, safe='')}"
         self._encode, self._decode = encode, decode
         self._headers = dict(headers or {})

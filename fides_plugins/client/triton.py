@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from fides_plugins.attestation.policy import EvidencePolicy
 from fides_plugins.attestation.wire import PARAMETER, RECEIPT_OUTPUT
 from fides_plugins.bundle import Bundle
-from fides_plugins.client.calls import AsyncCalls, Calls, Client, ReceiptFrom
+from fides_plugins.client.calls import AsyncCalls, Calls, Client
 from fides_plugins.client.core import Reply
 from fides_plugins.client.receipts import Brought, Pending
 from fides_plugins.errors import InputError, ServerError
@@ -49,15 +49,10 @@ class _TritonBase(Client):
         policy: EvidencePolicy,
         *,
         protocol: Protocol = "http",
-        receipt_from: ReceiptFrom = "host",
         output: str = "",
-        verifier_url: str = "",
-        timeout_s: float = 10.0,
-        **core: Any,
+        **client: Any,
     ) -> None:
-        super().__init__(
-            bundle, policy, receipt_from=receipt_from, verifier_url=verifier_url, timeout_s=timeout_s, **core
-        )
+        super().__init__(bundle, policy, **client)
         scheme, _, rest = url.rpartition("://")
         if scheme not in _TLS or not rest:
             raise InputError(f"{url!r} is no address of Triton.", "Give it as host:port, or https://host:port for TLS.")
@@ -75,25 +70,14 @@ class _TritonBase(Client):
             import tritonclient.http as library
         return library
 
-    def _tensors(self, inputs: Mapping[str, NDArray[Any]]) -> list[Any]:
-        library = self._library()
-        tensors = []
-        for name, array in inputs.items():
-            tensor = library.InferInput(name, list(array.shape), oip_type(array.dtype))
-            tensor.set_data_from_numpy(np.ascontiguousarray(array))
-            tensors.append(tensor)
-        return tensors
-
-    def _wanted(self) -> list[str]:
-        return [self._output, RECEIPT_OUTPUT] if self.receipt_from == "host" else [self._output]
-
     def _service_call(self, inputs: Mapping[str, NDArray[Any]], pending: Pending) -> dict[str, Any]:
         library = self._library()
-        call: dict[str, Any] = {
-            "model_name": self.model,
-            "inputs": self._tensors(inputs),
-            "outputs": [library.InferRequestedOutput(name) for name in self._wanted()],
-        }
+        tensors = [library.InferInput(n, list(a.shape), oip_type(a.dtype)) for n, a in inputs.items()]
+        for tensor, array in zip(tensors, inputs.values(), strict=True):
+            tensor.set_data_from_numpy(np.ascontiguousarray(array))
+        wanted = [self._output, RECEIPT_OUTPUT] if self.receipt_from == "host" else [self._output]
+        outputs = [library.InferRequestedOutput(name) for name in wanted]
+        call: dict[str, Any] = {"model_name": self.model, "inputs": tensors, "outputs": outputs}
         if self.receipt_from == "host":
             call["parameters"] = {PARAMETER: pending.text}
         return call

@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from fides_plugins import __version__
 from fides_plugins.attestation import receipt, sealing
 from fides_plugins.attestation.evidence import CHALLENGE_BYTES, Evidence, Statement
-from fides_plugins.attestation.keys import raw_public
 from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.attestation.request import Scheme, SignedRequest, decode_commitment
 from fides_plugins.attestation.tensors import tensor_digest
@@ -138,8 +137,8 @@ class Verifier:
         self._signing = Ed25519PrivateKey.generate()
         encryption = X25519PrivateKey.generate()
         self._statement = Statement(
-            signing_key=raw_public(self._signing.public_key()),
-            encryption_key=raw_public(encryption.public_key()),
+            signing_key=self._signing.public_key().public_bytes_raw(),
+            encryption_key=encryption.public_key().public_bytes_raw(),
             bundle_digest=bytes.fromhex(bundle.digest),
             configuration=json.dumps(self._configuration(), sort_keys=True, separators=(",", ":")),
             boot_id=os.urandom(16),

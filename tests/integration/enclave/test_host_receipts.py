@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fides_plugins.attestation.keys import key_id, raw_public
+from fides_plugins.attestation.keys import key_id
 from fides_plugins.attestation.receipt import open_receipt
 from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.attestation.request import from_text, to_text
@@ -133,7 +133,7 @@ def test_another_enclaves_key_is_refused(world: World) -> None:
     def resign(own_id: bool) -> Any:
         def change(receipt: str) -> str:
             opened = open_receipt(from_text(receipt, "receipt"), receipt_keys(world.verifier))
-            identity = key_id(raw_public(stranger.public_key())) if own_id else world.verifier.key_id
+            identity = key_id(stranger.public_key().public_bytes_raw()) if own_id else world.verifier.key_id
             return to_text(opened.sign(stranger, identity))
 
         return change
