@@ -14,17 +14,20 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from urllib.parse import quote
 
 import httpx
 from numpy.typing import NDArray
 
+from fides_plugins import oip
 from fides_plugins.attestation.policy import EvidencePolicy
+from fides_plugins.attestation.wire import COMMITMENT_PARAMETER, PARAMETER, RECEIPT_OUTPUT
 from fides_plugins.bundle import Bundle
+from fides_plugins.client.address import checked_address
 from fides_plugins.client.core import ClientCore, Reply
 from fides_plugins.client.judge import Answer
 from fides_plugins.client.receipts import Brought, Pending
-from fides_plugins.client.verifier_call import VerifierCall
-from fides_plugins.errors import InputError
+from fides_plugins.errors import InputError, ServerError
 from fides_plugins.statistics.monitor import Alarm
 from fides_plugins.types import Query, Verdict
 
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 ReceiptFrom = Literal["host", "verifier"]
+_LONGEST_EXCUSE = 200
 
 
 class Client(ABC):
@@ -57,11 +61,11 @@ class Client(ABC):
         self.core = ClientCore(bundle, policy, verifier_url=verifier_url, timeout_s=timeout_s, **core)
         self.receipt_from: ReceiptFrom = receipt_from
         self._timeout_s = timeout_s
-        self._verifier: VerifierCall | None = None
         if receipt_from == "verifier":
             manifest = self.core.judge.bundle.manifest
-            name = manifest.input.name if manifest.input is not None else "input"
-            self._verifier = VerifierCall(verifier_url, manifest.name, name, self.core.checker)
+            model = quote(manifest.name, safe="")
+            self._verifier_url = f"{checked_address(verifier_url, 'a verifier')}/v2/models/{model}/infer"
+            self._verifier_input = manifest.input.name if manifest.input is not None else "input"
         if receipt_from == "host" and self.core.checker.scheme == "commitment":
             raise InputError(self._no_commitment, 'Use receipt_from="verifier" with this scheme, or the scheme "hpke".')
 
@@ -102,24 +106,39 @@ class Client(ABC):
         query, tensor = self.core.prepare(inputs)
         # Fetching and checking evidence blocks; it is rare.
         pending = await self._blocking(self.core.checker.begin, tensor)
-        if self._verifier is None:
+        if self.receipt_from == "host":
             return self.core.finish(query, pending, await self._service(query, pending))
         if self.core.checker.scheme == "commitment":
             reply = await self._service(query, pending)
-            brought = await self._receipt(self._verifier, tensor, pending, reply.output)
+            brought = await self._receipt(tensor, pending, reply.output)
         else:
-            receipt = self._receipt(self._verifier, tensor, pending, None)
+            receipt = self._receipt(tensor, pending)
             reply, brought = await self._both(self._service(query, pending), receipt)
         return self.core.finish(query, pending, replace(reply, brought=brought))
 
-    async def _receipt(
-        self, verifier: VerifierCall, tensor: NDArray[Any], pending: Pending, output: NDArray[Any] | None
-    ) -> Brought:
-        """What the verifier brings when the client asks it."""
+    async def _receipt(self, tensor: NDArray[Any], pending: Pending, committed: NDArray[Any] | None = None) -> Brought:
+        """What the verifier brings when the client asks it; `committed` is the service's output, in that scheme.
+
+        Whatever answers there may be the host: nothing but the receipt in the answer is believed.
+        """
+        parameters = {PARAMETER: pending.text}
+        if committed is not None:
+            parameters[COMMITMENT_PARAMETER] = self.core.checker.commitment(committed)
+        body, headers = oip.request_body({self._verifier_input: tensor}, parameters=parameters)
         try:
-            return verifier.read(await self._post(**verifier.request(tensor, pending, output)))
+            response = await self._post(url=self._verifier_url, content=body, headers=headers)
         except httpx.HTTPError as error:
             return Brought(None, f"no answer ({type(error).__name__})")
+        try:
+            outputs = oip.read_answer(response.content, response.headers.get(oip.JSON_LENGTH), (RECEIPT_OUTPUT,))
+        except ServerError:
+            outputs = {}
+        receipt = oip.first_text(outputs, RECEIPT_OUTPUT)
+        if receipt is not None:
+            return Brought(receipt)
+        # Foreign words, fit to be printed: one short line without control characters.
+        words = "".join(c if c.isprintable() else " " for c in oip.read_error(response.content)[:_LONGEST_EXCUSE])
+        return Brought(None, words or f"status {response.status_code}, no receipt")
 
 
 class Calls(Client):
