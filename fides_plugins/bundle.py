@@ -29,7 +29,7 @@ from fides_plugins.types import OutputKind
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "fides.json"
-#: A manifest is a few kilobytes; more is not one of ours and is not read into memory.
+#: A manifest is a few kilobytes; a larger file is not one and is not read into memory.
 MAX_MANIFEST_BYTES = 16 * 1024 * 1024
 
 _REFIT = "Make the bundle again with `fides fit`, or restore it from where it was published."
@@ -179,7 +179,7 @@ class Bundle:
 
     @classmethod
     def in_memory(cls, manifest: Manifest, files: Mapping[str, bytes], origin: str = "memory") -> Bundle:
-        """A checked bundle that lies in no folder: `manifest` with the digests of `files` filled in.
+        """A checked bundle without a folder: `manifest` with the digests of `files` filled in.
 
         Raises
         ------
@@ -295,7 +295,7 @@ def write_bundle(folder: str | Path, manifest: Manifest, files: Mapping[str, byt
     Parameters
     ----------
     folder:
-        Where it goes. An existing bundle there is replaced; anything else there is refused.
+        Where it goes. An existing bundle is replaced; anything else is refused.
     manifest:
         Everything but `files`, which is filled in here.
     files:
@@ -304,7 +304,7 @@ def write_bundle(folder: str | Path, manifest: Manifest, files: Mapping[str, byt
     Raises
     ------
     BundleError
-        If the folder holds something that is no bundle, or the parts do not fit together.
+        If the folder holds something that is not a bundle, or the parts do not fit together.
     """
     target = Path(folder)
     check_target(target)
@@ -331,7 +331,7 @@ def check_target(folder: str | Path) -> None:
     Raises
     ------
     BundleError
-        If something that is no bundle is in the way.
+        If something that is not a bundle is in the way.
     """
     target = Path(folder)
     if target.exists() and not (target / MANIFEST_NAME).is_file() and (not target.is_dir() or any(target.iterdir())):

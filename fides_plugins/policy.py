@@ -117,7 +117,7 @@ def decide(
     """Status of every row.
 
     An attack that a working detector found outranks a failure elsewhere; a failure outranks trust in the
-    rows that failed; a service row that is no distribution is an error whatever anyone says. The reason of
+    rows that failed; a service row that is not a distribution is an error whatever the detectors say. The reason of
     an attacked row names the detectors that raised its alarm, and no other.
     """
     n = service.n_rows

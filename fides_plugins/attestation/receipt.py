@@ -102,7 +102,7 @@ _READER = TypeAdapter(Receipt)
 
 
 def _read(values: dict[str, Any]) -> Receipt:
-    """Every field has exactly its type; `bool` is no integer here."""
+    """Every field has exactly its type; `bool` does not count as an integer."""
     try:
         receipt = _READER.validate_python({k: tuple(v) if type(v) is list else v for k, v in values.items()})
     except ValidationError as error:

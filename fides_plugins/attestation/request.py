@@ -3,7 +3,7 @@
 It goes through the untrusted host as the parameter `fides_request` (Triton, Open Inference Protocol) or
 the header `X-Fides-Request` (TorchServe), base64url without padding. The client signs it, because a host
 that could ask the verifier in its own name would learn every reference and shape its lie to it: a
-verifier with a list of clients answers nobody else. It names the evidence that the client checked, so that
+verifier with a list of clients answers only those. It names the evidence that the client checked, so that
 it cannot be replayed to an enclave that was started again.
 """
 
@@ -31,7 +31,7 @@ NONCE_BYTES = 32
 SESSION_BYTES = 16
 _KEY_BYTES = 32
 _DIGEST_BYTES = 32
-#: A request is about 300 bytes; anything much longer is none.
+#: A request is about 300 bytes; anything much longer is not one.
 _MAX_TEXT = 1024
 
 _PROFILE, _NONCE, _SESSION, _EVIDENCE, _INPUT, _SCHEME, _CLIENT_KEY = range(1, 8)

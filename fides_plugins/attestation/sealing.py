@@ -29,7 +29,7 @@ def seal(plaintext: bytes, public_key: bytes, info: bytes) -> bytes:
     Raises
     ------
     Refusal
-        `request-client-key`, where the key is no usable point.
+        `request-client-key`, where the key is not a usable point.
     """
     try:
         return _SUITE.encrypt(plaintext, X25519PublicKey.from_public_bytes(public_key), info)

@@ -1,7 +1,7 @@
 """`fides audit verify`: find any line of a log that was removed, moved or altered.
 
 One pass in bounded memory. What a chain cannot show by itself is that its newest lines are gone
-together with an older `HEAD`, or that it was written anew by somebody who may write it: against the
+together with an older `HEAD`, or that somebody with write access made it again from the start: against the
 first, keep the heads that an earlier verification printed elsewhere and pass them as anchors; against
 the second, use a key.
 """

@@ -159,7 +159,7 @@ class Calls(Client):
         Raises
         ------
         ServerError
-            If the service gave no answer. An answer that may not be used is no error but a verdict.
+            If the service gave no answer. An answer that may not be used is a verdict, not an error.
         Refusal
             If no verifier is trusted.
         """

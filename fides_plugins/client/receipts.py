@@ -79,7 +79,7 @@ class ReceiptChecker:
     trust:
         Verifiers that are trusted.
     identity:
-        The key that the verifier knows this client by; None: a new one, for verifiers that answer anybody.
+        The key that the verifier knows this client by; None makes a new one, for verifiers that answer anybody.
     scheme:
         "hpke" or "commitment".
     n_classes:
@@ -157,7 +157,7 @@ class ReceiptChecker:
         """
         self._spend(pending.request.nonce)
         if not text:
-            # Whoever keeps the verifier from answering gets no better verdict for its words.
+            # Keeping the verifier from answering must not earn a better verdict, whatever is said instead.
             instead = f" Instead came, unsigned: {excuse}" if excuse else ""
             raise Refusal("receipt-missing", f"The host passed no receipt on.{instead}")
         data = from_text(text, "receipt")

@@ -1,6 +1,6 @@
 """Clients for Triton: the answer of an untrusted server, judged here.
 
-`TritonClient` and `AsyncTritonClient` differ in waiting only. The receipt reaches the client in one of two
+`TritonClient` waits for each answer, `AsyncTritonClient` is for asyncio. The receipt reaches the client in one of two
 ways. "host": the server passes the signed request on to the verifier (plug-in `remote`) and the receipt
 back, as the output FIDES_RECEIPT. "verifier": the client asks the verifier itself, and the served model
 needs no change at all.
@@ -99,7 +99,7 @@ class _TritonBase(Client):
         """A method of tritonclient's connection, with a time-out and one kind of error."""
 
     def _choose_output(self, metadata: Any) -> str:
-        """The one output that is no verdict of ours, from the server's description of the model."""
+        """The one output that is not part of our verdict, from the server's description of the model."""
         try:
             outputs = metadata["outputs"] if isinstance(metadata, dict) else metadata.outputs
             names = [str(o["name"] if isinstance(o, dict) else o.name) for o in outputs]

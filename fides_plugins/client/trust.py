@@ -92,7 +92,7 @@ class EvidenceFile:
         Raises
         ------
         InputError, Refusal
-            If it cannot be read, or is no document.
+            If it cannot be read, or is not an evidence document.
         """
         try:
             return Evidence.from_json(self._path.read_bytes())

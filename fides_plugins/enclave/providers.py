@@ -101,7 +101,7 @@ class TsmProvider:
         Raises
         ------
         EvidenceError
-            If there is no such hardware, another writer kept interfering, or the report is about other
+            If the hardware is missing, another writer kept interfering, or the report is about other
             data.
         """
         _check_length(report_data)
@@ -162,7 +162,7 @@ class GramineProvider:
         Raises
         ------
         EvidenceError
-            If this is no such enclave, or the quote is about other data.
+            If this is not such an enclave, or the quote is about other data.
         """
         _check_length(report_data)
         try:
