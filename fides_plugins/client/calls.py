@@ -9,25 +9,30 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import quote
 
 import httpx
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
 from fides_plugins import oip
 from fides_plugins.attestation.policy import EvidencePolicy
+from fides_plugins.attestation.refusal import Refusal
+from fides_plugins.attestation.request import Scheme
+from fides_plugins.attestation.verify import TrustRoots
 from fides_plugins.attestation.wire import COMMITMENT_PARAMETER, PARAMETER, RECEIPT_OUTPUT
 from fides_plugins.bundle import Bundle
 from fides_plugins.client.address import checked_address
-from fides_plugins.client.core import ClientCore, Reply
-from fides_plugins.client.judge import Answer
-from fides_plugins.client.receipts import Brought, Pending
+from fides_plugins.client.judge import Answer, ClientJudge
+from fides_plugins.client.receipts import Brought, Pending, ReceiptChecker
+from fides_plugins.client.trust import EvidenceFile, EvidenceUrl, Trust
 from fides_plugins.errors import InputError, ServerError
+from fides_plugins.settings import Settings
 from fides_plugins.statistics.monitor import Alarm
 from fides_plugins.types import Query, Verdict
 
@@ -40,8 +45,44 @@ ReceiptFrom = Literal["host", "verifier"]
 _LONGEST_EXCUSE = 200
 
 
+#: Refusals that a restart of the verifier explains: its evidence is then fetched anew, and the request repeated.
+_RESTARTED = frozenset(("receipt-missing", "receipt-key", "receipt-start"))
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The service's class output, what came as its receipt, and the library's own object."""
+
+    output: NDArray[Any]
+    brought: Brought
+    raw: Any
+
+
 class Client(ABC):
-    """What a client judges with, where its receipts come from, and what it has seen so far."""
+    """Whom a client trusts, what it asks, what it judges with, and what it has seen so far.
+
+    Parameters
+    ----------
+    bundle, settings:
+        See `ClientJudge`.
+    policy, verifier_url, evidence, roots, insecure_development:
+        Whom to trust: evidence comes from the file `evidence`, or from the verifier at `verifier_url`.
+    receipt_from:
+        "host": the server passes the request on and the receipt back. "verifier": the client asks the verifier.
+    identity:
+        The key that the verifier knows this client by.
+    scheme:
+        "hpke" or "commitment".
+    trust:
+        Verifiers that are trusted already, instead of evidence.
+    timeout_s:
+        For each network operation.
+
+    Raises
+    ------
+    FidesError
+        If the bundle cannot be used, no place for evidence is given, or the options exclude each other.
+    """
 
     #: Why this kind of host cannot commit to its output before it is verified.
     _no_commitment: str
@@ -53,31 +94,43 @@ class Client(ABC):
         *,
         receipt_from: ReceiptFrom = "host",
         verifier_url: str = "",
+        evidence: str | Path | None = None,
+        identity: Ed25519PrivateKey | None = None,
+        scheme: Scheme = "hpke",
+        settings: Settings | None = None,
+        roots: TrustRoots | None = None,
+        insecure_development: bool = False,
+        trust: Trust | None = None,
         timeout_s: float = 10.0,
-        **core: Any,
     ) -> None:
         if receipt_from == "verifier" and not verifier_url:
             raise InputError("The verifier's address is needed to ask it.", "Give verifier_url.")
-        self.core = ClientCore(bundle, policy, verifier_url=verifier_url, timeout_s=timeout_s, **core)
+        self.judge = ClientJudge(bundle, settings)
+        if trust is None:
+            if not verifier_url and evidence is None:
+                raise InputError("No evidence can be fetched.", "Give verifier_url, or a file as evidence.")
+            source = EvidenceFile(evidence) if evidence is not None else EvidenceUrl(verifier_url, timeout_s)
+            trust = Trust(policy, source, roots=roots, insecure_development=insecure_development)
+        self.checker = ReceiptChecker(trust, identity, scheme, self.judge.bundle.n_classes)
         self.receipt_from: ReceiptFrom = receipt_from
         self._timeout_s = timeout_s
         if receipt_from == "verifier":
-            manifest = self.core.judge.bundle.manifest
+            manifest = self.judge.bundle.manifest
             model = quote(manifest.name, safe="")
             self._verifier_url = f"{checked_address(verifier_url, 'a verifier')}/v2/models/{model}/infer"
             self._verifier_input = manifest.input.name if manifest.input is not None else "input"
-        if receipt_from == "host" and self.core.checker.scheme == "commitment":
+        elif scheme == "commitment":
             raise InputError(self._no_commitment, 'Use receipt_from="verifier" with this scheme, or the scheme "hpke".')
 
     @property
     def alarm(self) -> Alarm | None:
         """The service alarm of the monitor, or None."""
-        return self.core.judge.alarm
+        return self.judge.alarm
 
     @property
     def refusals(self) -> Mapping[str, int]:
         """Refused receipts by code."""
-        return self.core.judge.refusals
+        return self.judge.refusals
 
     @abstractmethod
     async def _service(self, query: Query, pending: Pending) -> Reply:
@@ -91,30 +144,36 @@ class Client(ABC):
         """The result of a call that may block."""
         return call(*arguments)
 
-    async def _both(self, first: Awaitable[Reply], second: Awaitable[Brought]) -> tuple[Reply, Brought]:
+    async def _both(
+        self, first: Coroutine[Any, Any, Reply], second: Coroutine[Any, Any, Brought]
+    ) -> tuple[Reply, Brought]:
         """What comes of two questions that need not wait for each other."""
-        return await first, await second
+        try:
+            return await first, await second
+        finally:
+            second.close()  # where the first one failed, it was never asked
 
     async def _ask(self, inputs: Mapping[str, NDArray[Any]]) -> Answer:
         answer = await self._once(inputs)
         # Evidence is fetched again only where a receipt was refused.
-        if answer.refusal is not None and await self._blocking(self.core.worth_repeating, answer):
+        if answer.refusal is not None and await self._blocking(self.worth_repeating, answer):
             return await self._once(inputs)
         return answer
 
     async def _once(self, inputs: Mapping[str, NDArray[Any]]) -> Answer:
-        query, tensor = self.core.prepare(inputs)
+        query = Query(inputs)
+        tensor = query.inputs[self.judge.input_name(query.inputs)]
         # Fetching and checking evidence blocks; it is rare.
-        pending = await self._blocking(self.core.checker.begin, tensor)
+        pending = await self._blocking(self.checker.begin, tensor)
         if self.receipt_from == "host":
-            return self.core.finish(query, pending, await self._service(query, pending))
-        if self.core.checker.scheme == "commitment":
+            return self.finish(query, pending, await self._service(query, pending))
+        if self.checker.scheme == "commitment":
             reply = await self._service(query, pending)
             brought = await self._receipt(tensor, pending, reply.output)
         else:
             receipt = self._receipt(tensor, pending)
             reply, brought = await self._both(self._service(query, pending), receipt)
-        return self.core.finish(query, pending, replace(reply, brought=brought))
+        return self.finish(query, pending, replace(reply, brought=brought))
 
     async def _receipt(self, tensor: NDArray[Any], pending: Pending, committed: NDArray[Any] | None = None) -> Brought:
         """What the verifier brings when the client asks it; `committed` is the service's output, in that scheme.
@@ -123,7 +182,7 @@ class Client(ABC):
         """
         parameters = {PARAMETER: pending.text}
         if committed is not None:
-            parameters[COMMITMENT_PARAMETER] = self.core.checker.commitment(committed)
+            parameters[COMMITMENT_PARAMETER] = self.checker.commitment(committed)
         body, headers = oip.request_body({self._verifier_input: tensor}, parameters=parameters)
         try:
             response = await self._post(url=self._verifier_url, content=body, headers=headers)
@@ -139,6 +198,29 @@ class Client(ABC):
         # Foreign words, fit to be printed: one short line without control characters.
         words = "".join(c if c.isprintable() else " " for c in oip.read_error(response.content)[:_LONGEST_EXCUSE])
         return Brought(None, words or f"status {response.status_code}, no receipt")
+
+    def finish(self, query: Query, pending: Pending, reply: Reply) -> Answer:
+        """Check the receipt and judge the answer."""
+        try:
+            reference = self.checker.check(pending, reply.brought.receipt, reply.output, reply.brought.excuse)
+        except Refusal as refusal:
+            return self.judge.refuse(query, reply.output, refusal, reply.raw)
+        return self.judge.judge(query, reply.output, reference, reply.raw)
+
+    def worth_repeating(self, answer: Answer) -> bool:
+        """Whether the verifier was started again since its evidence was fetched, and asking again is safe.
+
+        It is not in the scheme "commitment": the reference comes in the clear, so a host that read it, dropped
+        the receipt and started the verifier again would shape its second answer by it. The next request finds
+        the new verifier.
+        """
+        if answer.refusal is None or answer.refusal.code not in _RESTARTED:
+            return False
+        try:
+            restarted = self.checker.trust.renew()
+        except (Refusal, ServerError):
+            return False
+        return restarted and self.checker.scheme != "commitment"
 
 
 class Calls(Client):
@@ -175,7 +257,7 @@ class Calls(Client):
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
-        self.core.judge.close()
+        self.judge.close()
 
     def __enter__(self) -> Self:
         return self
@@ -207,13 +289,16 @@ class AsyncCalls(Client):
     async def _blocking(self, call: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.to_thread(call, *arguments)
 
-    async def _both(self, first: Awaitable[Reply], second: Awaitable[Brought]) -> tuple[Reply, Brought]:
-        return await asyncio.gather(first, second)
+    async def _both(
+        self, first: Coroutine[Any, Any, Reply], second: Coroutine[Any, Any, Brought]
+    ) -> tuple[Reply, Brought]:
+        found: tuple[Reply, Brought] = await asyncio.gather(first, second)
+        return found
 
     async def close(self) -> None:
         """Close the connections."""
         await self._http.aclose()
-        self.core.judge.close()
+        self.judge.close()
 
     async def __aenter__(self) -> Self:
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ class ClientJudge:
             rows = min(c.n for c in calibrations.values())
             self._monitor = SequenceMonitor(rows, chosen.monitor_error)
 
-    def input_name(self, inputs: dict[str, NDArray[Any]]) -> str:
+    def input_name(self, inputs: Mapping[str, NDArray[Any]]) -> str:
         """Name of the tensor that the verifier sees.
 
         Raises

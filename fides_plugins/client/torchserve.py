@@ -22,8 +22,7 @@ from fides_plugins.attestation.policy import EvidencePolicy
 from fides_plugins.attestation.wire import RECEIPT_HEADER, REQUEST_HEADER
 from fides_plugins.bundle import Bundle
 from fides_plugins.client.address import checked_address
-from fides_plugins.client.calls import AsyncCalls, Calls, Client
-from fides_plugins.client.core import Reply
+from fides_plugins.client.calls import AsyncCalls, Calls, Client, Reply
 from fides_plugins.client.receipts import Brought, Pending
 from fides_plugins.errors import InputError, ServerError
 from fides_plugins.types import Query
@@ -102,7 +101,7 @@ class TorchServeClient(_TorchServeBase, Calls):
     model:
         The served model.
     bundle, policy, verifier_url, evidence, identity, scheme, settings, roots, insecure_development:
-        See `ClientCore`.
+        See `Client`.
     receipt_from:
         "host" or "verifier": see the module.
     encode, decode:

@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from fides_plugins.attestation.policy import EvidencePolicy
 from fides_plugins.attestation.wire import PARAMETER, RECEIPT_OUTPUT
 from fides_plugins.bundle import Bundle
-from fides_plugins.client.calls import AsyncCalls, Calls, Client
-from fides_plugins.client.core import Reply
+from fides_plugins.client.calls import AsyncCalls, Calls, Client, Reply
 from fides_plugins.client.receipts import Brought, Pending
 from fides_plugins.errors import InputError, ServerError
 from fides_plugins.oip import first_text, oip_type
@@ -60,7 +59,7 @@ class _TritonBase(Client):
         self._tls = _TLS[scheme]
         self.model = model
         self.protocol: Protocol = protocol
-        self._output = output or self.core.judge.protection.settings.output
+        self._output = output or self.judge.protection.settings.output
         self._connection: Any = None
 
     def _library(self) -> Any:
@@ -126,7 +125,7 @@ class TritonClient(_TritonBase, Calls):
     model:
         The served model; with `receipt_from="host"` one that has the output FIDES_RECEIPT.
     bundle, policy, verifier_url, evidence, identity, scheme, settings, roots, insecure_development:
-        See `ClientCore`.
+        See `Client`.
     protocol:
         "http" or "grpc".
     receipt_from:

@@ -82,7 +82,7 @@ def test_another_input_cannot_be_shown_to_the_enclave(world: World) -> None:
         # The client signed for its own tensor, so the enclave refuses, and there is no receipt.
         assert refused(client, {"image": rows(1)}) == "receipt-missing"
         with pytest.raises(Refusal) as caught:
-            world.verifier.answer(client.core.checker.begin(rows(1)).text, rows(1, seed=77))
+            world.verifier.answer(client.checker.begin(rows(1)).text, rows(1, seed=77))
         assert caught.value.code == "request-input"
 
 
