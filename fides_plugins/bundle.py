@@ -145,15 +145,12 @@ class Bundle:
         SHA-256 of `fides.json`, hex; stands for every byte of the bundle.
     manifest_bytes:
         The exact bytes of `fides.json`, which `digest` is taken over.
-    origin:
-        Name of the folder that it came from.
     """
 
-    def __init__(self, manifest: Manifest, manifest_bytes: bytes, files: Mapping[str, bytes], origin: str) -> None:
+    def __init__(self, manifest: Manifest, manifest_bytes: bytes, files: Mapping[str, bytes]) -> None:
         self.manifest = manifest
         self.digest = hashlib.sha256(manifest_bytes).hexdigest()
         self.manifest_bytes = manifest_bytes
-        self.origin = origin
         self._files = MappingProxyType(dict(files))
         self._check_parts()
 
@@ -175,10 +172,10 @@ class Bundle:
             if len(data) != spec.size or hashlib.sha256(data).hexdigest() != spec.sha256:
                 raise BundleError(f"Bundle file {name} was changed: its SHA-256 is not the one in fides.json.", _REFIT)
             files[name] = data
-        return cls(manifest, manifest_bytes, files, root.name)
+        return cls(manifest, manifest_bytes, files)
 
     @classmethod
-    def in_memory(cls, manifest: Manifest, files: Mapping[str, bytes], origin: str = "memory") -> Bundle:
+    def in_memory(cls, manifest: Manifest, files: Mapping[str, bytes]) -> Bundle:
         """A checked bundle without a folder: `manifest` with the digests of `files` filled in.
 
         Raises
@@ -190,7 +187,7 @@ class Bundle:
         fields = {**manifest.model_dump(), "files": {n: d.model_dump() for n, d in digests.items()}}
         complete = Manifest.model_validate(fields)
         text = json.dumps(complete.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        bundle = cls(complete, text.encode(), files, origin)
+        bundle = cls(complete, text.encode(), files)
         bundle.calibrations()
         return bundle
 
@@ -308,7 +305,7 @@ def write_bundle(folder: str | Path, manifest: Manifest, files: Mapping[str, byt
     """
     target = Path(folder)
     check_target(target)
-    bundle = Bundle.in_memory(manifest, files, target.name)
+    bundle = Bundle.in_memory(manifest, files)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:

@@ -198,7 +198,8 @@ class GuardedHook:
         self._hook = hook
         self._check = check
         self._errors = errors
-        implementations = [i for i in getattr(manager.hook, hook).get_hookimpls() if not _is_wrapper(i)]
+        known = getattr(manager.hook, hook).get_hookimpls()
+        implementations = [i for i in known if not (i.hookwrapper or i.wrapper)]
         plugins = [i.plugin for i in implementations]
         self.plugins: list[GuardedPlugin] = []
         workers = _Workers()
@@ -277,10 +278,6 @@ class GuardedHook:
         # A client's bad input says nothing about the plug-in's health, and a refused call is not a new failure.
         elif failure.kind in ("raised", "timeout", "contract"):
             plugin.breaker.failed()
-
-
-def _is_wrapper(implementation: Any) -> bool:
-    return bool(implementation.hookwrapper or getattr(implementation, "wrapper", False))
 
 
 def _one(caller: Any) -> Callable[..., Any]:

@@ -188,7 +188,9 @@ def prepare(
             f"{folder.name} was left by a run with another input, bundle, settings or release.",
             "Remove that folder to begin anew.",
         )
-    _write(path, text.encode())
+    staging = path.with_suffix(".tmp")
+    staging.write_text(text, encoding="utf-8")
+    os.replace(staging, path)
     return job
 
 
@@ -249,9 +251,3 @@ def neighbours(parts: Sequence[Part], at_most: int = 0) -> Iterator[list[Part]]:
         group.append(part)
     if group:
         yield group
-
-
-def _write(path: Path, data: bytes) -> None:
-    staging = path.with_suffix(".tmp")
-    staging.write_bytes(data)
-    os.replace(staging, path)

@@ -101,7 +101,9 @@ class ClientJudge:
         """Judge an answer whose receipt is good; `output` is what `OutputCodec.read` reads."""
         brought = VerifyOutcome(Verification.single(reference, SOURCE))
         verdict = self.protection.judge(query, output, brought)
-        self._observe(verdict)
+        if self._monitor is not None:
+            with self._lock:
+                self.alarm = self._monitor.update(verdict.p_value) or self.alarm
         return Answer(verdict, output, raw, None, reference)
 
     def refuse(self, query: Query, output: NDArray[Any], refusal: Refusal, raw: Any) -> Answer:
@@ -109,12 +111,6 @@ class ClientJudge:
         with self._lock:
             self.refusals[refusal.code] += 1
         return Answer(self.protection.refuse(query, refusal.reason), output, raw, refusal, None)
-
-    def _observe(self, verdict: Verdict) -> None:
-        if self._monitor is None:
-            return
-        with self._lock:
-            self.alarm = self._monitor.update(verdict.p_value) or self.alarm
 
     @property
     def e_value(self) -> float:

@@ -110,9 +110,10 @@ class _TritonBase(Client):
         return service[0]
 
     def _no_answer(self, error: Exception) -> ServerError:
+        words = error.message() if hasattr(error, "message") and callable(error.message) else ""
         late = isinstance(error, asyncio.TimeoutError)
-        what = "gave no answer in time." if late else f"gave no answer: {_message(error)}"
-        return ServerError(f"{self.model} at {self.url} {what}")
+        what = " in time." if late else f": {str(words or type(error).__name__)[:200]}"
+        return ServerError(f"{self.model} at {self.url} gave no answer{what}")
 
 
 class TritonClient(_TritonBase, Calls):
@@ -202,8 +203,3 @@ def receipt_text(result: Any) -> str | None:
     except _UNREADABLE:
         tensor = None
     return None if tensor is None else first_text({RECEIPT_OUTPUT: tensor}, RECEIPT_OUTPUT)
-
-
-def _message(error: Exception) -> str:
-    text = error.message() if hasattr(error, "message") and callable(error.message) else ""
-    return str(text or type(error).__name__)[:200]
