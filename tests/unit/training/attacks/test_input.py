@@ -31,7 +31,7 @@ def linear() -> nn.Module:
 def victim() -> Victim:
     x = np.random.default_rng(0).random((60, 1, 3, 3)).astype(np.float32)
     manifest = Manifest(class_names=tuple("abc"), verification=VerificationSpec(file="v.onnx", input_name="input"))
-    bundle = Bundle.in_memory(manifest, {"v.onnx": export_onnx(linear(), x)}, "test")
+    bundle = Bundle.in_memory(manifest, {"v.onnx": export_onnx(linear(), x)})
     return Victim(TorchTeacher(linear(), "service"), "logits", bundle, x)
 
 

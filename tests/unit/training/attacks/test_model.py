@@ -45,7 +45,7 @@ def bundle() -> Bundle:
     """A bundle that holds nothing but a verification model."""
     x, _ = images(4, 0)
     manifest = Manifest(class_names=tuple("abcd"), verification=VerificationSpec(file="v.onnx", input_name="input"))
-    return Bundle.in_memory(manifest, {"v.onnx": export_onnx(trained(8, 5), x)}, "test")
+    return Bundle.in_memory(manifest, {"v.onnx": export_onnx(trained(8, 5), x)})
 
 
 @pytest.fixture(scope="module")
