@@ -127,6 +127,7 @@ class Verifier:
     ) -> None:
         self.options = options or VerifierOptions()
         self.bundle = bundle
+        self.tee = provider.tee
         self._provider = provider
         self._clock = clock
         self._model = OnnxVerifier()
@@ -165,11 +166,6 @@ class Verifier:
             "schemes": sorted(self.options.schemes),
             "clients": sorted(c.hex() for c in self.options.clients),
         }
-
-    @property
-    def tee(self) -> str:
-        """Kind of TEE that vouches for this verifier."""
-        return self._provider.tee
 
     def _make_evidence(self, challenge: bytes) -> Evidence:
         statement = replace(self._statement, challenge=challenge, issued_at=int(self._clock()))
