@@ -27,12 +27,12 @@ with atheris.instrument_imports(include=["fides_plugins.attestation", "fides_plu
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fides_plugins.attestation.keys import key_id, raw_public
+from fides_plugins.attestation.keys import key_id
 from fides_plugins.bundle import InputSpec
 from fides_plugins.errors import FidesError
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
-KEY_ID = key_id(raw_public(KEY.public_key()))
+KEY_ID = key_id(KEY.public_key().public_bytes_raw())
 KEYS = {KEY_ID: KEY.public_key()}
 SAMPLE = Receipt(
     profile=PROFILE,
@@ -70,7 +70,7 @@ def receipt(data: bytes) -> None:
 def request(data: bytes) -> None:
     """Arbitrary bytes as a client's request; a signature by the client's own key is what it may have."""
     if to_text(data) != REQUEST:
-        SignedRequest.decode(to_text(data), frozenset((raw_public(KEY.public_key()),)))
+        SignedRequest.decode(to_text(data), frozenset((KEY.public_key().public_bytes_raw(),)))
         raise AssertionError(f"accepted {data.hex()}")
 
 

@@ -37,7 +37,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import nn
 
 from fides_plugins import oip
-from fides_plugins.attestation.keys import raw_public
 from fides_plugins.attestation.policy import EvidencePolicy
 from fides_plugins.attestation.request import to_text
 from fides_plugins.attestation.tensors import tensor_digest
@@ -152,7 +151,7 @@ def main() -> None:
 def measure(bundle: Bundle, service: OnnxModel, repeats: int) -> dict[str, list[float]]:
     """Seconds of each way, one row at a time, the ways in a new order each time."""
     identity = Ed25519PrivateKey.generate()
-    client = raw_public(identity.public_key())
+    client = identity.public_key().public_bytes_raw()
     options = VerifierOptions(clients=frozenset((client,)), rate=1e9, burst=1e9)
     verifier = Verifier(bundle, DevelopmentProvider(), options)
     policy = EvidencePolicy(bundle_digests=(bundle.digest,), clients=(client.hex(),))

@@ -29,7 +29,7 @@ from fides_plugins.types import OutputKind
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "fides.json"
-#: A manifest is a few kilobytes; more is not one of ours and is not read into memory.
+#: A manifest is a few kilobytes; a larger file is not one and is not read into memory.
 MAX_MANIFEST_BYTES = 16 * 1024 * 1024
 
 _REFIT = "Make the bundle again with `fides fit`, or restore it from where it was published."
@@ -143,13 +143,14 @@ class Bundle:
         The parsed `fides.json`.
     digest:
         SHA-256 of `fides.json`, hex; stands for every byte of the bundle.
+    manifest_bytes:
+        The exact bytes of `fides.json`, which `digest` is taken over.
     """
 
-    def __init__(self, manifest: Manifest, manifest_bytes: bytes, files: Mapping[str, bytes], origin: str) -> None:
+    def __init__(self, manifest: Manifest, manifest_bytes: bytes, files: Mapping[str, bytes]) -> None:
         self.manifest = manifest
         self.digest = hashlib.sha256(manifest_bytes).hexdigest()
-        self._manifest_bytes = manifest_bytes
-        self.origin = origin
+        self.manifest_bytes = manifest_bytes
         self._files = MappingProxyType(dict(files))
         self._check_parts()
 
@@ -171,11 +172,11 @@ class Bundle:
             if len(data) != spec.size or hashlib.sha256(data).hexdigest() != spec.sha256:
                 raise BundleError(f"Bundle file {name} was changed: its SHA-256 is not the one in fides.json.", _REFIT)
             files[name] = data
-        return cls(manifest, manifest_bytes, files, root.name)
+        return cls(manifest, manifest_bytes, files)
 
     @classmethod
-    def in_memory(cls, manifest: Manifest, files: Mapping[str, bytes], origin: str = "memory") -> Bundle:
-        """A checked bundle that lies in no folder: `manifest` with the digests of `files` filled in.
+    def in_memory(cls, manifest: Manifest, files: Mapping[str, bytes]) -> Bundle:
+        """A checked bundle without a folder: `manifest` with the digests of `files` filled in.
 
         Raises
         ------
@@ -186,14 +187,9 @@ class Bundle:
         fields = {**manifest.model_dump(), "files": {n: d.model_dump() for n, d in digests.items()}}
         complete = Manifest.model_validate(fields)
         text = json.dumps(complete.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        bundle = cls(complete, text.encode(), files, origin)
+        bundle = cls(complete, text.encode(), files)
         bundle.calibrations()
         return bundle
-
-    @property
-    def manifest_bytes(self) -> bytes:
-        """The exact bytes of `fides.json`, which `digest` is taken over."""
-        return self._manifest_bytes
 
     @property
     def n_classes(self) -> int:
@@ -296,7 +292,7 @@ def write_bundle(folder: str | Path, manifest: Manifest, files: Mapping[str, byt
     Parameters
     ----------
     folder:
-        Where it goes. An existing bundle there is replaced; anything else there is refused.
+        Where it goes. An existing bundle is replaced; anything else is refused.
     manifest:
         Everything but `files`, which is filled in here.
     files:
@@ -305,11 +301,11 @@ def write_bundle(folder: str | Path, manifest: Manifest, files: Mapping[str, byt
     Raises
     ------
     BundleError
-        If the folder holds something that is no bundle, or the parts do not fit together.
+        If the folder holds something that is not a bundle, or the parts do not fit together.
     """
     target = Path(folder)
     check_target(target)
-    bundle = Bundle.in_memory(manifest, files, target.name)
+    bundle = Bundle.in_memory(manifest, files)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -332,7 +328,7 @@ def check_target(folder: str | Path) -> None:
     Raises
     ------
     BundleError
-        If something that is no bundle is in the way.
+        If something that is not a bundle is in the way.
     """
     target = Path(folder)
     if target.exists() and not (target / MANIFEST_NAME).is_file() and (not target.is_dir() or any(target.iterdir())):

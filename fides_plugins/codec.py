@@ -47,8 +47,8 @@ class OutputCodec:
         Raises
         ------
         InputError
-            If the shape is another one, K is below 2, or the dtype is not numeric. A row that is no distribution
-            is no error: it is marked in `Prediction.valid`.
+            If the shape is another one, K is below 2, or the dtype is not numeric. A row that is not a
+            distribution is marked in `Prediction.valid` instead.
         """
         return Prediction.from_output(class_rows(output), self.kind, self.temperature)
 

@@ -104,8 +104,8 @@ class _Workers:
     """Daemon threads that wait for the next call; one is started only when none is idle.
 
     Starting a thread costs a request about 0.1 ms, handing work to a waiting one a tenth of that. A plug-in
-    that hangs for ever keeps its thread: it costs one of its own slots, and never the end of the process,
-    which the worker threads of `concurrent.futures` would hold up.
+    that hangs for ever keeps its thread: it costs one of its own slots, and does not keep the process from
+    ending, as a worker thread of `concurrent.futures` would.
     """
 
     def __init__(self) -> None:
@@ -198,7 +198,8 @@ class GuardedHook:
         self._hook = hook
         self._check = check
         self._errors = errors
-        implementations = [i for i in getattr(manager.hook, hook).get_hookimpls() if not _is_wrapper(i)]
+        known = getattr(manager.hook, hook).get_hookimpls()
+        implementations = [i for i in known if not (i.hookwrapper or i.wrapper)]
         plugins = [i.plugin for i in implementations]
         self.plugins: list[GuardedPlugin] = []
         workers = _Workers()
@@ -271,16 +272,12 @@ class GuardedHook:
     def _account(self, plugin: GuardedPlugin, answer: Any, failure: Failure | None) -> None:
         if failure is not None:
             self._errors[plugin.name] += 1
-        # Who answers for some rows is well: one client's row must not cost all others their detector.
+        # A plug-in that answers for some rows works: one client's row must not cost all others their detector.
         if failure is None or answer is not None:
             plugin.breaker.succeeded()
-        # A client's bad input says nothing about the plug-in's health, and a refused call is no new failure.
+        # A client's bad input says nothing about the plug-in's health, and a refused call is not a new failure.
         elif failure.kind in ("raised", "timeout", "contract"):
             plugin.breaker.failed()
-
-
-def _is_wrapper(implementation: Any) -> bool:
-    return bool(implementation.hookwrapper or getattr(implementation, "wrapper", False))
 
 
 def _one(caller: Any) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ import difflib
 import importlib
 import logging
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import Any, Literal
@@ -89,12 +89,13 @@ class FidesPluginManager(pluggy.PluginManager):
             plugin = plugin()
         try:
             self.register(plugin, name=name)
-            unknown = _unknown_hooks(self, plugin)
+            callers = self.get_hookcallers(plugin) or []
+            unknown = [c.name for c in callers if c.spec is None]
         except pluggy.PluginValidationError as error:
             if self.has_plugin(name):
                 self.unregister(name=name)
-            raise PluginError(f"Plug-in {name!r} does not fit its hook: {_one_line(error)}") from error
-        hooks = tuple(sorted(c.name for c in self.get_hookcallers(plugin) or [] if c.name not in unknown))
+            raise PluginError(f"Plug-in {name!r} does not fit its hook: {' '.join(str(error).split())}") from error
+        hooks = tuple(sorted(c.name for c in callers if c.spec is not None))
         if unknown or not hooks:
             self.unregister(name=name)
             raise PluginError(*_hook_problem(name, unknown))
@@ -137,7 +138,7 @@ def create_plugin_manager(
     for name, plugin in builtins.items():
         _add(manager, name, "built-in", blocked, lambda plugin=plugin: plugin, must=strict)
     if settings.plugins.entry_points:
-        for entry in sorted(_entry_points(), key=lambda e: e.name):
+        for entry in sorted(metadata.entry_points(group=hookspecs.ENTRY_POINT_GROUP), key=lambda e: e.name):
             _add(manager, entry.name, _origin(entry), blocked, entry.load, must=strict and entry.name in required)
     for target in settings.plugins.load:
         name = target.partition(":")[2] or target
@@ -197,10 +198,6 @@ def _origin(entry: metadata.EntryPoint) -> str:
     return f"entry point {entry.value}{package}"
 
 
-def _entry_points() -> Iterable[metadata.EntryPoint]:
-    return metadata.entry_points(group=hookspecs.ENTRY_POINT_GROUP)
-
-
 def import_target(target: str) -> Any:
     """The object behind `package.module` or `package.module:attribute`.
 
@@ -227,10 +224,6 @@ def import_target(target: str) -> Any:
     return getattr(module, attribute)
 
 
-def _unknown_hooks(manager: FidesPluginManager, plugin: Any) -> list[str]:
-    return [c.name for c in manager.get_hookcallers(plugin) or [] if c.spec is None]
-
-
 def _hook_problem(name: str, unknown: list[str]) -> tuple[str, str]:
     known = [n for n in vars(hookspecs) if n.startswith("fides_")]
     if not unknown:
@@ -243,7 +236,3 @@ def _hook_problem(name: str, unknown: list[str]) -> tuple[str, str]:
         f"Plug-in {name!r} implements {unknown[0]!r}, which is no hook.",
         f"Did you mean {near[0]!r}?" if near else f"Hooks are: {', '.join(known)}.",
     )
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -242,7 +242,7 @@ def read_length(header: str | None) -> int | None:
     Raises
     ------
     InputError
-        If it is no number.
+        If it is not a number.
     """
     if header is None:
         return None

@@ -89,8 +89,9 @@ class OnnxModel:
         try:
             self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises several unrelated classes; all mean "not a usable graph"
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise BundleError(
-                f"{name} cannot be loaded by onnxruntime: {_first_line(error)}",
+                f"{name} cannot be loaded by onnxruntime: {why}",
                 "Make the bundle again with `fides fit`.",
             ) from None
         self.inputs = tuple(_info(i) for i in self._session.get_inputs())
@@ -122,7 +123,3 @@ def _info(node: Any) -> TensorInfo:
         raise BundleError(f"Tensor {node.name!r} has the type {node.type}, which is not supported.")
     shape = tuple(s if isinstance(s, int) and s >= 0 else None for s in node.shape)
     return TensorInfo(node.name, np.dtype(_DTYPES[node.type]), shape)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -100,16 +100,13 @@ class Pipeline:
     def verify(self, query: Query) -> VerifyOutcome:
         """Ask all verifiers at once, within the time-out. Never raises for what a plug-in does."""
         results, failures = self._timed("verify", self._verify.call_all, {"query": query})
-        sound: list[Verification] = []
         widths = {r.n_classes for r in results} | ({self.n_classes} if self.bundle is not None else set())
         if len(widths) > 1:
             failures.append(
                 Failure("verification", "fides_verify", "contract", f"class counts differ: {sorted(widths)}")
             )
-            sound = [r for r in results if r.n_classes == self.n_classes]
-        else:
-            sound = results
-        return VerifyOutcome(Verification.join(sound) if sound else None, tuple(failures))
+            results = [r for r in results if r.n_classes == self.n_classes]
+        return VerifyOutcome(Verification.join(results) if results else None, tuple(failures))
 
     def validate(self, query: Query, service: Prediction, outcome: VerifyOutcome, *, record: bool = True) -> Verdict:
         """Judge the service's answer with a verification outcome, and record the verdict.
@@ -120,7 +117,7 @@ class Pipeline:
         problem = self._mismatch(query, service, outcome)
         if problem:
             verdict = failed_verdict(self.settings, service.n_rows, service.n_classes, problem)
-            return self._finish(query, verdict) if record else verdict
+            return self.record(query, verdict) if record else verdict
         verification, failures = outcome.verification, list(outcome.failures)
         detections: list[Detection] = []
         if verification is not None and service.n_rows:
@@ -140,19 +137,17 @@ class Pipeline:
             # A failure here cannot undo the alarm: the rows stay attacked, and it is counted and logged.
             correction, _ = self._timed("reclassify", self._reclassify.call_first, arguments)
         verdict = make_verdict(self.settings, service, verification, decision, correction)
-        return self._finish(query, verdict) if record else verdict
+        return self.record(query, verdict) if record else verdict
 
     def run(self, query: Query, service: Prediction) -> Verdict:
         """`verify` and `validate` in one call."""
         return self.validate(query, service, self.verify(query))
 
-    def fail(self, query: Query, n_rows: int, reason: str, n_classes: int = 0) -> Verdict:
-        """An `error` verdict for rows that cannot be judged at all, recorded like any other."""
-        return self._finish(query, failed_verdict(self.settings, n_rows, n_classes or self.n_classes, reason))
-
     def record(self, query: Query, verdict: Verdict) -> Verdict:
-        """Show the observers a verdict that a host had to make itself, and give it back."""
-        return self._finish(query, verdict)
+        """Show the observers a verdict, and give it back."""
+        if verdict.n_rows and self._record.plugins:
+            self._timed("record", self._record.call_all, {"query": query, "verdict": verdict})
+        return verdict
 
     def close(self) -> None:
         """Tell the plug-ins that the host stops."""
@@ -161,11 +156,6 @@ class Pipeline:
                 implementation.function()
             except Exception:  # foreign code at shutdown: nothing depends on it any more
                 logger.exception("plug-in %r failed in fides_unconfigure", implementation.plugin_name)
-
-    def _finish(self, query: Query, verdict: Verdict) -> Verdict:
-        if verdict.n_rows and self._record.plugins:
-            self._timed("record", self._record.call_all, {"query": query, "verdict": verdict})
-        return verdict
 
     def _mismatch(self, query: Query, service: Prediction, outcome: VerifyOutcome) -> str:
         if self.bundle is not None and service.n_classes != self.n_classes:

@@ -117,7 +117,7 @@ def decide(
     """Status of every row.
 
     An attack that a working detector found outranks a failure elsewhere; a failure outranks trust in the
-    rows that failed; a service row that is no distribution is an error whatever anyone says. The reason of
+    rows that failed; a service row that is not a distribution is an error whatever the detectors say. The reason of
     an attacked row names the detectors that raised its alarm, and no other.
     """
     n = service.n_rows
@@ -208,20 +208,12 @@ def failed_verdict(settings: Settings, n_rows: int, n_classes: int, reason: str)
 
 def refused_verdict(n_rows: int, n_classes: int, reason: str) -> Verdict:
     """`attacked` and refused for every row, with nothing to use: the answer is known to be a lie."""
-    unknown = np.full(n_rows, -1, dtype=np.int64)
-    none = np.zeros(n_rows, dtype=np.bool_)
-    return Verdict(
+    every = np.ones(n_rows, dtype=np.bool_)
+    return replace(
+        failed_verdict(Settings(), n_rows, n_classes, reason),
         status=np.full(n_rows, Status.ATTACKED, dtype=np.uint8),
-        score=np.ones(n_rows, dtype=np.float32),
-        p_value=np.full(n_rows, np.nan, dtype=np.float32),
-        service_label=unknown,
-        verified_label=unknown,
-        label=unknown,
-        probabilities=np.zeros((n_rows, max(n_classes, 2)), dtype=np.float32),
-        corrected=none,
-        refused=~none,
-        reason_codes=np.zeros(n_rows, dtype=np.int64),
-        reasons=(reason,),
+        score=every.astype(np.float32),
+        refused=every,
     )
 
 

@@ -1,8 +1,8 @@
 """What protects one served model, whatever serves it: settings, bundle, plug-ins, codec, metrics, and every judgement.
 
 A host is a reader and a writer around a `Protection`. It makes a `Query` of what was asked, starts `begin` (or calls
-`verify_many`) beside the service model, and hands the service's class output to `judge` or `judge_many`. Nothing of
-this raises for what a client, a plug-in or the service does: what cannot be judged is `error` or `indeterminate` in
+`verify_many`) beside the service model, and hands the service's class output to `judge` or `judge_many`. None of
+these raises for what a client, a plug-in or the service does: what cannot be judged is `error` or `indeterminate` in
 the verdict, and the settings decide what that means.
 
 Example
@@ -244,7 +244,7 @@ class Protection:
             for index, part in zip(group, parts, strict=True):
                 outcomes[index] = part
         if self._recorder is not None:
-            # In a process that only verifies nothing else tells the failures of its plug-ins.
+            # In a process that only verifies, nothing else publishes the failures of its plug-ins.
             self._recorder.refresh()
         return outcomes
 
@@ -383,7 +383,7 @@ def unverified(error: Exception, host: str) -> VerifyOutcome:
 
 
 def safe_text(error: Exception) -> str:
-    """What a client may read about an error: our own words, or a class name; never a path."""
+    """What a client may read about an error: the text of an `InputError`, or a class name; never a path."""
     return error.cause_text if isinstance(error, InputError) else f"internal error ({type(error).__name__})"
 
 

@@ -95,16 +95,6 @@ class Settings(_Section):
             raise SettingsError(_explain(error), "See docs/reference/settings.md for all keys.") from None
 
     @classmethod
-    def from_flat(cls, values: Mapping[str, str], prefix: str = PARAMETER_PREFIX) -> Settings:
-        """Settings from dotted text keys, such as Triton's parameters; keys without `prefix` are not ours."""
-        return cls.from_mapping(nest(values, prefix))
-
-    @classmethod
-    def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
-        """Settings from variables such as `FIDES_MODE` and `FIDES_PLUGINS__BLOCKED`."""
-        return cls.from_mapping(_nest_environment(os.environ if environ is None else environ))
-
-    @classmethod
     def from_toml(cls, path: str | Path) -> Settings:
         """Settings from a TOML file: its table `fides` if there is one, else its top level."""
         return cls.from_mapping(read_toml(path))

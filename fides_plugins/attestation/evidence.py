@@ -12,16 +12,16 @@ import base64
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
 
 from fides_plugins.attestation.keys import key_id
 from fides_plugins.attestation.refusal import Refusal
 
 Tee = Literal["sgx", "tdx", "sev-snp", "development"]
 
-PROFILE = "fides-evidence/1"
+PROFILE: Final = "fides-evidence/1"
 REPORT_DATA_BYTES = 64
 CHALLENGE_BYTES = 32
 _REPORT_DATA_DOMAIN = b"fides-report-data/1"
@@ -122,27 +122,9 @@ class Evidence:
 
     def to_json(self) -> str:
         """The document, as the verifier's evidence endpoint gives it."""
-        statement = None
-        if self.statement is not None:
-            statement = {
-                "signing_key": self.statement.signing_key.hex(),
-                "encryption_key": self.statement.encryption_key.hex(),
-                "bundle_digest": self.statement.bundle_digest.hex(),
-                "configuration": self.statement.configuration,
-                "boot_id": self.statement.boot_id.hex(),
-                "issued_at": self.statement.issued_at,
-                "challenge": self.statement.challenge.hex(),
-            }
-        document = {
-            "profile": PROFILE,
-            "tee": self.tee,
-            "report": base64.b64encode(self.report).decode(),
-            "statement": statement,
-            "collateral": self.collateral,
-            "vcek": base64.b64encode(self.vcek).decode(),
-            "chain": self.chain,
-        }
-        return json.dumps(document, indent=1)
+        statement = self.statement and _StatementDocument.model_construct(**vars(self.statement))
+        fields = {**vars(self), "statement": statement}
+        return _Document.model_construct(profile=PROFILE, **fields).model_dump_json(indent=1)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Evidence:
@@ -157,30 +139,41 @@ class Evidence:
             raise Refusal("evidence-malformed", "The evidence document is longer than 1 MiB.")
         try:
             document = _Document.model_validate_json(text)
-            statement = None
-            if (given := document.statement) is not None:
-                statement = Statement(
-                    signing_key=_exactly(32, given.signing_key),
-                    encryption_key=_exactly(32, given.encryption_key),
-                    bundle_digest=_exactly(32, given.bundle_digest),
-                    configuration=given.configuration,
-                    boot_id=_exactly(16, given.boot_id),
-                    issued_at=given.issued_at,
-                    challenge=_exactly(CHALLENGE_BYTES, given.challenge) if given.challenge else b"",
-                )
-            return cls(
-                tee=document.tee,
-                report=base64.b64decode(document.report, validate=True),
-                statement=statement,
-                collateral=document.collateral,
-                vcek=base64.b64decode(document.vcek, validate=True),
-                chain=document.chain,
-            )
         except ValidationError as error:
             where = ".".join(str(p) for p in error.errors()[0]["loc"]) or "the document"
             raise Refusal("evidence-malformed", f"The evidence document is not of {PROFILE}: see {where}.") from None
-        except ValueError:
-            raise Refusal("evidence-malformed", "A field of the evidence document has the wrong length.") from None
+        fields = dict(document)
+        del fields["profile"]
+        if document.statement is not None:
+            fields["statement"] = Statement(**dict(document.statement))
+        return cls(**fields)
+
+
+def _from_base64(value: Any) -> bytes:
+    return base64.b64decode(_text(value), validate=True)
+
+
+def _from_hexadecimal(*lengths: int) -> BeforeValidator:
+    """Reads hexadecimal text of one of these numbers of bytes."""
+
+    def read(value: Any) -> bytes:
+        data = bytes.fromhex(_text(value))
+        if len(data) not in lengths:
+            raise ValueError("wrong length")
+        return data
+
+    return BeforeValidator(read)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("not a text")
+    return value
+
+
+_HEXADECIMAL = PlainSerializer(bytes.hex)
+_Base64 = Annotated[bytes, BeforeValidator(_from_base64), PlainSerializer(lambda b: base64.b64encode(b).decode())]
+_Key = Annotated[bytes, _from_hexadecimal(32), _HEXADECIMAL]
 
 
 class _Strict(BaseModel):
@@ -188,30 +181,23 @@ class _Strict(BaseModel):
 
 
 class _StatementDocument(_Strict):
-    signing_key: str
-    encryption_key: str
-    bundle_digest: str
+    signing_key: _Key
+    encryption_key: _Key
+    bundle_digest: _Key
     configuration: str
-    boot_id: str
+    boot_id: Annotated[bytes, _from_hexadecimal(16), _HEXADECIMAL]
     issued_at: int
-    challenge: str
+    challenge: Annotated[bytes, _from_hexadecimal(0, CHALLENGE_BYTES), _HEXADECIMAL]
 
 
 class _Document(_Strict):
     profile: Literal["fides-evidence/1"]
     tee: Tee
-    report: str
+    report: _Base64
     statement: _StatementDocument | None
     collateral: str
-    vcek: str
+    vcek: _Base64
     chain: str
-
-
-def _exactly(length: int, text: str) -> bytes:
-    value = bytes.fromhex(text)
-    if len(value) != length:
-        raise ValueError("length")
-    return value
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What evidence is good enough. Closed on empty: a policy that names nothing trusts nothing.
 
-Every relaxation is a field of its own with a default that refuses, so that reading the policy tells all
+Every relaxation is a field of its own with a default that refuses, so that the policy itself shows everything
 that was given up.
 """
 

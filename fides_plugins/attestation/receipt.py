@@ -7,10 +7,11 @@ own, so that neither side can take one for the other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from pydantic import Field, Strict, TypeAdapter, ValidationError
 
 from fides_plugins.attestation import cose
 from fides_plugins.attestation.refusal import Refusal
@@ -20,39 +21,17 @@ PROFILE = "fides-receipt/1"
 DEVELOPMENT_PROFILE = "fides-receipt/1+development"
 DEVELOPMENT_TEE = "development"
 
-_MAX_RANK = 8
-_MAX_UINT = (1 << 64) - 1
-
-_BYTES = {"nonce": 32, "session": 16, "input_digest": 32, "bundle_digest": 32, "evidence_id": 32, "boot_id": 16}
-_FIELDS = (
-    "profile",
-    "nonce",
-    "session",
-    "input_digest",
-    "input_dtype",
-    "input_shape",
-    "preprocessing",
-    "scheme",
-    "output",
-    "output_dtype",
-    "output_shape",
-    "bundle_digest",
-    "bundle_version",
-    "evidence_id",
-    "tee",
-    "boot_id",
-    "sequence",
-    "issued_at",
-    "service_digest",
-)
-_NUMBER = {name: i for i, name in enumerate(_FIELDS, start=1)}
-_OPTIONAL = frozenset((_NUMBER["service_digest"],))
-_REQUIRED = frozenset(_NUMBER.values()) - _OPTIONAL
+_Text = Annotated[str, Strict(), Field(max_length=128)]
+_Bytes = Annotated[bytes, Strict()]
+_Bytes16 = Annotated[_Bytes, Field(min_length=16, max_length=16)]
+_Bytes32 = Annotated[_Bytes, Field(min_length=32, max_length=32)]
+_Count = Annotated[int, Strict(), Field(ge=0, lt=1 << 64)]
+_Shape = Annotated[tuple[_Count, ...], Strict(), Field(max_length=8)]
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """The contents of a receipt.
+    """The contents of a receipt. A field's number on the wire is its place here; `key_id` stays behind.
 
     Attributes
     ----------
@@ -81,26 +60,26 @@ class Receipt:
         Key that signed; filled in by `open_receipt`.
     """
 
-    profile: str
-    nonce: bytes
-    session: bytes
-    input_digest: bytes
-    input_dtype: str
-    input_shape: tuple[int, ...]
-    preprocessing: str
-    scheme: str
-    output: bytes
-    output_dtype: str
-    output_shape: tuple[int, ...]
-    bundle_digest: bytes
-    bundle_version: int
-    evidence_id: bytes
-    tee: str
-    boot_id: bytes
-    sequence: int
-    issued_at: int
-    service_digest: bytes | None = None
-    key_id: bytes = b""
+    profile: _Text
+    nonce: _Bytes32
+    session: _Bytes16
+    input_digest: _Bytes32
+    input_dtype: _Text
+    input_shape: _Shape
+    preprocessing: _Text
+    scheme: _Text
+    output: _Bytes
+    output_dtype: _Text
+    output_shape: _Shape
+    bundle_digest: _Bytes32
+    bundle_version: _Count
+    evidence_id: _Bytes32
+    tee: _Text
+    boot_id: _Bytes16
+    sequence: _Count
+    issued_at: _Count
+    service_digest: _Bytes32 | None = None
+    key_id: _Bytes = b""
 
     def encode(self) -> bytes:
         """The payload: deterministic CBOR."""
@@ -113,44 +92,33 @@ class Receipt:
 
     def sign(self, key: Ed25519PrivateKey, key_id: bytes) -> bytes:
         """The signed receipt, about 450 bytes for a single row of ten classes."""
-        return cose.sign(self.encode(), key, key_id, _context(self.profile))
+        return cose.sign(self.encode(), key, key_id, self.profile.encode("ascii"))
 
 
-def _context(profile: str) -> bytes:
-    return profile.encode("ascii")
+_NUMBER = {field.name: number for number, field in enumerate(fields(Receipt)[:-1], start=1)}
+_OPTIONAL = frozenset((_NUMBER["service_digest"],))
+_REQUIRED = frozenset(_NUMBER.values()) - _OPTIONAL
+_READER = TypeAdapter(Receipt)
 
 
-def _check(values: dict[str, Any]) -> None:
-    """Every field has exactly its type; `bool` is no integer here."""
-
-    def refuse(name: str) -> Refusal:
-        return Refusal("receipt-fields", f"Field `{name}` of the receipt has the wrong type or length.")
-
-    for name in ("profile", "input_dtype", "preprocessing", "scheme", "output_dtype", "tee"):
-        if type(values[name]) is not str or len(values[name]) > 128:
-            raise refuse(name)
-    for name, length in _BYTES.items():
-        if type(values[name]) is not bytes or len(values[name]) != length:
-            raise refuse(name)
-    for name in ("bundle_version", "sequence", "issued_at"):
-        if type(values[name]) is not int or not 0 <= values[name] <= _MAX_UINT:
-            raise refuse(name)
-    for name in ("input_shape", "output_shape"):
-        shape = values[name]
-        if type(shape) is not list or len(shape) > _MAX_RANK:
-            raise refuse(name)
-        if any(type(d) is not int or not 0 <= d <= _MAX_UINT for d in shape):
-            raise refuse(name)
+def _read(values: dict[str, Any]) -> Receipt:
+    """Every field has exactly its type; `bool` does not count as an integer."""
+    try:
+        receipt = _READER.validate_python({k: tuple(v) if type(v) is list else v for k, v in values.items()})
+    except ValidationError as error:
+        raise _wrong(str(error.errors()[0]["loc"][0])) from None
     for name in ("input_dtype", "output_dtype"):
         if values[name] not in OIP_TYPES:
-            raise refuse(name)
-    if type(values["output"]) is not bytes:
-        raise refuse("output")
-    committed = "service_digest" in values
-    if committed and (type(values["service_digest"]) is not bytes or len(values["service_digest"]) != 32):
-        raise refuse("service_digest")
-    if values["scheme"] != ("commitment" if committed else "hpke"):
-        raise refuse("scheme")
+            raise _wrong(name)
+    if "service_digest" in values and receipt.service_digest is None:
+        raise _wrong("service_digest")
+    if receipt.scheme != ("hpke" if receipt.service_digest is None else "commitment"):
+        raise _wrong("scheme")
+    return receipt
+
+
+def _wrong(name: str) -> Refusal:
+    return Refusal("receipt-fields", f"Field `{name}` of the receipt has the wrong type or length.")
 
 
 def open_receipt(data: bytes, keys: dict[bytes, Ed25519PublicKey], development: bool = False) -> Receipt:
@@ -177,12 +145,10 @@ def open_receipt(data: bytes, keys: dict[bytes, Ed25519PublicKey], development: 
     if key is None:
         raise Refusal("receipt-key", "The receipt is signed by a key that no trusted evidence vouches for.")
     profile = DEVELOPMENT_PROFILE if development else PROFILE
-    cose.verify(frame, key, _context(profile), "receipt")
+    cose.verify(frame, key, profile.encode("ascii"), "receipt")
     numbered = cose.decode_map(frame.payload, _REQUIRED, _OPTIONAL, "receipt")
     values = {name: numbered[number] for name, number in _NUMBER.items() if number in numbered}
-    _check(values)
-    if values["profile"] != profile:
+    receipt = _read({**values, "key_id": frame.key_id})
+    if receipt.profile != profile:
         raise Refusal("receipt-profile", f"The receipt's profile is not {profile}.")
-    values["input_shape"] = tuple(values["input_shape"])
-    values["output_shape"] = tuple(values["output_shape"])
-    return Receipt(key_id=frame.key_id, **values)
+    return receipt

@@ -3,7 +3,7 @@
 It goes through the untrusted host as the parameter `fides_request` (Triton, Open Inference Protocol) or
 the header `X-Fides-Request` (TorchServe), base64url without padding. The client signs it, because a host
 that could ask the verifier in its own name would learn every reference and shape its lie to it: a
-verifier with a list of clients answers nobody else. It names the evidence that the client checked, so that
+verifier with a list of clients answers only those. It names the evidence that the client checked, so that
 it cannot be replayed to an enclave that was started again.
 """
 
@@ -18,7 +18,6 @@ from typing import Any, Literal
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fides_plugins.attestation import cose
-from fides_plugins.attestation.keys import raw_public
 from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.attestation.wire import COMMITMENT_PARAMETER
 
@@ -32,7 +31,7 @@ NONCE_BYTES = 32
 SESSION_BYTES = 16
 _KEY_BYTES = 32
 _DIGEST_BYTES = 32
-#: A request is about 300 bytes; anything much longer is none.
+#: A request is about 300 bytes; anything much longer is not one.
 _MAX_TEXT = 1024
 
 _PROFILE, _NONCE, _SESSION, _EVIDENCE, _INPUT, _SCHEME, _CLIENT_KEY = range(1, 8)
@@ -104,7 +103,7 @@ class SignedRequest:
         }
         if self.scheme == "hpke":
             payload[_CLIENT_KEY] = self.client_key
-        frame = cose.sign(cose.encode(payload), identity, raw_public(identity.public_key()), PROFILE.encode())
+        frame = cose.sign(cose.encode(payload), identity, identity.public_key().public_bytes_raw(), PROFILE.encode())
         return to_text(frame)
 
     @classmethod

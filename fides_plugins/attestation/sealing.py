@@ -17,9 +17,6 @@ from fides_plugins.attestation.refusal import Refusal
 _SUITE = hpke.Suite(hpke.KEM.X25519, hpke.KDF.HKDF_SHA256, hpke.AEAD.AES_128_GCM)
 _DOMAIN = b"fides-sealed-reference/1"
 
-#: Bytes that sealing adds: the encapsulated key (32) and the tag of AES-GCM (16).
-OVERHEAD_BYTES = 48
-
 
 def context(nonce: bytes, input_digest: bytes) -> bytes:
     """HPKE's `info`: domain tag, nonce (32 bytes) and input digest (32 bytes) of the request."""
@@ -32,7 +29,7 @@ def seal(plaintext: bytes, public_key: bytes, info: bytes) -> bytes:
     Raises
     ------
     Refusal
-        `request-client-key`, where the key is no usable point.
+        `request-client-key`, where the key is not a usable point.
     """
     try:
         return _SUITE.encrypt(plaintext, X25519PublicKey.from_public_bytes(public_key), info)

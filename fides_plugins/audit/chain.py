@@ -132,12 +132,6 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, bool]]:
             yield (data[:-1] if whole else data), whole
 
 
-def lanes(folder: Path) -> list[Path]:
-    """Lanes of a log, in order of their numbers."""
-    found = [(int(m[1]), p) for p in folder.iterdir() if (m := _LANE.fullmatch(p.name)) and p.is_dir()]
-    return [path for _, path in sorted(found)]
-
-
 def lane_path(folder: Path, number: int) -> Path:
     """Folder of one lane."""
     return folder / f"lane-{number:02d}"
@@ -176,16 +170,16 @@ def read_key(path: str | os.PathLike[str] | None) -> bytes | None:
 
 
 def require_log(folder: Path) -> list[Path]:
-    """Lanes of a folder that must hold a log.
+    """Lanes of a folder that must hold a log, in order of their numbers.
 
     Raises
     ------
     InputError
-        If there is no such folder or no lane in it.
+        If the folder does not exist, or has no lane in it.
     """
     if not folder.is_dir():
         raise InputError(f"There is no audit log {folder.name!r}.", "Give the folder that `path` of the plug-in names.")
-    found = lanes(folder)
+    found = sorted((int(m[1]), p) for p in folder.iterdir() if (m := _LANE.fullmatch(p.name)) and p.is_dir())
     if not found:
         raise InputError(f"{folder.name!r} holds no audit log: it has no folder lane-00.")
-    return found
+    return [path for _, path in found]

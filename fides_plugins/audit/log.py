@@ -137,16 +137,8 @@ class AuditLog:
         return np.flatnonzero(chosen | (verdict.status != Status.TRUSTED))
 
     def _start(self) -> LaneWriter:
-        options = self._options
-        return LaneWriter(
-            self._folder,
-            self._context,
-            key=self._key,
-            rotate_bytes=options.rotate_bytes,
-            fsync=options.fsync,
-            fsync_interval_s=options.fsync_interval_s,
-            queue_rows=options.queue_rows,
-        )
+        kept = {"rotate_bytes", "fsync", "fsync_interval_s", "queue_rows"}
+        return LaneWriter(self._folder, self._context, key=self._key, **self._options.model_dump(include=kept))
 
 
 def _context(settings: Settings, bundle: Bundle | None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """`fides audit verify`: find any line of a log that was removed, moved or altered.
 
 One pass in bounded memory. What a chain cannot show by itself is that its newest lines are gone
-together with an older `HEAD`, or that it was written anew by somebody who may write it: against the
+together with an older `HEAD`, or that somebody with write access made it again from the start: against the
 first, keep the heads that an earlier verification printed elsewhere and pass them as anchors; against
 the second, use a key.
 """
@@ -9,7 +9,6 @@ the second, use a key.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -174,8 +173,6 @@ class _LaneCheck:
         self._lane, self._key, self._anchor, self._archived = lane, key, anchor, archived
         self._on_segment = on_segment or (lambda name: None)
         self._report = LaneReport(lane.name)
-        self._statuses: Counter[str] = Counter()
-        self._lost: Counter[str] = Counter()
         #: What must still be met on the way: number of a line and the hash it must have.
         self._expected: dict[int, str] = {}
         self._resync = False
@@ -201,7 +198,7 @@ class _LaneCheck:
                 self._find("HEAD", 0, text)
             elif seq >= report.first_seq:
                 self._find("HEAD", 0, f"line {seq} does not have the hash {digest[:16]}... that was recorded for it")
-        report.statuses, report.lost = dict(sorted(self._statuses.items())), dict(sorted(self._lost.items()))
+        report.statuses, report.lost = dict(sorted(report.statuses.items())), dict(sorted(report.lost.items()))
         return report
 
     def _read_head(self) -> Head | None:
@@ -271,9 +268,12 @@ class _LaneCheck:
         report.last_time = moment or report.last_time
         if record.get("kind") == "row":
             report.rows += 1
-            self._statuses[str(record.get("status"))] += 1
+            status = str(record.get("status"))
+            report.statuses[status] = report.statuses.get(status, 0) + 1
         elif record.get("kind") == "gap":
-            self._lost.update({k: v for k, v in record.items() if k in ("dropped", "failed") and isinstance(v, int)})
+            for outcome in ("dropped", "failed"):
+                if isinstance(count := record.get(outcome), int):
+                    report.lost[outcome] = report.lost.get(outcome, 0) + count
 
     def _find(self, segment: str, line: int, text: str) -> None:
         report = self._report

@@ -148,7 +148,7 @@ class Lane:
         return fd, os.fstat(fd).st_size
 
     def _recover(self) -> Head:
-        """Where the chain ends: cut off a torn last line, and take up the last whole one.
+        """Where the chain ends: cut off a torn last line, and continue after the last whole one.
 
         Raises
         ------

@@ -135,7 +135,7 @@ class Auditor:
         outcome = self._pipeline.verify(query)
         found = outcome.verification
         if found is not None and not good.all():
-            # Rows without a usable input were verified on zeros; that is no reference.
+            # Rows without a usable input were verified on zeros, which gives no reference.
             found = Verification(found.references, found.available & good[:, None], found.sources, found.evidence)
         shape = tuple(s or "any" for s in spec.shape[1:])
         return query, VerifyOutcome(found, outcome.failures), {f"{name} does not fit the shape {shape}": ~good}
@@ -154,7 +154,7 @@ def prepare(
     probabilities: bool = True,
     part_rows: int = PART_ROWS,
 ) -> Job:
-    """Plan a run, or take up the one that was stopped.
+    """Plan a run, or continue the one that was stopped.
 
     Raises
     ------
@@ -189,12 +189,14 @@ def prepare(
             f"{folder.name} was left by a run with another input, bundle, settings or release.",
             "Remove that folder to begin anew.",
         )
-    _write(path, text.encode())
+    staging = path.with_suffix(".tmp")
+    staging.write_text(text, encoding="utf-8")
+    os.replace(staging, path)
     return job
 
 
 def _after_the_fact(settings: Settings) -> Settings:
-    """The settings without what belongs to serving: the audit log must not take up old rows as new ones."""
+    """The settings without what belongs to serving: the audit log must not record old rows as new ones."""
     plugins = settings.plugins
     names = [t for t in plugins.load if t.rpartition(":")[2] != "audit"]
     kept = plugins.model_copy(
@@ -250,9 +252,3 @@ def neighbours(parts: Sequence[Part], at_most: int = 0) -> Iterator[list[Part]]:
         group.append(part)
     if group:
         yield group
-
-
-def _write(path: Path, data: bytes) -> None:
-    staging = path.with_suffix(".tmp")
-    staging.write_bytes(data)
-    os.replace(staging, path)

@@ -44,7 +44,7 @@ def _texts(codes: Any, texts: Sequence[str]) -> pa.Array:
 def with_faults(verdict: Verdict, faults: Mapping[str, BoolArray]) -> Verdict:
     """The verdict, with what is wrong with the recording as the reason of rows that could not be judged.
 
-    The pipeline sees such rows as NaN; only who read them knows that they were too short, or logits.
+    The pipeline sees such rows as NaN; only their reader knows that they were too short, or logits.
     """
     unjudged = np.isin(verdict.status, (Status.ERROR, Status.INDETERMINATE))
     codes, reasons = np.array(verdict.reason_codes), list(verdict.reasons)
@@ -63,7 +63,7 @@ class Summary:
         self._sums = {"rows": 0, "disagreements": 0, "corrected": 0, "refused": 0}
 
     def add(self, table: pa.Table) -> None:
-        """Take up a batch."""
+        """Add a batch."""
         for name, counts in self._counts.items():
             for item in table.column(name).value_counts().to_pylist():
                 counts[item["values"]] = counts.get(item["values"], 0) + item["counts"]

@@ -130,18 +130,13 @@ def matrix(column: pa.ChunkedArray, width: int) -> tuple[Float32Array, IntArray]
     InputError
         If the column does not hold lists of numbers.
     """
-    array = _one_chunk(column)
+    array = column.combine_chunks()
     if not _is_list(array.type) or not _is_number(array.type.value_type):
         raise InputError(f"A column holds {array.type}; expected lists of numbers.", _FORMAT_HELP)
     lengths = pc.fill_null(pc.list_value_length(array), -1).to_numpy(zero_copy_only=False).astype(np.int64)
     good = lengths == width
-    if good.all():
-        values = array.flatten().to_numpy(zero_copy_only=False)
-        return np.ascontiguousarray(values.reshape(-1, width), dtype=np.float32), lengths
     result = np.full((len(array), width), np.nan, dtype=np.float32)
-    if good.any():
-        kept = array.filter(pa.array(good)).flatten().to_numpy(zero_copy_only=False)
-        result[good] = kept.reshape(-1, width)
+    result[good] = array.filter(pa.array(good)).flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
     return result, lengths
 
 
@@ -158,7 +153,7 @@ def tensor(
     InputError
         If the column holds no lists of numbers, or no row shows the length of a free axis.
     """
-    array = _one_chunk(column)
+    array = column.combine_chunks()
     leaf = array.type
     while _is_list(leaf):
         leaf = leaf.value_type
@@ -209,10 +204,6 @@ def _is_list(kind: pa.DataType) -> bool:
 def _is_number(kind: pa.DataType) -> bool:
     # A JSON block whose lists are all empty has values of type null; its rows are judged bad, not the file.
     return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind))
-
-
-def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
-    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
 
 
 def _pick(names: Iterable[str], file: str) -> tuple[str, str, bool]:

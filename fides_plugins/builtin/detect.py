@@ -59,7 +59,7 @@ class DivergenceDetector(_CalibratedDetector):
 
     @hookimpl
     def fides_configure(self, settings: Settings, bundle: Bundle | None) -> None:
-        """Look the divergence and its calibration up."""
+        """Look up the divergence and its calibration."""
         divergence(settings.divergence)
         if bundle is None:
             raise SettingsError("`detector: divergence` needs a bundle for its calibration.", "Set `bundle`.")

@@ -82,7 +82,7 @@ class RemoteVerifier:
         Raises
         ------
         ServerError
-            If the verifier cannot be reached, or is not well.
+            If the verifier cannot be reached, or answers with a server error.
         """
         if not query.signed:
             return None
@@ -109,7 +109,7 @@ class RemoteVerifier:
         if status >= 500 or status in (408, 429):
             raise ServerError(f"The verifier answered with status {status}.")
         if status != 200:
-            # The client's own request was refused: it gets no receipt, and nobody else suffers for it.
+            # Only this client's request was refused: it gets no receipt, and the other requests are unaffected.
             return "", None
         outputs = oip.read_answer(answer, json_length, (RECEIPT_OUTPUT, REFERENCE_OUTPUT))
         receipt = oip.first_text(outputs, RECEIPT_OUTPUT)

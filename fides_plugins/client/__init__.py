@@ -15,16 +15,10 @@ if TYPE_CHECKING:
 
 __all__ = ["AsyncTorchServeClient", "AsyncTritonClient", "TorchServeClient", "TritonClient"]
 
-_HOMES = {
-    "TritonClient": "triton",
-    "AsyncTritonClient": "triton",
-    "TorchServeClient": "torchserve",
-    "AsyncTorchServeClient": "torchserve",
-}
-
 
 def __getattr__(name: str) -> Any:
     """Import a client when it is first asked for, so that one does not need the other's libraries."""
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(name)
-    return getattr(importlib.import_module(f"fides_plugins.client.{_HOMES[name]}"), name)
+    home = "torchserve" if "TorchServe" in name else "triton"
+    return getattr(importlib.import_module(f"fides_plugins.client.{home}"), name)

@@ -1,40 +1,88 @@
 """What every client is and offers, whatever server it asks: `infer`, `ask`, the alarm, closing, in two ways of waiting.
 
-A client of a server says how one question is put and answered (`_once`) and how its connections are closed.
+A question is written once, as a coroutine. `AsyncCalls` awaits it; in `Calls` nothing that it awaits ever suspends,
+so that one step runs it to its end. A client of a server says how one question is put and answered (`_service`) and
+how its connections are closed.
 """
 
 from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from urllib.parse import quote
 
 import httpx
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
+from fides_plugins import oip
 from fides_plugins.attestation.policy import EvidencePolicy
+from fides_plugins.attestation.refusal import Refusal
+from fides_plugins.attestation.request import Scheme
+from fides_plugins.attestation.verify import TrustRoots
+from fides_plugins.attestation.wire import COMMITMENT_PARAMETER, PARAMETER, RECEIPT_OUTPUT
 from fides_plugins.bundle import Bundle
-from fides_plugins.client.core import ClientCore, Reply
-from fides_plugins.client.judge import Answer
-from fides_plugins.client.receipts import Brought, Pending
-from fides_plugins.client.verifier_call import VerifierCall
-from fides_plugins.errors import InputError
+from fides_plugins.client.address import checked_address
+from fides_plugins.client.judge import Answer, ClientJudge
+from fides_plugins.client.receipts import Brought, Pending, ReceiptChecker
+from fides_plugins.client.trust import EvidenceFile, EvidenceUrl, Trust
+from fides_plugins.errors import InputError, ServerError
+from fides_plugins.settings import Settings
 from fides_plugins.statistics.monitor import Alarm
-from fides_plugins.types import Verdict
+from fides_plugins.types import Query, Verdict
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+T = TypeVar("T")
 ReceiptFrom = Literal["host", "verifier"]
+_LONGEST_EXCUSE = 200
 
 
-class Client:
-    """What a client judges with, where its receipts come from, and what it has seen so far."""
+#: Refusals that a restart of the verifier explains: its evidence is then fetched anew, and the request repeated.
+_RESTARTED = frozenset(("receipt-missing", "receipt-key", "receipt-start"))
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The service's class output, what came as its receipt, and the library's own object."""
+
+    output: NDArray[Any]
+    brought: Brought
+    raw: Any
+
+
+class Client(ABC):
+    """Whom a client trusts, what it asks, what it judges with, and what it has seen so far.
+
+    Parameters
+    ----------
+    bundle, settings:
+        See `ClientJudge`.
+    policy, verifier_url, evidence, roots, insecure_development:
+        Whom to trust: evidence comes from the file `evidence`, or from the verifier at `verifier_url`.
+    receipt_from:
+        "host": the server passes the request on and the receipt back. "verifier": the client asks the verifier.
+    identity:
+        The key that the verifier knows this client by.
+    scheme:
+        "hpke" or "commitment".
+    trust:
+        Verifiers that are trusted already, instead of evidence.
+    timeout_s:
+        For each network operation.
+
+    Raises
+    ------
+    FidesError
+        If the bundle cannot be used, no place for evidence is given, or the options exclude each other.
+    """
 
     #: Why this kind of host cannot commit to its output before it is verified.
     _no_commitment: str
@@ -44,36 +92,138 @@ class Client:
         bundle: Bundle | str | Path,
         policy: EvidencePolicy,
         *,
-        receipt_from: ReceiptFrom,
-        verifier_url: str,
-        timeout_s: float,
-        **core: Any,
+        receipt_from: ReceiptFrom = "host",
+        verifier_url: str = "",
+        evidence: str | Path | None = None,
+        identity: Ed25519PrivateKey | None = None,
+        scheme: Scheme = "hpke",
+        settings: Settings | None = None,
+        roots: TrustRoots | None = None,
+        insecure_development: bool = False,
+        trust: Trust | None = None,
+        timeout_s: float = 10.0,
     ) -> None:
         if receipt_from == "verifier" and not verifier_url:
             raise InputError("The verifier's address is needed to ask it.", "Give verifier_url.")
-        self.core = ClientCore(bundle, policy, verifier_url=verifier_url, timeout_s=timeout_s, **core)
+        self.judge = ClientJudge(bundle, settings)
+        if trust is None:
+            if not verifier_url and evidence is None:
+                raise InputError("No evidence can be fetched.", "Give verifier_url, or a file as evidence.")
+            source = EvidenceFile(evidence) if evidence is not None else EvidenceUrl(verifier_url, timeout_s)
+            trust = Trust(policy, source, roots=roots, insecure_development=insecure_development)
+        self.checker = ReceiptChecker(trust, identity, scheme, self.judge.bundle.n_classes)
         self.receipt_from: ReceiptFrom = receipt_from
         self._timeout_s = timeout_s
-        self._verifier: VerifierCall | None = None
         if receipt_from == "verifier":
-            manifest = self.core.judge.bundle.manifest
-            name = manifest.input.name if manifest.input is not None else "input"
-            self._verifier = VerifierCall(verifier_url, manifest.name, name, self.core.checker)
-        if receipt_from == "host" and self.core.checker.scheme == "commitment":
+            manifest = self.judge.bundle.manifest
+            model = quote(manifest.name, safe="")
+            self._verifier_url = f"{checked_address(verifier_url, 'a verifier')}/v2/models/{model}/infer"
+            self._verifier_input = manifest.input.name if manifest.input is not None else "input"
+        elif scheme == "commitment":
             raise InputError(self._no_commitment, 'Use receipt_from="verifier" with this scheme, or the scheme "hpke".')
 
     @property
     def alarm(self) -> Alarm | None:
         """The service alarm of the monitor, or None."""
-        return self.core.judge.alarm
+        return self.judge.alarm
 
     @property
     def refusals(self) -> Mapping[str, int]:
         """Refused receipts by code."""
-        return self.core.judge.refusals
+        return self.judge.refusals
+
+    @abstractmethod
+    async def _service(self, query: Query, pending: Pending) -> Reply:
+        """Ask the service, and read its answer."""
+
+    @abstractmethod
+    async def _post(self, **call: Any) -> httpx.Response:
+        """A request over HTTP; the arguments are those of httpx."""
+
+    async def _blocking(self, call: Callable[..., T], *arguments: Any) -> T:
+        """The result of a call that may block."""
+        return call(*arguments)
+
+    async def _both(
+        self, first: Coroutine[Any, Any, Reply], second: Coroutine[Any, Any, Brought]
+    ) -> tuple[Reply, Brought]:
+        """What comes of two questions that need not wait for each other."""
+        try:
+            return await first, await second
+        finally:
+            second.close()  # where the first one failed, it was never asked
+
+    async def _ask(self, inputs: Mapping[str, NDArray[Any]]) -> Answer:
+        answer = await self._once(inputs)
+        # Evidence is fetched again only where a receipt was refused.
+        if answer.refusal is not None and await self._blocking(self.worth_repeating, answer):
+            return await self._once(inputs)
+        return answer
+
+    async def _once(self, inputs: Mapping[str, NDArray[Any]]) -> Answer:
+        query = Query(inputs)
+        tensor = query.inputs[self.judge.input_name(query.inputs)]
+        # Fetching and checking evidence blocks; it is rare.
+        pending = await self._blocking(self.checker.begin, tensor)
+        if self.receipt_from == "host":
+            return self.finish(query, pending, await self._service(query, pending))
+        if self.checker.scheme == "commitment":
+            reply = await self._service(query, pending)
+            brought = await self._receipt(tensor, pending, reply.output)
+        else:
+            receipt = self._receipt(tensor, pending)
+            reply, brought = await self._both(self._service(query, pending), receipt)
+        return self.finish(query, pending, replace(reply, brought=brought))
+
+    async def _receipt(self, tensor: NDArray[Any], pending: Pending, committed: NDArray[Any] | None = None) -> Brought:
+        """What the verifier brings when the client asks it; `committed` is the service's output, in that scheme.
+
+        Whatever answers there may be the host: nothing but the receipt in the answer is believed.
+        """
+        parameters = {PARAMETER: pending.text}
+        if committed is not None:
+            parameters[COMMITMENT_PARAMETER] = self.checker.commitment(committed)
+        body, headers = oip.request_body({self._verifier_input: tensor}, parameters=parameters)
+        try:
+            response = await self._post(url=self._verifier_url, content=body, headers=headers)
+        except httpx.HTTPError as error:
+            return Brought(None, f"no answer ({type(error).__name__})")
+        try:
+            outputs = oip.read_answer(response.content, response.headers.get(oip.JSON_LENGTH), (RECEIPT_OUTPUT,))
+        except ServerError:
+            outputs = {}
+        receipt = oip.first_text(outputs, RECEIPT_OUTPUT)
+        if receipt is not None:
+            return Brought(receipt)
+        # Foreign words, fit to be printed: one short line without control characters.
+        words = "".join(c if c.isprintable() else " " for c in oip.read_error(response.content)[:_LONGEST_EXCUSE])
+        return Brought(None, words or f"status {response.status_code}, no receipt")
+
+    def finish(self, query: Query, pending: Pending, reply: Reply) -> Answer:
+        """Check the receipt and judge the answer."""
+        try:
+            reference = self.checker.check(pending, reply.brought.receipt, reply.output, reply.brought.excuse)
+        except Refusal as refusal:
+            return self.judge.refuse(query, reply.output, refusal, reply.raw)
+        return self.judge.judge(query, reply.output, reference, reply.raw)
+
+    def worth_repeating(self, answer: Answer) -> bool:
+        """Whether the verifier was started again since its evidence was fetched, and asking again is safe.
+
+        It is not in the scheme "commitment": the reference comes in the clear, so a host that read it, dropped
+        the receipt and started the verifier again would shape its second answer by it. The next request finds
+        the new verifier.
+        """
+        if answer.refusal is None or answer.refusal.code not in _RESTARTED:
+            return False
+        try:
+            restarted = self.checker.trust.renew()
+        except (Refusal, ServerError):
+            return False
+        return restarted and self.checker.scheme != "commitment"
 
 
-class Calls(Client, ABC):
+class Calls(Client):
     """A client that waits."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -91,7 +241,7 @@ class Calls(Client, ABC):
         Raises
         ------
         ServerError
-            If the service gave no answer. An answer that may not be used is no error but a verdict.
+            If the service gave no answer. An answer that may not be used is a verdict, not an error.
         Refusal
             If no verifier is trusted.
         """
@@ -99,27 +249,15 @@ class Calls(Client, ABC):
 
     def ask(self, inputs: Mapping[str, NDArray[Any]]) -> Answer:
         """Like `infer`, with the raw response and the reference beside the verdict."""
-        answer = self._once(inputs)
-        return self._once(inputs) if self.core.worth_repeating(answer) else answer
+        return _run(self._ask(inputs))
 
-    @abstractmethod
-    def _once(self, inputs: Mapping[str, NDArray[Any]]) -> Answer: ...
-
-    def _with_receipt(self, reply: Reply, tensor: NDArray[Any], pending: Pending) -> Reply:
-        """The reply with what the verifier brings, where the client asks it."""
-        verifier = self._verifier
-        if verifier is None:
-            return reply
-        try:
-            brought = verifier.read(self._http.post(**verifier.request(tensor, pending, reply.output)))
-        except httpx.HTTPError as error:
-            brought = verifier.no_answer(error)
-        return replace(reply, brought=brought)
+    async def _post(self, **call: Any) -> httpx.Response:
+        return self._http.post(**call)
 
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
-        self.core.judge.close()
+        self.judge.close()
 
     def __enter__(self) -> Self:
         return self
@@ -130,7 +268,7 @@ class Calls(Client, ABC):
         self.close()
 
 
-class AsyncCalls(Client, ABC):
+class AsyncCalls(Client):
     """A client for asyncio: many requests may be under way at once."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -139,32 +277,28 @@ class AsyncCalls(Client, ABC):
 
     async def infer(self, inputs: Mapping[str, NDArray[Any]]) -> Verdict:
         """See `Calls.infer`."""
-        return (await self.ask(inputs)).verdict
+        return (await self._ask(inputs)).verdict
 
     async def ask(self, inputs: Mapping[str, NDArray[Any]]) -> Answer:
         """See `Calls.ask`."""
-        answer = await self._once(inputs)
-        # Fetching evidence again blocks, so it happens in a thread; it is rare.
-        if answer.refusal is not None and await asyncio.to_thread(self.core.worth_repeating, answer):
-            return await self._once(inputs)
-        return answer
+        return await self._ask(inputs)
 
-    @abstractmethod
-    async def _once(self, inputs: Mapping[str, NDArray[Any]]) -> Answer: ...
+    async def _post(self, **call: Any) -> httpx.Response:
+        return await self._http.post(**call)
 
-    async def _receipt(
-        self, verifier: VerifierCall, tensor: NDArray[Any], pending: Pending, output: NDArray[Any] | None
-    ) -> Brought:
-        """What the verifier brings when the client asks it."""
-        try:
-            return verifier.read(await self._http.post(**verifier.request(tensor, pending, output)))
-        except httpx.HTTPError as error:
-            return verifier.no_answer(error)
+    async def _blocking(self, call: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.to_thread(call, *arguments)
+
+    async def _both(
+        self, first: Coroutine[Any, Any, Reply], second: Coroutine[Any, Any, Brought]
+    ) -> tuple[Reply, Brought]:
+        found: tuple[Reply, Brought] = await asyncio.gather(first, second)
+        return found
 
     async def close(self) -> None:
         """Close the connections."""
         await self._http.aclose()
-        self.core.judge.close()
+        self.judge.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -173,3 +307,13 @@ class AsyncCalls(Client, ABC):
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+
+def _run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine that never suspends."""
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        result: T = done.value
+        return result
+    raise AssertionError("a client that waits has nothing to suspend for")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ class ClientJudge:
             rows = min(c.n for c in calibrations.values())
             self._monitor = SequenceMonitor(rows, chosen.monitor_error)
 
-    def input_name(self, inputs: dict[str, NDArray[Any]]) -> str:
+    def input_name(self, inputs: Mapping[str, NDArray[Any]]) -> str:
         """Name of the tensor that the verifier sees.
 
         Raises
@@ -100,7 +101,9 @@ class ClientJudge:
         """Judge an answer whose receipt is good; `output` is what `OutputCodec.read` reads."""
         brought = VerifyOutcome(Verification.single(reference, SOURCE))
         verdict = self.protection.judge(query, output, brought)
-        self._observe(verdict)
+        if self._monitor is not None:
+            with self._lock:
+                self.alarm = self._monitor.update(verdict.p_value) or self.alarm
         return Answer(verdict, output, raw, None, reference)
 
     def refuse(self, query: Query, output: NDArray[Any], refusal: Refusal, raw: Any) -> Answer:
@@ -108,12 +111,6 @@ class ClientJudge:
         with self._lock:
             self.refusals[refusal.code] += 1
         return Answer(self.protection.refuse(query, refusal.reason), output, raw, refusal, None)
-
-    def _observe(self, verdict: Verdict) -> None:
-        if self._monitor is None:
-            return
-        with self._lock:
-            self.alarm = self._monitor.update(verdict.p_value) or self.alarm
 
     @property
     def e_value(self) -> float:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fides_plugins.errors import InputError, ServerError
 from fides_plugins.oip import read_answer, request_body
 
-#: An answer larger than this is no class output.
+#: An answer larger than this is not a class output.
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
 
 

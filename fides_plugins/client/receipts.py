@@ -17,7 +17,6 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from numpy.typing import NDArray
 
 from fides_plugins.attestation import sealing
-from fides_plugins.attestation.keys import raw_public
 from fides_plugins.attestation.receipt import Receipt, open_receipt
 from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.attestation.request import SESSION_BYTES, Scheme, SignedRequest, from_text, to_text
@@ -80,7 +79,7 @@ class ReceiptChecker:
     trust:
         Verifiers that are trusted.
     identity:
-        The key that the verifier knows this client by; None: a new one, for verifiers that answer anybody.
+        The key that the verifier knows this client by; None makes a new one, for verifiers that answer anybody.
     scheme:
         "hpke" or "commitment".
     n_classes:
@@ -123,7 +122,7 @@ class ReceiptChecker:
             evidence_id=evidence.facts.evidence_id,
             input_digest=tensor_digest(tensor),
             scheme=self.scheme,
-            client_key=raw_public(key.public_key()) if key is not None else b"",
+            client_key=key.public_key().public_bytes_raw() if key is not None else b"",
             session=self._session,
         )
         now = self._clock()
@@ -158,7 +157,7 @@ class ReceiptChecker:
         """
         self._spend(pending.request.nonce)
         if not text:
-            # Whoever keeps the verifier from answering gets no better verdict for its words.
+            # Keeping the verifier from answering must not earn a better verdict, whatever is said instead.
             instead = f" Instead came, unsigned: {excuse}" if excuse else ""
             raise Refusal("receipt-missing", f"The host passed no receipt on.{instead}")
         data = from_text(text, "receipt")

@@ -8,7 +8,6 @@ must be the handler's tensor, bit by bit, so the client sends that tensor and no
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,9 +22,7 @@ from fides_plugins.attestation.policy import EvidencePolicy
 from fides_plugins.attestation.wire import RECEIPT_HEADER, REQUEST_HEADER
 from fides_plugins.bundle import Bundle
 from fides_plugins.client.address import checked_address
-from fides_plugins.client.calls import AsyncCalls, Calls, Client, ReceiptFrom
-from fides_plugins.client.core import Reply
-from fides_plugins.client.judge import Answer
+from fides_plugins.client.calls import AsyncCalls, Calls, Client, Reply
 from fides_plugins.client.receipts import Brought, Pending
 from fides_plugins.errors import InputError, ServerError
 from fides_plugins.types import Query
@@ -60,17 +57,12 @@ class _TorchServeBase(Client):
         bundle: Bundle | str | Path,
         policy: EvidencePolicy,
         *,
-        receipt_from: ReceiptFrom = "host",
         encode: Encode = encode_json,
         decode: Decode = decode_json,
         headers: Mapping[str, str] | None = None,
-        verifier_url: str = "",
-        timeout_s: float = 10.0,
-        **core: Any,
+        **client: Any,
     ) -> None:
-        super().__init__(
-            bundle, policy, receipt_from=receipt_from, verifier_url=verifier_url, timeout_s=timeout_s, **core
-        )
+        super().__init__(bundle, policy, **client)
         self._url = f"{checked_address(url, 'TorchServe')}/predictions/{quote(model, safe='')}"
         self._encode, self._decode = encode, decode
         self._headers = dict(headers or {})
@@ -82,12 +74,16 @@ class _TorchServeBase(Client):
             headers[REQUEST_HEADER] = pending.text
         return {"url": self._url, "content": body, "headers": headers}
 
-    def _reply(self, response: httpx.Response) -> Reply:
+    async def _service(self, query: Query, pending: Pending) -> Reply:
+        try:
+            response = await self._post(**self._service_call(query, pending))
+        except httpx.HTTPError as error:
+            raise ServerError(f"{self._url} gave no answer ({type(error).__name__}).") from None
         if response.status_code != 200:
             raise ServerError(f"{self._url} answered with status {response.status_code}.")
         try:
             output = np.asarray(self._decode(response.content))
-        # The body is the host's, and `decode` may be the caller's: what it stumbles over can be anything.
+        # The body is the host's, and `decode` may be the caller's: anything may go wrong in it.
         except Exception as error:
             raise ServerError(
                 f"{self._url} gave an answer that cannot be decoded ({type(error).__name__}).", "Give `decode`."
@@ -105,7 +101,7 @@ class TorchServeClient(_TorchServeBase, Calls):
     model:
         The served model.
     bundle, policy, verifier_url, evidence, identity, scheme, settings, roots, insecure_development:
-        See `ClientCore`.
+        See `Client`.
     receipt_from:
         "host" or "verifier": see the module.
     encode, decode:
@@ -116,28 +112,6 @@ class TorchServeClient(_TorchServeBase, Calls):
         For each network operation.
     """
 
-    def _once(self, inputs: Mapping[str, NDArray[Any]]) -> Answer:
-        query, tensor = self.core.prepare(inputs)
-        pending = self.core.checker.begin(tensor)
-        try:
-            reply = self._reply(self._http.post(**self._service_call(query, pending)))
-        except httpx.HTTPError as error:
-            raise ServerError(f"{self._url} gave no answer ({type(error).__name__}).") from None
-        return self.core.finish(query, pending, self._with_receipt(reply, tensor, pending))
-
 
 class AsyncTorchServeClient(_TorchServeBase, AsyncCalls):
     """`TorchServeClient` for asyncio: many requests may be under way at once."""
-
-    async def _once(self, inputs: Mapping[str, NDArray[Any]]) -> Answer:
-        query, tensor = self.core.prepare(inputs)
-        # Fetching and checking evidence blocks, so it happens in a thread; it is rare.
-        pending = await asyncio.to_thread(self.core.checker.begin, tensor)
-        try:
-            reply = self._reply(await self._http.post(**self._service_call(query, pending)))
-        except httpx.HTTPError as error:
-            raise ServerError(f"{self._url} gave no answer ({type(error).__name__}).") from None
-        if self._verifier is not None:
-            brought = await self._receipt(self._verifier, tensor, pending, reply.output)
-            reply = Reply(reply.output, brought, reply.raw)
-        return self.core.finish(query, pending, reply)

@@ -1,6 +1,6 @@
 """Clients for Triton: the answer of an untrusted server, judged here.
 
-`TritonClient` and `AsyncTritonClient` differ in waiting only. The receipt reaches the client in one of two
+`TritonClient` waits for each answer, `AsyncTritonClient` is for asyncio. The receipt reaches the client in one of two
 ways. "host": the server passes the signed request on to the verifier (plug-in `remote`) and the receipt
 back, as the output FIDES_RECEIPT. "verifier": the client asks the verifier itself, and the served model
 needs no change at all.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +21,11 @@ from numpy.typing import NDArray
 from fides_plugins.attestation.policy import EvidencePolicy
 from fides_plugins.attestation.wire import PARAMETER, RECEIPT_OUTPUT
 from fides_plugins.bundle import Bundle
-from fides_plugins.client.calls import AsyncCalls, Calls, Client, ReceiptFrom
-from fides_plugins.client.core import Reply
-from fides_plugins.client.judge import Answer
+from fides_plugins.client.calls import AsyncCalls, Calls, Client, Reply
 from fides_plugins.client.receipts import Brought, Pending
 from fides_plugins.errors import InputError, ServerError
-from fides_plugins.oip import oip_type
+from fides_plugins.oip import first_text, oip_type
+from fides_plugins.types import Query
 
 Protocol = Literal["http", "grpc"]
 
@@ -48,15 +48,10 @@ class _TritonBase(Client):
         policy: EvidencePolicy,
         *,
         protocol: Protocol = "http",
-        receipt_from: ReceiptFrom = "host",
         output: str = "",
-        verifier_url: str = "",
-        timeout_s: float = 10.0,
-        **core: Any,
+        **client: Any,
     ) -> None:
-        super().__init__(
-            bundle, policy, receipt_from=receipt_from, verifier_url=verifier_url, timeout_s=timeout_s, **core
-        )
+        super().__init__(bundle, policy, **client)
         scheme, _, rest = url.rpartition("://")
         if scheme not in _TLS or not rest:
             raise InputError(f"{url!r} is no address of Triton.", "Give it as host:port, or https://host:port for TLS.")
@@ -64,7 +59,7 @@ class _TritonBase(Client):
         self._tls = _TLS[scheme]
         self.model = model
         self.protocol: Protocol = protocol
-        self._output = output or self.core.judge.protection.settings.output
+        self._output = output or self.judge.protection.settings.output
         self._connection: Any = None
 
     def _library(self) -> Any:
@@ -74,30 +69,22 @@ class _TritonBase(Client):
             import tritonclient.http as library
         return library
 
-    def _tensors(self, inputs: Mapping[str, NDArray[Any]]) -> list[Any]:
-        library = self._library()
-        tensors = []
-        for name, array in inputs.items():
-            tensor = library.InferInput(name, list(array.shape), oip_type(array.dtype))
-            tensor.set_data_from_numpy(np.ascontiguousarray(array))
-            tensors.append(tensor)
-        return tensors
-
-    def _wanted(self) -> list[str]:
-        return [self._output, RECEIPT_OUTPUT] if self.receipt_from == "host" else [self._output]
-
     def _service_call(self, inputs: Mapping[str, NDArray[Any]], pending: Pending) -> dict[str, Any]:
         library = self._library()
-        call: dict[str, Any] = {
-            "model_name": self.model,
-            "inputs": self._tensors(inputs),
-            "outputs": [library.InferRequestedOutput(name) for name in self._wanted()],
-        }
+        tensors = [library.InferInput(n, list(a.shape), oip_type(a.dtype)) for n, a in inputs.items()]
+        for tensor, array in zip(tensors, inputs.values(), strict=True):
+            tensor.set_data_from_numpy(np.ascontiguousarray(array))
+        wanted = [self._output, RECEIPT_OUTPUT] if self.receipt_from == "host" else [self._output]
+        outputs = [library.InferRequestedOutput(name) for name in wanted]
+        call: dict[str, Any] = {"model_name": self.model, "inputs": tensors, "outputs": outputs}
         if self.receipt_from == "host":
             call["parameters"] = {PARAMETER: pending.text}
         return call
 
-    def _reply(self, result: Any) -> Reply:
+    async def _service(self, query: Query, pending: Pending) -> Reply:
+        if not self._output:
+            self._output = self._choose_output(await self._call("get_model_metadata", model_name=self.model))
+        result = await self._call("infer", **self._service_call(query.inputs, pending))
         try:
             output = result.as_numpy(self._output)
         except _UNREADABLE:
@@ -106,8 +93,12 @@ class _TritonBase(Client):
             raise ServerError(f"The model {self.model} gave no output {self._output!r}.", "Name its class output.")
         return Reply(output, Brought(receipt_text(result) if self.receipt_from == "host" else None), result)
 
+    @abstractmethod
+    async def _call(self, method: str, **call: Any) -> Any:
+        """A method of tritonclient's connection, with a time-out and one kind of error."""
+
     def _choose_output(self, metadata: Any) -> str:
-        """The one output that is no verdict of ours, from the server's description of the model."""
+        """The one output that is not part of our verdict, from the server's description of the model."""
         try:
             outputs = metadata["outputs"] if isinstance(metadata, dict) else metadata.outputs
             names = [str(o["name"] if isinstance(o, dict) else o.name) for o in outputs]
@@ -119,9 +110,10 @@ class _TritonBase(Client):
         return service[0]
 
     def _no_answer(self, error: Exception) -> ServerError:
+        words = error.message() if hasattr(error, "message") and callable(error.message) else ""
         late = isinstance(error, asyncio.TimeoutError)
-        what = "gave no answer in time." if late else f"gave no answer: {_message(error)}"
-        return ServerError(f"{self.model} at {self.url} {what}")
+        what = " in time." if late else f": {str(words or type(error).__name__)[:200]}"
+        return ServerError(f"{self.model} at {self.url} gave no answer{what}")
 
 
 class TritonClient(_TritonBase, Calls):
@@ -134,7 +126,7 @@ class TritonClient(_TritonBase, Calls):
     model:
         The served model; with `receipt_from="host"` one that has the output FIDES_RECEIPT.
     bundle, policy, verifier_url, evidence, identity, scheme, settings, roots, insecure_development:
-        See `ClientCore`.
+        See `Client`.
     protocol:
         "http" or "grpc".
     receipt_from:
@@ -150,16 +142,7 @@ class TritonClient(_TritonBase, Calls):
     >>> client.infer({"image": images}).label                                                         # doctest: +SKIP
     """
 
-    def _once(self, inputs: Mapping[str, NDArray[Any]]) -> Answer:
-        query, tensor = self.core.prepare(inputs)
-        pending = self.core.checker.begin(tensor)
-        if not self._output:
-            self._output = self._choose_output(self._call("get_model_metadata", model_name=self.model))
-        reply = self._reply(self._call("infer", **self._service_call(query.inputs, pending)))
-        return self.core.finish(query, pending, self._with_receipt(reply, tensor, pending))
-
-    def _call(self, method: str, **call: Any) -> Any:
-        """A method of tritonclient's connection, with a time-out and one kind of error."""
+    async def _call(self, method: str, **call: Any) -> Any:
         options = {"client_timeout": self._timeout_s} if self.protocol == "grpc" else {}
         try:
             return getattr(self._connect(), method)(**call, **options)
@@ -190,23 +173,6 @@ class AsyncTritonClient(_TritonBase, AsyncCalls):
     ...     verdict = await client.infer({"image": images})                                  # doctest: +SKIP
     """
 
-    async def _once(self, inputs: Mapping[str, NDArray[Any]]) -> Answer:
-        query, tensor = self.core.prepare(inputs)
-        # Fetching and checking evidence blocks, so it happens in a thread; it is rare.
-        pending = await asyncio.to_thread(self.core.checker.begin, tensor)
-        if not self._output:
-            self._output = self._choose_output(await self._call("get_model_metadata", model_name=self.model))
-        service = self._call("infer", **self._service_call(query.inputs, pending))
-        if self._verifier is None:
-            return self.core.finish(query, pending, self._reply(await service))
-        if self.core.checker.scheme == "commitment":
-            reply = self._reply(await service)
-            brought = await self._receipt(self._verifier, tensor, pending, reply.output)
-        else:
-            result, brought = await asyncio.gather(service, self._receipt(self._verifier, tensor, pending, None))
-            reply = self._reply(result)
-        return self.core.finish(query, pending, Reply(reply.output, brought, reply.raw))
-
     async def _call(self, method: str, **call: Any) -> Any:
         try:
             return await asyncio.wait_for(getattr(self._connect(), method)(**call), self._timeout_s)
@@ -235,13 +201,5 @@ def receipt_text(result: Any) -> str | None:
     try:
         tensor = result.as_numpy(RECEIPT_OUTPUT)
     except _UNREADABLE:
-        return None
-    if tensor is None or not tensor.size:
-        return None
-    value = tensor.ravel()[0]
-    return value.decode("ascii", "replace") if isinstance(value, bytes) else str(value)
-
-
-def _message(error: Exception) -> str:
-    text = error.message() if hasattr(error, "message") and callable(error.message) else ""
-    return str(text or type(error).__name__)[:200]
+        tensor = None
+    return None if tensor is None else first_text({RECEIPT_OUTPUT: tensor}, RECEIPT_OUTPUT)

@@ -21,7 +21,7 @@ from fides_plugins.client.address import checked_address
 from fides_plugins.errors import InputError, ServerError
 
 _MAX_DOCUMENT = 1 << 20
-#: Keys of earlier starts stay known for a while, so that receipts under way when a verifier is replaced hold.
+#: Keys of earlier starts stay known, so that receipts under way when a verifier is replaced are still accepted.
 _KEPT = 4
 #: A host must not make a client fetch evidence as often as it likes by answering with nonsense.
 _RENEWAL_PAUSE_S = 5.0
@@ -92,7 +92,7 @@ class EvidenceFile:
         Raises
         ------
         InputError, Refusal
-            If it cannot be read, or is no document.
+            If it cannot be read, or is not an evidence document.
         """
         try:
             return Evidence.from_json(self._path.read_bytes())

@@ -76,7 +76,7 @@ def request_bounds(spec: InputSpec, max_rows: int, body_bytes: int | None = None
     max_rows:
         Rows of the largest batch.
     body_bytes:
-        Size of a body that somebody chose instead of the derived one.
+        Largest body, where the operator chose one; derived from the input otherwise.
     """
     axes = spec.shape[1:]
     sizes = [size for size in axes if size is not None]

@@ -80,7 +80,7 @@ class ServerLimits:
 
 
 class _Fault(Exception):
-    """An answer that is no inference: status and message."""
+    """An HTTP error: status and message."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(message)
@@ -119,7 +119,7 @@ class WorkQueue:
         Raises
         ------
         FidesError
-            Of the call; ServerError without a reason where the call failed in a way that nobody foresaw.
+            Of the call; ServerError without a reason where the call raised anything else.
         Refusal
             `request-busy` where the queue is full or the time is up. A call that is too late still runs to
             its end and keeps its place, and its answer is dropped.
@@ -139,7 +139,7 @@ class WorkQueue:
                 raise outcome.error
             return outcome
         finally:
-            # Or this frame, which the error's traceback names, would hold the error: the cycle again.
+            # Otherwise this frame, which the error's traceback names, would hold the error: the same cycle.
             del outcome, future
 
     def _released(self, held: int) -> None:
@@ -161,15 +161,15 @@ class _Failed:
 def _outcome(call: Callable[[], T]) -> T | _Failed:
     """The call's result or error, without the traceback: a future that holds one is a cycle.
 
-    Python would keep the body that the traceback's frames name until it looks for cycles, which the size of
-    bodies does not hasten.
+    Python would keep the body that the traceback's frames name until it next collects cycles, and how soon
+    that is does not depend on the size of the bodies.
     """
     try:
         return call()
     except FidesError as error:
         return _Failed(error.with_traceback(None))
     except Exception:
-        # What nobody foresaw is for the operator only.
+        # The details of an unforeseen error are for the operator only.
         logger.exception("an unforeseen error")
         return _Failed(ServerError(_CANNOT_ANSWER))
 
@@ -237,7 +237,7 @@ class HttpFront:
     def _answer(self, model: str, body: bytes, json_length: int | None) -> oip.Body:
         with self._queue.parsing:
             parsed = protocol.parse_request(body, json_length, self._bounds)
-        return protocol.render_response(protocol.infer(self._verifier, model, parsed), parsed)
+        return protocol.infer(self._verifier, model, parsed)
 
     async def _body(self, request: Request) -> bytes:
         """The body, within size and time; its bytes stay taken from the queue's `bodies`."""
@@ -278,7 +278,7 @@ class HttpFront:
         return _problem(500, "verifier", _CANNOT_ANSWER)
 
     async def _unforeseen(self, request: Request, error: Exception) -> Response:
-        """The answer to what nobody foresaw; Starlette raises the error again, and uvicorn logs it."""
+        """The answer to an unforeseen error; Starlette raises it again, and uvicorn logs it."""
         return _problem(500, "verifier", _CANNOT_ANSWER)
 
     async def _gone(self, request: Request, error: Exception) -> Response:

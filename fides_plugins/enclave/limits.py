@@ -95,7 +95,7 @@ class RateLimit:
         self._buckets: OrderedDict[bytes, tuple[float, float]] = OrderedDict()
 
     def take(self, key: bytes, rows: int = 1) -> None:
-        """Take a token per row, or one where there is none.
+        """Take a token per row, but at least one.
 
         Raises
         ------

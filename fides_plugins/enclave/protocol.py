@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,17 +30,8 @@ class InferRequest:
     binary_outputs: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True)
-class InferResponse:
-    """Outputs by name; text is a BYTES tensor of one element, in ASCII."""
-
-    model: str
-    request_id: str
-    outputs: dict[str, NDArray[Any]] = field(default_factory=dict)
-
-
-def infer(verifier: Verifier, model: str, request: InferRequest) -> InferResponse:
-    """Answer a request with a receipt.
+def infer(verifier: Verifier, model: str, request: InferRequest) -> oip.Body:
+    """Answer a request with a receipt; its outputs take the form that the request asked for.
 
     Raises
     ------
@@ -61,7 +52,7 @@ def infer(verifier: Verifier, model: str, request: InferRequest) -> InferRespons
     outputs: dict[str, NDArray[Any]] = {RECEIPT_OUTPUT: np.array([to_text(answer.receipt)], dtype=np.object_)}
     if answer.reference is not None:
         outputs[REFERENCE_OUTPUT] = answer.reference
-    return InferResponse(model, request.request_id, outputs)
+    return oip.answer_body(model, outputs, request.request_id, outputs if request.binary else request.binary_outputs)
 
 
 def model_metadata(verifier: Verifier, model: str) -> dict[str, Any]:
@@ -133,9 +124,3 @@ def parse_request(body: bytes, json_length: int | None, bounds: RequestBounds) -
         binary=parameters.get("binary_data_output") is True,
         binary_outputs=frozenset(str(o.get("name")) for o in wanted if oip.parameters_of(o).get("binary_data") is True),
     )
-
-
-def render_response(response: InferResponse, request: InferRequest) -> oip.Body:
-    """Write an answer's body, with its outputs in the form that the request asked for."""
-    binary = response.outputs if request.binary else request.binary_outputs
-    return oip.answer_body(response.model, response.outputs, response.request_id, binary)

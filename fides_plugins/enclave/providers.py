@@ -1,8 +1,8 @@
 """Where evidence comes from: one class per way of asking the hardware.
 
-Each takes 64 bytes of report data and gives the hardware's report over them. Paths are arguments, and so
-are the few file operations, because the kernel's configfs behaves like no ordinary folder: the tests
-play the kernel. What comes back is parsed, and refused unless it is about the report data that was asked for.
+Each takes 64 bytes of report data and gives the hardware's report over them. Paths and the few file operations
+are arguments, because the kernel's configfs does not behave like an ordinary folder and tests have to imitate it.
+What comes back is parsed, and refused unless it is about the report data that was asked for.
 """
 
 from __future__ import annotations
@@ -30,24 +30,8 @@ _ASK_GUID = uuid.UUID("4ab7b379-bbac-4fe4-a02f-05aef327c782")
 _ARK_GUID = uuid.UUID("c0b406a4-a803-4952-9743-3fb6014cd0ae")
 
 
-class Files(Protocol):
-    """The file operations that a provider needs."""
-
-    def make(self, path: Path) -> None:
-        """Make a folder."""
-
-    def remove(self, path: Path) -> None:
-        """Remove a folder."""
-
-    def read(self, path: Path) -> bytes:
-        """Read a whole file."""
-
-    def write(self, path: Path, data: bytes) -> None:
-        """Write a whole file in one system call."""
-
-
-class SystemFiles:
-    """The real ones."""
+class Files:
+    """The file operations that a provider needs; tests play the kernel in their place."""
 
     def make(self, path: Path) -> None:
         """Make a folder."""
@@ -108,7 +92,7 @@ class TsmProvider:
 
     tee: Tee
     root: Path = TSM_ROOT
-    files: Files = field(default_factory=SystemFiles)
+    files: Files = field(default_factory=Files)
     name: Callable[[], str] = lambda: f"fides-{uuid.uuid4().hex}"
 
     def report(self, report_data: bytes) -> Evidence:
@@ -117,7 +101,7 @@ class TsmProvider:
         Raises
         ------
         EvidenceError
-            If there is no such hardware, another writer kept interfering, or the report is about other
+            If the hardware is missing, another writer kept interfering, or the report is about other
             data.
         """
         _check_length(report_data)
@@ -169,7 +153,7 @@ class GramineProvider:
     """Gramine in an SGX enclave, with `sgx.remote_attestation = "dcap"`."""
 
     root: Path = GRAMINE_ROOT
-    files: Files = field(default_factory=SystemFiles)
+    files: Files = field(default_factory=Files)
     tee: Tee = "sgx"
 
     def report(self, report_data: bytes) -> Evidence:
@@ -178,7 +162,7 @@ class GramineProvider:
         Raises
         ------
         EvidenceError
-            If this is no such enclave, or the quote is about other data.
+            If this is not such an enclave, or the quote is about other data.
         """
         _check_length(report_data)
         try:

@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from fides_plugins import __version__
 from fides_plugins.attestation import receipt, sealing
 from fides_plugins.attestation.evidence import CHALLENGE_BYTES, Evidence, Statement
-from fides_plugins.attestation.keys import raw_public
 from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.attestation.request import Scheme, SignedRequest, decode_commitment
 from fides_plugins.attestation.tensors import tensor_digest
@@ -128,6 +127,7 @@ class Verifier:
     ) -> None:
         self.options = options or VerifierOptions()
         self.bundle = bundle
+        self.tee = provider.tee
         self._provider = provider
         self._clock = clock
         self._model = OnnxVerifier()
@@ -138,8 +138,8 @@ class Verifier:
         self._signing = Ed25519PrivateKey.generate()
         encryption = X25519PrivateKey.generate()
         self._statement = Statement(
-            signing_key=raw_public(self._signing.public_key()),
-            encryption_key=raw_public(encryption.public_key()),
+            signing_key=self._signing.public_key().public_bytes_raw(),
+            encryption_key=encryption.public_key().public_bytes_raw(),
             bundle_digest=bytes.fromhex(bundle.digest),
             configuration=json.dumps(self._configuration(), sort_keys=True, separators=(",", ":")),
             boot_id=os.urandom(16),
@@ -166,11 +166,6 @@ class Verifier:
             "schemes": sorted(self.options.schemes),
             "clients": sorted(c.hex() for c in self.options.clients),
         }
-
-    @property
-    def tee(self) -> str:
-        """Kind of TEE that vouches for this verifier."""
-        return self._provider.tee
 
     def _make_evidence(self, challenge: bytes) -> Evidence:
         statement = replace(self._statement, challenge=challenge, issued_at=int(self._clock()))

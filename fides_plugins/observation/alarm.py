@@ -1,4 +1,4 @@
-"""The service alarm: the monitor of `monitor.py`, fed off the serving path.
+"""The service alarm: the monitor of `statistics/monitor.py`, fed outside the serving path.
 
 One row costs the monitor about a tenth of a millisecond, so verdicts wait in a bounded queue for a thread
 of its own. Rows that do not fit are left out and counted; leaving rows out without regard to their
@@ -69,13 +69,13 @@ class ServiceAlarm:
             self._queue.append((p_values, request_ids))
             self._waiting += len(p_values)
             if self._thread is None:
-                # Begun by the first row, so that a host may fork after it has loaded the pipeline.
+                # Started by the first row, so that a host may fork after it has loaded the pipeline.
                 self._thread = threading.Thread(target=self._run, name="fides-alarm", daemon=True)
                 self._thread.start()
             self._wake.notify()
 
     def reset(self) -> None:
-        """After an incident: withdraw the alarm and begin anew with what was learned before it."""
+        """After an incident: withdraw the alarm and start again with what was learned before it."""
         with self._wake:
             self._reset = True
             self._wake.notify()

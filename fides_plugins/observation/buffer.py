@@ -65,7 +65,7 @@ class BufferedMetrics:
         self._wake.set()
 
     def write_to(self, write: Write) -> None:
-        """Begin to write, what has gathered first; `write` is called by one thread alone."""
+        """Start writing, beginning with what has gathered; only one thread calls `write`."""
         self._thread = threading.Thread(target=self._run, args=(write,), name="fides-metrics", daemon=True)
         self._thread.start()
 

@@ -41,7 +41,6 @@ MetricKind = Literal["counter", "gauge", "histogram"]
 STAGE_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 #: Scores lie in [0, 1]; benign ones crowd at the low end and attacks at the high end.
 SCORE_BUCKETS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
-STAGES = ("verify", "detect", "reclassify", "record")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How sure a share is that was counted in some rows."""
+"""How uncertain a share is that was counted in some rows."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ Z_95 = 1.959964
 
 
 def wilson(hits: float, rows: float, z: float = Z_95) -> tuple[float, float]:
-    """The interval of a share of independent rows: those with which `hits` of `rows` is no surprise.
+    """The interval of a share of independent rows: the shares with which `hits` of `rows` is not surprising.
 
     Wilson 1927; Brown, Cai, DasGupta, "Interval Estimation for a Binomial Proportion", Statistical Science 16,
-    2001. It has a width at shares of 0 and 1, too. Without rows it is (0, 1).
+    2001. It has a width even at shares of 0 and 1. Without rows it is (0, 1).
     """
     if not rows:
         return 0.0, 1.0

@@ -18,8 +18,8 @@ Three things make it exact and useful:
 - **Every start time.** A share of the wealth is put aside and starts betting at each later row, so a long
   quiet time does not spend what is needed when an attack begins.
 
-Rows teach only for good when nothing is suspicious: the urn keeps rows since the last checkpoint apart, a
-checkpoint is made only while the wealth is at most 1, and `reset` forgets what came after it.
+What the urn learns becomes permanent only while nothing is suspicious: a checkpoint is made only while the wealth
+is at most 1, and `reset` forgets the rows since the last one.
 """
 
 from __future__ import annotations

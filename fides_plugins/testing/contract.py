@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,10 @@ import numpy as np
 from fides_plugins.bundle import Bundle
 from fides_plugins.errors import PluginError
 from fides_plugins.manager import FidesPluginManager
+from fides_plugins.policy import decide, make_verdict
 from fides_plugins.settings import Settings
 from fides_plugins.testing.fakes import fake_logits, fake_query, fake_service, memory_bundle, switch_top_two
-from fides_plugins.types import Detection, Prediction, Query, Reclassification, Verdict, Verification, softmax
+from fides_plugins.types import Detection, Prediction, Query, Reclassification, Verification, softmax
 
 #: Two classes, few, and as many as ImageNet has.
 CLASS_COUNTS = (2, 10, 1000)
@@ -34,7 +36,7 @@ TIME_LIMITS_MS: Mapping[str, float] = {
     "fides_reclassify": 1000.0,
     "fides_record": 100.0,
 }
-_RESULT_TYPES: Mapping[str, type] = {
+_RESULT_TYPES: Mapping[str, type[Verification | Detection | Reclassification]] = {
     "fides_verify": Verification,
     "fides_detect": Detection,
     "fides_reclassify": Reclassification,
@@ -147,92 +149,53 @@ def check_plugin(
     """
     report = CheckReport(name or plugin_name(plugin))
     limits = {**TIME_LIMITS_MS, **(limits_ms or {})}
+    make = make_query or _default_query
     for k in class_counts:
         bundle = memory_bundle(k, n_calibration=199)
         values = {"plugins": {"options": {report.name: dict(options or {})}}}
         manager = _start(plugin, report, Settings.from_mapping(values), bundle)
         if manager is None:
             break
-        for case in _cases(k, batch_sizes, make_query or _default_query):
-            for hook, arguments in case.calls():
+        for n, sound in product(batch_sizes, (True, False)):
+            for hook, arguments in _calls(make(n, k), k, sound) if sound or n > 1 else ():
                 if hook in report.hooks:
                     _check_call(manager, hook, arguments, k, report, limits[hook])
-        _check_threads(manager, k, make_query or _default_query, report)
+        _check_threads(manager, k, make, report)
         _stop(manager, report)
     if raises and report.problems:
         raise PluginError(f"Plug-in {report.name!r} breaks its contract: " + " ".join(report.problems))
     return report
 
 
-@dataclass(frozen=True)
-class _Case:
-    """One set of arguments, fresh arrays throughout."""
-
-    query: Query
-    service: Prediction
-    verification: Verification
-    detection: Detection
-    verdict: Verdict
-
-    def calls(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        pair = {"query": self.query, "service": self.service, "verification": self.verification}
-        yield "fides_verify", {"query": self.query}
-        yield "fides_detect", pair
-        if self.query.n_rows:  # the pipeline asks for a correction only where there is an attacked row
-            yield "fides_reclassify", {**pair, "detection": self.detection}
-        yield "fides_record", {"query": self.query, "verdict": self.verdict}
-
-
 def _default_query(n_rows: int, n_classes: int) -> Query:
     return fake_query(fake_logits(n_rows, n_classes))
 
 
-def _cases(k: int, batch_sizes: Sequence[int], make_query: QueryFactory) -> Iterator[_Case]:
-    for n in batch_sizes:
-        yield _case(make_query(n, k), n, k, sound=True)
-        if n > 1:
-            yield _case(make_query(n, k), n, k, sound=False)
+def _calls(query: Query, k: int, sound: bool = True) -> list[tuple[str, dict[str, Any]]]:
+    """The hooks of a request with fresh arguments, of which every second row is a lie.
 
-
-def _case(query: Query, n: int, k: int, sound: bool) -> _Case:
-    """Arguments for `n` rows of which every second is a lie; not `sound`: some rows hold no answer."""
+    Where it is not `sound`, some rows hold no answer of the service or of a verifier.
+    """
+    n = query.n_rows
     logits = fake_logits(n, k)
-    honest = fake_service(logits).probabilities
-    rows = list(range(0, n, 2))
-    lie = switch_top_two(honest, rows)
+    lie = switch_top_two(fake_service(logits).probabilities, range(0, n, 2))
     valid, available = np.ones(n, np.bool_), np.ones((n, 2), np.bool_)
     if not sound:
-        valid[0] = False
+        valid[0] = available[1] = available[-1, 0] = False
         lie[0] = 1.0 / k
-        available[1] = False
-        available[-1, 0] = False
     service = Prediction(lie, valid)
-    reference = softmax(logits)
-    verification = Verification(np.stack([reference, reference], axis=1), available, ("first", "second"))
-    attacked = np.zeros(n, np.bool_)
-    attacked[rows] = True
-    detection = Detection(attacked.astype(np.float32), attacked, "combined", p_value=np.where(attacked, 0.001, 0.5))
-    verdict = _finished_verdict(attacked, valid, service, verification)
-    return _Case(query, service, verification, detection, verdict)
-
-
-def _finished_verdict(
-    attacked: np.ndarray[Any, Any], valid: np.ndarray[Any, Any], service: Prediction, verification: Verification
-) -> Verdict:
-    n = len(attacked)
-    return Verdict(
-        status=np.where(attacked, 1, np.where(valid, 0, 3)).astype(np.uint8),
-        score=attacked.astype(np.float32),
-        p_value=np.where(attacked, 0.001, np.nan).astype(np.float32),
-        service_label=service.label,
-        verified_label=verification.label,
-        label=service.label,
-        probabilities=service.probabilities,
-        corrected=attacked,
-        refused=np.zeros(n, np.bool_),
-        reason_codes=attacked.astype(np.int64),
-        reasons=("", "suspicious"),
-    )
+    verification = Verification(np.stack([softmax(logits)] * 2, axis=1), available, ("first", "second"))
+    lies = np.arange(n) % 2 == 0
+    detection = Detection(lies, lies, "combined", p_value=np.where(lies, 0.001, 0.5))
+    settings = Settings(mode="correct")
+    decision = decide(settings, service, verification, [detection], [])
+    correction = Reclassification(verification.probabilities[decision.attacked], "reference")
+    verdict = make_verdict(settings, service, verification, decision, correction)
+    pair = {"query": query, "service": service, "verification": verification}
+    calls: list[tuple[str, dict[str, Any]]] = [("fides_verify", {"query": query}), ("fides_detect", pair)]
+    if n:  # the pipeline asks for a correction only where there is an attacked row
+        calls.append(("fides_reclassify", {**pair, "detection": detection}))
+    return [*calls, ("fides_record", {"query": query, "verdict": verdict})]
 
 
 def plugin_name(plugin: Any) -> str:
@@ -304,22 +267,18 @@ def _check_call(
 
 def _result_problem(hook: str, result: Any, n: int, k: int) -> str:
     wanted = _RESULT_TYPES[hook]
-    if not isinstance(result, wanted) or not isinstance(result, (Verification, Detection, Reclassification)):
+    if not isinstance(result, wanted):
         return f"returned {type(result).__name__}; expected {wanted.__name__} or None"
     if result.n_rows != n:
         return f"returned {result.n_rows} rows"
-    if isinstance(result, Detection) and result.unscored.any():
+    if not isinstance(result, Detection):
+        classes = result.probabilities.shape[1]
+        return f"returned {classes} classes" if classes != k else ""
+    if result.unscored.any():
         return (
             f"gave {int(result.unscored.sum())} row(s) a score that is not a finite number; "
             "say `valid=False` where there is no opinion"
         )
-    classes = k
-    if isinstance(result, Verification):
-        classes = result.n_classes
-    elif isinstance(result, Reclassification):
-        classes = result.probabilities.shape[1]
-    if classes != k:
-        return f"returned {classes} classes"
     return ""
 
 
@@ -327,15 +286,15 @@ def _check_threads(manager: FidesPluginManager, k: int, make_query: QueryFactory
     """Several requests at once, as a server has them: nothing may raise that did not raise alone."""
     if report.problems:
         return
-    cases = [_case(make_query(5, k), 5, k, sound=True) for _ in range(_THREADS)]
+    requests = [_calls(make_query(5, k), k) for _ in range(_THREADS)]
 
-    def run(case: _Case) -> None:
-        for hook, arguments in case.calls():
+    def run(calls: list[tuple[str, dict[str, Any]]]) -> None:
+        for hook, arguments in calls:
             if hook in report.hooks:
                 getattr(manager.hook, hook)(**arguments)
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        for outcome in [pool.submit(run, case) for case in cases]:
+        for outcome in [pool.submit(run, calls) for calls in requests]:
             error = outcome.exception()
             if error is not None:
                 report.add(f"Called from {_THREADS} threads at once (K={k}), it raised {_text(error)}.")

@@ -70,16 +70,9 @@ class HostCase:
         """Fit to be a model's name."""
         plugin = "_".join(p.rpartition(":")[2] for p in self.settings.plugins.load)
         axes = "x".join(map(str, self.shape))
-        parts = (
-            self.settings.mode,
-            self.settings.on_error,
-            self.kind,
-            axes,
-            self.dtype,
-            f"t{self.temperature:g}",
-            plugin,
-        )
-        return "_".join(parts).rstrip("_").replace(".", "p")
+        s = self.settings
+        text = f"{s.mode}_{s.on_error}_{self.kind}_{axes}_{self.dtype}_t{self.temperature:g}_{plugin}"
+        return text.rstrip("_").replace(".", "p")
 
     def service(self, inputs: Float32Array) -> NDArray[Any]:
         """The class output (n, *shape) that the service gives for inputs (n, K)."""

@@ -1,4 +1,4 @@
-"""What an attack is to everything that only names it."""
+"""An attack, as seen by code that only needs its name."""
 
 from __future__ import annotations
 

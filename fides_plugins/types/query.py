@@ -19,7 +19,7 @@ ROWS_ONLY = "FIDES_ROWS"
 
 @dataclass(frozen=True)
 class SignedRows:
-    """A client's signed request for the next rows of a batch; without text, rows that nobody signed for."""
+    """A client's signed request for the next rows of a batch; without text, rows without a signed request."""
 
     n_rows: int
     request: str = ""

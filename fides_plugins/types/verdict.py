@@ -15,7 +15,7 @@ from fides_plugins.types.arrays import BoolArray, Float32Array, IntArray, Rows, 
 
 
 class Status(IntEnum):
-    """Verdict of one row. The order is no ranking."""
+    """Verdict of one row. The numbers do not rank them."""
 
     TRUSTED = 0
     ATTACKED = 1

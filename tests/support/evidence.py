@@ -10,7 +10,6 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fides_plugins.attestation.evidence import Evidence, Statement
-from fides_plugins.attestation.keys import raw_public
 from fides_plugins.attestation.policy import EvidencePolicy, SnpTcb
 from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.attestation.verify import verify_evidence
@@ -77,7 +76,7 @@ KEY = Ed25519PrivateKey.generate()
 
 def statement(**changes: Any) -> Statement:
     values: dict[str, Any] = {
-        "signing_key": raw_public(KEY.public_key()),
+        "signing_key": KEY.public_key().public_bytes_raw(),
         "encryption_key": bytes(32),
         "bundle_digest": b"\x22" * 32,
         "configuration": json.dumps({"bundle_version": 3, "clients": []}),

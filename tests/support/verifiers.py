@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from typing_extensions import Self
 
 from fides_plugins.attestation.evidence import Evidence, Tee
-from fides_plugins.attestation.keys import raw_public
 from fides_plugins.attestation.policy import EvidencePolicy, SnpTcb
 from fides_plugins.attestation.request import SignedRequest
 from fides_plugins.attestation.tensors import tensor_digest
@@ -32,7 +31,7 @@ from fides_plugins.types import Float32Array, Query
 from tests.support.pki import NOW_S, AmdPki, IntelPki, measurement_of, roots_of
 
 IDENTITY = Ed25519PrivateKey.from_private_bytes(b"the client's identity in tests!!")
-IDENTITY_PUBLIC = raw_public(IDENTITY.public_key())
+IDENTITY_PUBLIC = IDENTITY.public_key().public_bytes_raw()
 
 
 def receipt_keys(verifier: Verifier) -> dict[bytes, Ed25519PublicKey]:
@@ -116,7 +115,7 @@ class Asked:
             "evidence_id": evidence_id(verifier.evidence()),
             "input_digest": tensor_digest(tensor),
             "scheme": scheme,
-            "client_key": raw_public(self.key.public_key()) if scheme == "hpke" else b"",
+            "client_key": self.key.public_key().public_bytes_raw() if scheme == "hpke" else b"",
         }
         self.request = SignedRequest(**{**values, **changes})
         self.text = self.request.encode(identity)

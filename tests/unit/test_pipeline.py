@@ -10,6 +10,7 @@ import pytest
 
 from fides_plugins import Detection, InputError, Prediction, Query, Reclassification, Verification, hookimpl
 from fides_plugins.pipeline import Pipeline
+from fides_plugins.policy import failed_verdict
 from fides_plugins.settings import Settings
 from fides_plugins.testing import INPUT_NAME, fake_logits, fake_query, fake_service, make_bundle, switch_top_two
 
@@ -286,7 +287,7 @@ def test_recorders_see_every_verdict(folder: Path):
 
     pipeline = make(folder, Recorder())
     pipeline.run(QUERY, LIE)
-    pipeline.fail(QUERY, 8, "no bundle")
+    pipeline.record(QUERY, failed_verdict(pipeline.settings, 8, 10, "no bundle"))
     assert [s["attacked"] for s in seen] == [2, 0]
     assert seen[1]["error"] == 8
 

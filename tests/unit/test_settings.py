@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fides_plugins.errors import SettingsError
-from fides_plugins.settings import Settings
+from fides_plugins.settings import Settings, nest
 
 
 def test_every_host_gives_the_same_settings(tmp_path: Path):
@@ -38,8 +38,8 @@ def test_every_host_gives_the_same_settings(tmp_path: Path):
         '[fides]\nbundle = "b"\nmode = "reject"\nfalse_alarm_rate = 0.02\n'
         '[fides.plugins]\nblocked = ["x", "y"]\noptions.webhook.url = "u"\n'
     )
-    assert Settings.from_flat(flat) == expected
-    assert Settings.from_env(environment) == expected
+    assert Settings.from_mapping(nest(flat)) == expected
+    assert Settings.for_host({}, environment) == expected
     assert Settings.from_toml(toml) == expected
 
 

@@ -92,7 +92,7 @@ def test_a_restarted_verifier_is_found_again(world: World) -> None:
             world.back.target = running.http
             # The old request is not answered by the new start; evidence is fetched again, once.
             assert client.infer(query).status_text.tolist() == ["trusted"]
-            assert len(client.core.checker.trust.keys()) == 2
+            assert len(client.checker.trust.keys()) == 2
         assert client.refusals == {"receipt-missing": 1}
 
 

@@ -168,7 +168,7 @@ def test_the_host_cannot_read_an_encrypted_reference(world: World) -> None:
     assert verdict.status_text.tolist() == ["attacked"]
     assert verdict.label.tolist() == [best]
     assert learned
-    assert all(plain not in output and len(output) == len(plain) + sealing.OVERHEAD_BYTES for output in learned)
+    assert all(plain not in output and len(output) == len(plain) + 32 + 16 for output in learned)
 
 
 def test_the_host_cannot_ask_in_its_own_name(world: World) -> None:
@@ -211,21 +211,21 @@ def test_without_encryption_the_commitment_binds_the_host(world: World) -> None:
     """The host reads the reference from the verifier's answer, and then wants to give another answer."""
     query, _ = near_tie()
     with world.direct("commitment") as client:
-        pending = client.core.checker.begin(query["image"])
+        pending = client.checker.begin(query["image"])
         honest = np.asarray(world.triton.api.infer(MODEL, query)["logits"])
-        commitment = client.core.checker.commitment(honest)
+        commitment = client.checker.commitment(honest)
         answer = world.verifier.answer(pending.text, query["image"], commitment)
         assert answer.reference is not None  # the host can read it now
         lie = shaped_lie(answer.reference)
         with pytest.raises(Refusal) as caught:
-            client.core.checker.check(pending, to_text(answer.receipt), lie)
+            client.checker.check(pending, to_text(answer.receipt), lie)
         assert caught.value.code == "receipt-commitment"
         # It cannot commit again, now that it knows: the nonce is spent.
         with pytest.raises(Refusal) as caught:
-            world.verifier.answer(pending.text, query["image"], client.core.checker.commitment(lie))
+            world.verifier.answer(pending.text, query["image"], client.checker.commitment(lie))
         assert caught.value.code == "request-replay"
         # Nor leave the commitment out.
-        fresh = client.core.checker.begin(query["image"])
+        fresh = client.checker.begin(query["image"])
         with pytest.raises(Refusal) as caught:
             world.verifier.answer(fresh.text, query["image"])
         assert caught.value.code == "request-commitment"

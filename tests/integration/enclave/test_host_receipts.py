@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fides_plugins.attestation.keys import key_id, raw_public
+from fides_plugins.attestation.keys import key_id
 from fides_plugins.attestation.receipt import open_receipt
 from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.attestation.request import from_text, to_text
@@ -82,7 +82,7 @@ def test_another_input_cannot_be_shown_to_the_enclave(world: World) -> None:
         # The client signed for its own tensor, so the enclave refuses, and there is no receipt.
         assert refused(client, {"image": rows(1)}) == "receipt-missing"
         with pytest.raises(Refusal) as caught:
-            world.verifier.answer(client.core.checker.begin(rows(1)).text, rows(1, seed=77))
+            world.verifier.answer(client.checker.begin(rows(1)).text, rows(1, seed=77))
         assert caught.value.code == "request-input"
 
 
@@ -133,7 +133,7 @@ def test_another_enclaves_key_is_refused(world: World) -> None:
     def resign(own_id: bool) -> Any:
         def change(receipt: str) -> str:
             opened = open_receipt(from_text(receipt, "receipt"), receipt_keys(world.verifier))
-            identity = key_id(raw_public(stranger.public_key())) if own_id else world.verifier.key_id
+            identity = key_id(stranger.public_key().public_bytes_raw()) if own_id else world.verifier.key_id
             return to_text(opened.sign(stranger, identity))
 
         return change

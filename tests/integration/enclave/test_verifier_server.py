@@ -20,7 +20,6 @@ import tritonclient.http
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fides_plugins.attestation.evidence import Evidence
-from fides_plugins.attestation.keys import raw_public
 from fides_plugins.attestation.policy import EvidencePolicy
 from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.attestation.request import SignedRequest
@@ -373,7 +372,7 @@ def test_its_errors_show_no_paths_or_tracebacks(server: Process) -> None:
         evidence_id=evidence_id(document),
         input_digest=tensor_digest(tensor),
         scheme="hpke",
-        client_key=raw_public(X25519PrivateKey.generate().public_key()),
+        client_key=X25519PrivateKey.generate().public_key().public_bytes_raw(),
     )
     data, headers = body(request.encode(IDENTITY), tensor)
     for reply in (

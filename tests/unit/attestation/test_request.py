@@ -9,14 +9,13 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fides_plugins.attestation import cose
-from fides_plugins.attestation.keys import raw_public
 from fides_plugins.attestation.receipt import PROFILE
 from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.attestation.request import SignedRequest, decode_commitment, from_text, to_text
 from tests.support.receipts import sample_receipt
 
 CLIENT = Ed25519PrivateKey.from_private_bytes(bytes(range(1, 33)))
-CLIENT_PUBLIC = raw_public(CLIENT.public_key())
+CLIENT_PUBLIC = CLIENT.public_key().public_bytes_raw()
 
 
 def request(**changes: object) -> SignedRequest:

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fides_plugins.attestation import development
 from fides_plugins.attestation.evidence import Evidence, Tee
-from fides_plugins.attestation.keys import key_id, raw_public
+from fides_plugins.attestation.keys import key_id
 from fides_plugins.attestation.policy import EvidencePolicy, SnpTcb
 from fides_plugins.attestation.receipt import open_receipt
 from fides_plugins.attestation.refusal import Refusal
@@ -31,7 +31,7 @@ def test_from_key_over_evidence_to_receipt(tee: str, intel: IntelPki, amd: AmdPk
     assert trusted.statement is not None
     assert not trusted.development
     signed_by = trusted.statement.key_id
-    assert signed_by == key_id(raw_public(KEY.public_key()))
+    assert signed_by == key_id(KEY.public_key().public_bytes_raw())
     receipt = sample_receipt(tee=tee, evidence_id=trusted.facts.evidence_id)
     opened = open_receipt(receipt.sign(KEY, signed_by), {signed_by: trusted.signing_key})
     assert opened.evidence_id == trusted.facts.evidence_id

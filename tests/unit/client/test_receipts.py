@@ -23,7 +23,7 @@ from fides_plugins.attestation.request import to_text
 from fides_plugins.bundle import Bundle
 from fides_plugins.cli import app
 from fides_plugins.client import TorchServeClient, TritonClient
-from fides_plugins.client.core import ClientCore, Reply
+from fides_plugins.client.calls import Reply
 from fides_plugins.client.judge import ClientJudge
 from fides_plugins.client.receipts import Brought, Pending, ReceiptChecker
 from fides_plugins.client.torchserve import decode_json, encode_json
@@ -35,7 +35,7 @@ from fides_plugins.settings import Settings
 from fides_plugins.testing import fake_logits, memory_bundle, switch_top_two
 from fides_plugins.types import softmax
 from tests.support.pki import NOW_S
-from tests.support.verifiers import IDENTITY, Hardware, digits_bundle
+from tests.support.verifiers import IDENTITY, Hardware, digits_bundle, receipt_keys
 
 ROWS = fake_logits(2)
 OUTPUT = softmax(ROWS)
@@ -71,7 +71,7 @@ class Setting:
     def receipt(self, pending: Pending) -> Receipt:
         commitment = self.checker.commitment(OUTPUT) if self.checker.scheme == "commitment" else ""
         answer = self.verifier.answer(pending.text, ROWS, commitment)
-        return open_receipt(answer.receipt, {self.verifier.key_id: self.verifier._signing.public_key()})
+        return open_receipt(answer.receipt, receipt_keys(self.verifier))
 
     def signed(self, receipt: Receipt) -> str:
         """The receipt signed with the enclave's own key: what only a broken enclave would sign."""
@@ -223,14 +223,18 @@ def test_asking_again_after_a_restart_is_safe_only_where_the_reference_is_sealed
 ) -> None:
     """Under "commitment" whoever dropped the receipt has read the reference, and could shape a second answer."""
     setting = Setting(hardware, scheme)
-    core = ClientCore(setting.bundle, setting.trust.policy, trust=setting.trust, identity=IDENTITY, scheme=scheme)  # type: ignore[arg-type]
-    pending = core.checker.begin(ROWS)
-    answer = core.finish(Query({"input": ROWS}), pending, Reply(OUTPUT, Brought(None), None))
+    options: dict[str, Any] = {"trust": setting.trust, "identity": IDENTITY, "scheme": scheme}
+    url = "http://127.0.0.1:9"
+    client = TorchServeClient(
+        url, "m", setting.bundle, setting.trust.policy, receipt_from="verifier", verifier_url=url, **options
+    )
+    pending = client.checker.begin(ROWS)
+    answer = client.finish(Query({"input": ROWS}), pending, Reply(OUTPUT, Brought(None), None))
     setting.wire.verifier = hardware.verifier(setting.bundle)
-    assert core.worth_repeating(answer) is (scheme == "hpke")
+    assert client.worth_repeating(answer) is (scheme == "hpke")
     # Either way the next request is made for the new start.
     assert len(setting.trust.keys()) == 2
-    assert core.checker.begin(ROWS).evidence.statement != pending.evidence.statement
+    assert client.checker.begin(ROWS).evidence.statement != pending.evidence.statement
 
 
 def test_what_was_said_instead_of_a_receipt_is_told_and_changes_nothing(setting: Setting) -> None:
@@ -294,11 +298,12 @@ def test_answers_of_another_shape_are_errors_and_not_exceptions(output: NDArray[
 
 
 def test_the_tensor_of_the_verifier_must_be_named() -> None:
-    core = ClientCore(memory_bundle(), Hardware().policy(memory_bundle()), verifier_url="http://127.0.0.1:9")
+    url, bundle, policy = "http://127.0.0.1:9", memory_bundle(), Hardware().policy(memory_bundle())
+    client = TorchServeClient(url, "m", bundle, policy, verifier_url=url)
     with pytest.raises(InputError, match="lack 'pixels'"):
-        core.prepare({"a": ROWS, "b": ROWS})
+        client.infer({"a": ROWS, "b": ROWS})
     with pytest.raises(InputError, match="evidence"):
-        ClientCore(memory_bundle(), Hardware().policy(memory_bundle()))
+        TorchServeClient(url, "m", bundle, policy)
 
 
 def test_clients_refuse_combinations_that_cannot_work() -> None:

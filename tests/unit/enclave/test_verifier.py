@@ -40,7 +40,7 @@ from fides_plugins.oip import JSON_LENGTH, tensor_from_bytes
 from fides_plugins.testing import fake_logits, memory_bundle
 from fides_plugins.types import softmax
 from tests.support.pki import NOW_S, AmdPki
-from tests.support.verifiers import IDENTITY_PUBLIC, Asked, Hardware
+from tests.support.verifiers import IDENTITY_PUBLIC, Asked, Hardware, receipt_keys
 
 ROWS = fake_logits(3)
 BOUNDS = request_bounds(InputSpec(name="pixels", dtype="float32", shape=(None, 10)), 1024)
@@ -74,7 +74,7 @@ def test_an_answer_is_a_receipt_that_only_the_client_can_open(verifier: Verifier
     asked = Asked(verifier, ROWS)
     answer = verifier.answer(asked.text, ROWS)
     assert answer.reference is None
-    receipt = open_receipt(answer.receipt, {verifier.key_id: verifier._signing.public_key()})
+    receipt = open_receipt(answer.receipt, receipt_keys(verifier))
     opened = sealing.unseal(receipt.output, asked.key, sealing.context(asked.request.nonce, tensor_digest(ROWS)))
     reference = tensor_from_bytes(opened, "FP32", (3, 10))
     np.testing.assert_allclose(reference, softmax(ROWS), atol=1e-6)
@@ -86,14 +86,14 @@ def test_an_answer_is_a_receipt_that_only_the_client_can_open(verifier: Verifier
 def test_commitment_answers_are_readable_and_carry_the_digest(verifier: Verifier) -> None:
     digest = tensor_digest(np.zeros((3, 10), np.float32))
     answer = verifier.answer(Asked(verifier, ROWS, "commitment").text, ROWS, to_text(digest))
-    receipt = open_receipt(answer.receipt, {verifier.key_id: verifier._signing.public_key()})
+    receipt = open_receipt(answer.receipt, receipt_keys(verifier))
     assert receipt.service_digest == digest
     assert answer.reference is not None
     assert receipt.output == answer.reference.tobytes()
 
 
 def test_receipts_count_and_references_repeat_bit_by_bit(verifier: Verifier) -> None:
-    keys = {verifier.key_id: verifier._signing.public_key()}
+    keys = receipt_keys(verifier)
     text = to_text(bytes(32))
     receipts = [
         open_receipt(verifier.answer(Asked(verifier, ROWS, "commitment").text, ROWS, text).receipt, keys)
@@ -239,7 +239,7 @@ def test_http_bodies_in_json_and_in_binary(verifier: Verifier, bundle: Bundle) -
         else:
             document["inputs"] = [{**entry, "data": ROWS.tolist()}]
             request = protocol.parse_request(json.dumps(document).encode(), None, BOUNDS)
-        body, headers = protocol.render_response(protocol.infer(verifier, bundle.manifest.name, request), request)
+        body, headers = protocol.infer(verifier, bundle.manifest.name, request)
         length = int(headers[JSON_LENGTH]) if JSON_LENGTH in headers else None
         answer = json.loads(body[:length])
         assert answer["id"] == "7"
@@ -249,7 +249,7 @@ def test_http_bodies_in_json_and_in_binary(verifier: Verifier, bundle: Bundle) -
             receipt = body[length + 4 :].decode()
         else:
             receipt = output["data"][0]
-        assert open_receipt(from_text(receipt, "receipt"), {verifier.key_id: verifier._signing.public_key()})
+        assert open_receipt(from_text(receipt, "receipt"), receipt_keys(verifier))
 
 
 @pytest.mark.parametrize(

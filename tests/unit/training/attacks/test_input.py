@@ -37,7 +37,7 @@ def bundle(kind: OutputKind = "logits") -> Bundle:
         service=ServiceSpec(output_kind=kind),
         verification=VerificationSpec(file="v.onnx", input_name="input"),
     )
-    return Bundle.in_memory(manifest, {"v.onnx": export_onnx(linear(), X)}, "test")
+    return Bundle.in_memory(manifest, {"v.onnx": export_onnx(linear(), X)})
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,7 @@ def bundle(kind: OutputKind = "logits") -> Bundle:
         service=ServiceSpec(output_kind=kind),
         verification=VerificationSpec(file="v.onnx", input_name="input"),
     )
-    return Bundle.in_memory(manifest, {"v.onnx": export_onnx(trained(8, 5), x)}, "test")
+    return Bundle.in_memory(manifest, {"v.onnx": export_onnx(trained(8, 5), x)})
 
 
 @pytest.fixture(scope="module")
