@@ -1,9 +1,10 @@
 """What protects one served model, whatever serves it: settings, bundle, plug-ins, codec, metrics, and every judgement.
 
 A host is a reader and a writer around a `Protection`. It makes a `Query` of what was asked, starts `begin` (or calls
-`verify_many`) beside the service model, and hands the service's class output to `judge` or `judge_many`. Nothing of
-this raises for what a client, a plug-in or the service does: what cannot be judged is `error` or `indeterminate` in
-the verdict, and the settings decide what that means.
+`verify_many`) beside the service model, and hands the service's class output to `judge` or `judge_many`. `correct`
+then gives what to hand out, and `verdict.refused` says what not to. Nothing of this raises for what a client, a plug-in
+or the service does: what cannot be judged is `error` or `indeterminate` in the verdict, and the settings decide what
+that means.
 
 Example
 -------
@@ -72,7 +73,7 @@ class Claim:
 
 
 class Protection:
-    """Everything between a host and its verdicts. Make one with `load`.
+    """Everything between a host and its verdicts. Make one with `load`; several threads may use it at once.
 
     Attributes
     ----------
@@ -142,10 +143,11 @@ class Protection:
         metrics, alarm:
             Where metrics go (None: nowhere), and whether they follow the sequence of verdicts with the service alarm.
         references:
-            "local": plug-ins make them. "brought": the caller does, and the built-in verifiers are left out.
+            "local": plug-ins make them. "brought": the caller hands them to `judge`, so it never calls `verify`, and
+            the built-in verifiers are not loaded.
         on_bad_bundle:
             "raise", or "error": a bundle that is missing or was changed does not stop the server, and every row
-            is `error`.
+            is `error`. Wrong settings and plug-ins that cannot be loaded raise either way.
         concurrent:
             Let `begin` verify in a thread where there is more than one core.
 
@@ -228,7 +230,7 @@ class Protection:
         return future.result
 
     def verify_many(self, queries: Sequence[Query]) -> list[VerifyOutcome]:
-        """One outcome per query. Queries of the same tensors are verified in one call.
+        """One outcome per query, for requests that came together. Queries of the same tensors are verified in one call.
 
         Where that call fails because of rows, every query is asked alone: one client's input must not cost another
         its reference. A signed query is always asked alone, because its request can be spent once.
@@ -343,8 +345,8 @@ class Protection:
     def _mergeable(self, part: Claim) -> tuple[Any, Prediction | None]:
         """What parts must have in common to be judged in one call, and the answer as read.
 
-        The key is None for a part that is judged alone: where the inputs are handed on, or a verifier shows evidence
-        or failed, every request is its own.
+        The key is None for a part that is judged alone: a probe, or where the inputs are handed on, or a verifier
+        shows evidence or failed.
         """
         verification = part.outcome.verification
         if part.probe or self._pipeline is None or verification is None or part.outcome.failures:

@@ -1,4 +1,7 @@
-"""What an attack is to everything that only names it."""
+"""What an attack is to everything that only names it.
+
+The attacks themselves are in `training/attacks/`, several layers above the hooks, which must not import it.
+"""
 
 from __future__ import annotations
 
