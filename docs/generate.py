@@ -30,7 +30,7 @@ The same keys configure every host. Unknown keys are refused with the nearest va
 | environment | `FIDES_` + key, `__` between levels | `FIDES_PLUGINS__BLOCKED=a,b` |
 
 The environment wins over the file, so that an operator can change a mode without touching an artefact. Where only text
-is possible (Triton, environment), lists are written with commas and numbers as they are read.
+is possible (Triton, environment), separate the items of a list with commas.
 """
 
 SETTINGS_TAIL = """
@@ -38,7 +38,7 @@ SETTINGS_TAIL = """
 
 Each plug-in reads `plugins.options.<its name>`, whose keys are its own: in TOML
 `[fides.plugins.options.consensus]`, in Triton `fides.plugins.options.consensus.replicas`, in the environment
-`FIDES_PLUGINS__OPTIONS__CONSENSUS__REPLICAS`. In Triton every Fides step (`fides_verify`, `fides_validate`) is a process
+`FIDES_PLUGINS__OPTIONS__CONSENSUS__REPLICAS`. On Triton every Fides step (`fides_verify`, `fides_validate`) is a process
 of its own that loads the installed plug-ins, so each step needs their options; the environment reaches all of them.
 
 ## One example for each host
@@ -148,8 +148,8 @@ def cli_page() -> str:
 
     head = (
         "# Command line\n\n"
-        "Tables for people on a terminal, `--json` for machines, progress bars on long work. Exit status: 0 good, 1 the\n"
-        "thing checked failed, 2 wrong use or unusable input.\n"
+        "Commands print tables for people and, with `--json`, JSON for programs; long work shows progress. Exit status: 0\n"
+        "good, 1 what was checked failed, 2 wrong use or unusable input.\n"
     )
     return NOTE + head + "".join(_commands(typer.main.get_command(app), "fides"))
 
@@ -194,7 +194,7 @@ def _parameters(command: Any) -> str:
 
 
 def _shown_default(parameter: Any) -> str:
-    value = parameter.default
+    value = getattr(parameter.default, "value", parameter.default)  # of a choice, what is typed
     if value is None or value is False or value == () or value == [] or value == "" or callable(value):
         return ""
     return f"`{value}`"
@@ -206,8 +206,9 @@ def metrics_page() -> str:
 
     head = (
         "# Metrics\n\n"
-        "The same names on every host: Triton's own metrics endpoint, TorchServe's (`metrics_mode=prometheus` and\n"
-        "`model_metrics_auto_detect=true`; its histogram buckets are fixed, 0.005 to 10), and the audit.\n\n"
+        "The names are the same on Triton's own metrics endpoint and on TorchServe's (`metrics_mode=prometheus` and\n"
+        "`model_metrics_auto_detect=true`; its histogram buckets are fixed, 0.005 to 10). Clients have none. The last\n"
+        "one needs the plug-in `audit`.\n\n"
         "| metric | kind | labels | meaning |\n|---|---|---|---|\n"
     )
     rows = [

@@ -7,12 +7,18 @@ gains an argument.
     from fides_plugins import hookimpl
 
 Order of a request: `fides_verify` -> `fides_detect` -> policy -> `fides_reclassify` (attacked rows
-only) -> `fides_record`. Every argument is read-only, arrays included: nothing may be mutated. Rows (N)
+only) -> `fides_record`. Policy is no hook: `policy.py` turns detections and failures into one status per
+row. `pipeline.py` makes the calls, each plug-in alone, from several threads at once; the plug-ins of one
+hook share `timeout_ms`. Every argument is read-only, arrays included: nothing may be mutated. Rows (N)
 and classes (K) are the same in every argument of one call. A batch may have zero rows.
 
+One process does not always call every hook of your plug-in. Each TorchServe worker and each Triton step
+has an object of its own; on Triton `fides_verify` runs in one process and the rest in another. A client
+whose reference comes with a receipt never calls `fides_verify`.
+
 An exception, a time-out, an answer of the wrong shape or a score that is no number never reaches the
-client and never passes as trust: the plug-in is named in the verdict's reason and counted, and rows
-that would have been trusted become `error`.
+client and never passes as trust: the plug-in is named and counted, and rows that would have been trusted
+become `error`. Each hook says below where it differs.
 """
 
 from __future__ import annotations
@@ -39,12 +45,13 @@ hookimpl = pluggy.HookimplMarker(PROJECT_NAME)
 
 @hookspec
 def fides_configure(settings: Settings, bundle: Bundle | None) -> None:
-    """Called once, after all plug-ins are loaded and before the first request.
+    """Called once per process, after all plug-ins are loaded and before the first request.
 
     Take what you need from `settings` (your own options are `settings.plugins.options["your name"]`)
-    and from `bundle` (None when a host runs without one). Called on all plug-ins, in load order
-    reversed. Return value: none. An exception stops start-up, because a plug-in that could not set
-    itself up cannot be relied on.
+    and from `bundle` (None only in commands that have none, such as `fides plugins`; a server always has
+    one). A constructor sees neither, so load models and open connections here. All plug-ins are called,
+    last loaded first. Return value: none. An exception stops start-up, because a plug-in that could not
+    set itself up cannot be relied on.
 
     Example
     -------
@@ -58,7 +65,7 @@ def fides_configure(settings: Settings, bundle: Bundle | None) -> None:
 
 @hookspec
 def fides_unconfigure() -> None:
-    """Called once at shutdown: flush queues, close connections. Exceptions are logged and ignored.
+    """Called once per process, at shutdown: flush queues, close connections. Exceptions are logged and ignored.
 
     Example
     -------
@@ -80,7 +87,8 @@ def fides_verify(query: Query) -> Verification | None:
     Parameters
     ----------
     query:
-        The inputs of N rows exactly as the service model gets them.
+        The inputs of N rows as the service model gets them; on Triton decoded or converted first, where `fides
+        attach` set that up.
 
     Returns
     -------
@@ -104,17 +112,20 @@ def fides_verify(query: Query) -> Verification | None:
 def fides_detect(query: Query, service: Prediction, verification: Verification) -> Detection | None:
     """Judge the service's answer against the references.
 
-    All implementations are asked; policy combines them without regard to order.
+    All implementations are asked at the same time; policy combines them without regard to order. Nobody is
+    asked where no verifier answered: such rows are `indeterminate`.
 
     Parameters
     ----------
     query:
-        The inputs of N rows.
+        The inputs of N rows. Triton hands them to this step only with `--pass-inputs`; otherwise the one
+        tensor is empty and called `ROWS_ONLY`.
     service:
         The claimed answer, probabilities (N, K). Rows with `service.valid` False are uniform and will
         be `error` whatever you say.
     verification:
-        References (N, M, K) of all verifiers; `verification.probabilities` is their mean, (N, K).
+        References (N, M, K) of all verifiers; `verification.probabilities` is their mean, (N, K). Rows with
+        `verification.valid` False have none; they are uniform and will be `indeterminate`.
 
     Returns
     -------
@@ -142,8 +153,8 @@ def fides_reclassify(
     """Recover the answer that the service would have given had it not been attacked.
 
     Called only when policy found attacked rows, and only *with* those rows (N counts them alone).
-    Implementations are asked one after the other, last loaded first and the built-in last; the first
-    answer that is not None wins. An exception or an answer of the wrong shape is counted, named in the
+    Implementations are asked one after the other within one `timeout_ms`, last loaded first and the built-in
+    last; the first answer that is not None wins. An exception or an answer of the wrong shape is counted, named in the
     reason, and the next implementation is asked; the rows stay `attacked`.
 
     Parameters
@@ -169,16 +180,16 @@ def fides_reclassify(
 
 @hookspec
 def fides_record(query: Query, verdict: Verdict) -> None:
-    """Observe a finished verdict: metrics, audit log, alerts.
+    """Observe a finished verdict: audit log, alerts.
 
-    All implementations are called, last loaded first, after the verdict is final; they cannot change
-    it, and their return value is ignored. An exception is counted and logged, nothing more. Do slow
-    work elsewhere: put it on a bounded queue and return.
+    All implementations are called at the same time once the verdict is final; they cannot change it, and
+    their return value is ignored. An exception is counted and logged, nothing more. The answer waits for
+    them, so do slow work elsewhere: put it on a bounded queue and return.
 
     Parameters
     ----------
     query:
-        The inputs of N rows.
+        As for `fides_detect`.
     verdict:
         The verdict for the same N rows.
 

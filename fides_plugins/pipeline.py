@@ -1,7 +1,8 @@
 """verify -> detect -> policy -> reclassify -> record, on one batch.
 
-Hosts that see the whole request call `run`. Triton cuts after `verify`: one step calls `verify`, the
-next rebuilds its outcome and calls `validate`. Both ways run the same code.
+Hosts reach it through a `Protection`, which adds reading, writing and metrics; the batch run and `fides
+attach triton` use it directly. `verify` and `validate` are two calls because the service answers in between:
+on Triton they run in two processes, and the second rebuilds the outcome of the first. `run` is both.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ class Pipeline:
         """Judge the service's answer with a verification outcome, and record the verdict.
 
         Never raises for what a plug-in or the service does: what cannot be judged is `indeterminate`
-        or `error` in the verdict. `record=False` is for a host's health probes, which are no traffic.
+        or `error` in the verdict. `record=False`: the caller shows the verdict, or keeps it to itself.
         """
         problem = self._mismatch(query, service, outcome)
         if problem:

@@ -1,9 +1,10 @@
 """What protects one served model, whatever serves it: settings, bundle, plug-ins, codec, metrics, and every judgement.
 
 A host is a reader and a writer around a `Protection`. It makes a `Query` of what was asked, starts `begin` (or calls
-`verify_many`) beside the service model, and hands the service's class output to `judge` or `judge_many`. None of
-these raises for what a client, a plug-in or the service does: what cannot be judged is `error` or `indeterminate` in
-the verdict, and the settings decide what that means.
+`verify_many`) beside the service model, and hands the service's class output to `judge` or `judge_many`. `correct`
+then gives what to hand out, and `verdict.refused` says what not to. None of these raises for what a client, a plug-in
+or the service does: what cannot be judged is `error` or `indeterminate` in the verdict, and the settings decide what
+that means.
 
 Example
 -------
@@ -72,7 +73,7 @@ class Claim:
 
 
 class Protection:
-    """Everything between a host and its verdicts. Make one with `load`.
+    """Everything between a host and its verdicts. Make one with `load`; several threads may use it at once.
 
     Attributes
     ----------
@@ -142,10 +143,11 @@ class Protection:
         metrics, alarm:
             Where metrics go (None: nowhere), and whether they follow the sequence of verdicts with the service alarm.
         references:
-            "local": plug-ins make them. "brought": the caller does, and the built-in verifiers are left out.
+            "local": plug-ins make them. "brought": the caller hands them to `judge`, so it never calls `verify`, and
+            the built-in verifiers are not loaded.
         on_bad_bundle:
             "raise", or "error": a bundle that is missing or was changed does not stop the server, and every row
-            is `error`.
+            is `error`. Wrong settings and plug-ins that cannot be loaded raise either way.
         concurrent:
             Let `begin` verify in a thread where there is more than one core.
 
@@ -228,7 +230,7 @@ class Protection:
         return future.result
 
     def verify_many(self, queries: Sequence[Query]) -> list[VerifyOutcome]:
-        """One outcome per query. Queries of the same tensors are verified in one call.
+        """One outcome per query, for requests that came together. Queries of the same tensors are verified in one call.
 
         Where that call fails because of rows, every query is asked alone: one client's input must not cost another
         its reference. A signed query is always asked alone, because its request can be spent once.
@@ -274,22 +276,22 @@ class Protection:
                 reason = INTERNAL
         return self._show(query, failed_verdict(self.settings, query.n_rows, len(self.class_names), reason), probe)
 
-    def judge_many(self, parts: Sequence[Claim]) -> list[Verdict]:
-        """One verdict per part. Parts that differ in their rows alone are judged in one call.
+    def judge_many(self, claims: Sequence[Claim]) -> list[Verdict]:
+        """One verdict per claim. Claims that differ in their rows alone are judged in one call.
 
         A call costs much the same for one row and for many. If a plug-in fails in it, one client's rows may be the
-        cause, and every part is judged alone.
+        cause, and every claim is judged alone.
         """
         verdicts: dict[int, Verdict] = {}
-        read = [self._mergeable(part) for part in parts]
+        read = [self._mergeable(claim) for claim in claims]
         for group in _grouped([key for key, _ in read]):
             services = [s for i in group if (s := read[i][1]) is not None]
-            together = self._judge_together([parts[i] for i in group], services) if len(group) > 1 else None
+            together = self._judge_together([claims[i] for i in group], services) if len(group) > 1 else None
             if together is not None:
                 verdicts |= dict(zip(group, together, strict=True))
         return [
-            verdicts[i] if i in verdicts else self.judge(p.query, p.output, p.outcome, probe=p.probe)
-            for i, p in enumerate(parts)
+            verdicts[i] if i in verdicts else self.judge(c.query, c.output, c.outcome, probe=c.probe)
+            for i, c in enumerate(claims)
         ]
 
     def unjudged(self, n_rows: int, reason: str, request_ids: Sequence[str] = (), *, exempt: bool = False) -> Verdict:
@@ -340,33 +342,34 @@ class Protection:
                 self._recorder.observe_verdict(verdict, query.request_ids)
         return verdict
 
-    def _mergeable(self, part: Claim) -> tuple[Any, Prediction | None]:
-        """What parts must have in common to be judged in one call, and the answer as read.
+    def _mergeable(self, claim: Claim) -> tuple[Any, Prediction | None]:
+        """What claims must have in common to be judged in one call, and the answer as read.
 
-        The key is None for a part that is judged alone: where the inputs are handed on, or a verifier shows evidence
-        or failed, every request is its own.
+        The key is None for a claim that is judged alone: a probe, or where the inputs are handed on, or a verifier
+        shows evidence or failed.
         """
-        verification = part.outcome.verification
-        if part.probe or self._pipeline is None or verification is None or part.outcome.failures:
+        verification = claim.outcome.verification
+        if claim.probe or self._pipeline is None or verification is None or claim.outcome.failures:
             return None, None
-        if part.query.inputs.keys() != {ROWS_ONLY} or part.query.signed or any(verification.evidence):
+        if claim.query.inputs.keys() != {ROWS_ONLY} or claim.query.signed or any(verification.evidence):
             return None, None
         try:
-            service = self.output.read(part.output)
+            service = self.output.read(claim.output)
         except FidesError:
             return None, None
         n, m, k = verification.references.shape
-        if service.probabilities.shape != (n, k) or part.query.n_rows != n:
+        if service.probabilities.shape != (n, k) or claim.query.n_rows != n:
             return None, None
-        return (m, k, verification.sources), service
+        # Ids belong to rows: a client without any must not take the others' out of the records.
+        return (m, k, verification.sources, bool(claim.query.request_ids)), service
 
-    def _judge_together(self, parts: Sequence[Claim], services: Sequence[Prediction]) -> list[Verdict] | None:
-        assert self._pipeline is not None  # parts without a pipeline have no key
+    def _judge_together(self, claims: Sequence[Claim], services: Sequence[Prediction]) -> list[Verdict] | None:
+        assert self._pipeline is not None  # claims without a pipeline have no key
         errors = self._pipeline.plugin_errors
         before = sum(errors.values())
         try:
-            query = Query.concat([p.query for p in parts])
-            references = Verification.concat([v for p in parts if (v := p.outcome.verification) is not None])
+            query = Query.concat([c.query for c in claims])
+            references = Verification.concat([v for c in claims if (v := c.outcome.verification) is not None])
             whole = self._pipeline.validate(query, Prediction.concat(services), VerifyOutcome(references), record=False)
         except Exception:
             logger.exception("requests cannot be judged together")
@@ -374,7 +377,7 @@ class Protection:
         if sum(errors.values()) > before:
             return None
         self._show(query, whole)
-        return [whole.rows(span) for span in _spans([p.query.n_rows for p in parts])]
+        return [whole.rows(span) for span in _spans([c.query.n_rows for c in claims])]
 
 
 def unverified(error: Exception, host: str) -> VerifyOutcome:
@@ -391,7 +394,8 @@ def _tensors(query: Query) -> Any:
     """Queries with the same value can be verified in one call; None: alone."""
     if query.signed or not query.n_rows:
         return None
-    return tuple((name, a.dtype.str, a.shape[1:]) for name, a in sorted(query.inputs.items()))
+    # Ids belong to rows: a query without any must not take the others' away.
+    return bool(query.request_ids), *((name, a.dtype.str, a.shape[1:]) for name, a in sorted(query.inputs.items()))
 
 
 def _grouped(keys: Sequence[Any]) -> list[list[int]]:

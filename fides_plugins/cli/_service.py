@@ -9,9 +9,9 @@ import typer
 #: Their panel in `--help`.
 SERVICE_PANEL = "The service and the data"
 
-InputName = Annotated[str, typer.Option(help="Of the service's input tensor.", rich_help_panel=SERVICE_PANEL)]
+InputName = Annotated[str, typer.Option(help="Name of the service's input tensor.", rich_help_panel=SERVICE_PANEL)]
 Encoding = Annotated[
-    str, typer.Option(help="How TorchServe gets a row: json, npy or png.", rich_help_panel=SERVICE_PANEL)
+    str, typer.Option(help="How a row is sent to TorchServe: json, npy or png.", rich_help_panel=SERVICE_PANEL)
 ]
 RequestKey = Annotated[
     str, typer.Option(help="Key of the row in TorchServe's JSON requests.", rich_help_panel=SERVICE_PANEL)

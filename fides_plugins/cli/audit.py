@@ -85,7 +85,7 @@ def run(
     ] = MAX_UNJUDGED,
     as_json: AsJson = False,
 ) -> None:
-    """Judge recorded predictions after the fact. A run that was stopped goes on where it was."""
+    """Judge recorded predictions after the fact. Run again, an interrupted run continues where it stopped."""
     from fides_plugins.settings import Settings, read_toml
 
     try:

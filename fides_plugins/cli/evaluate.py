@@ -62,7 +62,7 @@ def evaluate(
     report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML page here.")] = None,
     seed: Annotated[int, typer.Option(help="Of attacks, bootstrap and training.")] = 0,
     input_name: InputName = "",
-    output_name: Annotated[str, typer.Option(help="Of its class output.", rich_help_panel=SERVICE_PANEL)] = "",
+    output_name: Annotated[str, typer.Option(help="Name of its class output.", rich_help_panel=SERVICE_PANEL)] = "",
     encoding: Encoding = "json",
     request_key: RequestKey = "",
     response_key: ResponseKey = "",

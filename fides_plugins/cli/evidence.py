@@ -28,7 +28,8 @@ def _group() -> None:
 def verify(
     file: Annotated[Path, typer.Argument(help="Evidence document, quote or SEV-SNP report.", metavar="FILE")],
     policy: Annotated[
-        Path | None, typer.Option("--policy", help="TOML file with an [evidence] table; none: nothing is trusted.")
+        Path | None,
+        typer.Option("--policy", help="TOML file with an [evidence] table; without one, nothing is trusted."),
     ] = None,
     collateral: Annotated[Path | None, typer.Option(help="Intel's collateral (JSON), for SGX and TDX.")] = None,
     vcek: Annotated[Path | None, typer.Option(help="The chip's certificate (DER), for SEV-SNP.")] = None,

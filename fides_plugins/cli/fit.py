@@ -52,7 +52,7 @@ def fit(
         Path | None,
         typer.Option(help="Instead of service and data: an .npz file with both models' answers."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same graphs on the same machine.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same graphs on the same machine.")] = 0,
     false_alarm_rate: Annotated[
         float, typer.Option(min=1e-6, max=0.5, help="Smallest budget that the calibration must support.")
     ] = 0.01,
@@ -81,13 +81,20 @@ def fit(
     transfer_rows: Annotated[
         int, typer.Option(min=1, help="About how many rows the service is asked.", rich_help_panel=_MODEL)
     ] = 16_000,
-    temperature: Annotated[float, typer.Option(min=0.1, help="Of distillation.", rich_help_panel=_MODEL)] = 5.0,
+    temperature: Annotated[
+        float, typer.Option(min=0.1, help="Temperature of the distillation.", rich_help_panel=_MODEL)
+    ] = 5.0,
     alpha: Annotated[
         float, typer.Option(min=0.0, help="Weight of the service's answer.", rich_help_panel=_MODEL)
     ] = 0.8,
     beta: Annotated[float, typer.Option(min=0.0, help="Weight of the labels.", rich_help_panel=_MODEL)] = 0.2,
     flip: Annotated[
-        bool, typer.Option("--flip", help="Mirrored images mean the same.", rich_help_panel=_MODEL)
+        bool,
+        typer.Option(
+            "--flip",
+            help="A mirrored image has the same class, so train on mirrored copies too.",
+            rich_help_panel=_MODEL,
+        ),
     ] = False,
     scale: Annotated[
         float | None,
@@ -97,11 +104,14 @@ def fit(
         ),
     ] = None,
     output_kind: Annotated[
-        str, typer.Option(help="logits or probabilities. Default: told by the answers.", rich_help_panel=SERVICE_PANEL)
+        str,
+        typer.Option(
+            help="logits or probabilities. Default: inferred from the answers.", rich_help_panel=SERVICE_PANEL
+        ),
     ] = "",
     input_name: InputName = "",
     output_name: Annotated[
-        str, typer.Option(help="Of the service's class output.", rich_help_panel=SERVICE_PANEL)
+        str, typer.Option(help="Name of the service's class output.", rich_help_panel=SERVICE_PANEL)
     ] = "",
     encoding: Encoding = "json",
     request_key: RequestKey = "",
@@ -125,18 +135,20 @@ def fit(
         typer.Option(help="State dict (.safetensors), one for each --student or none.", rich_help_panel=_OWN),
     ] = None,
     student_size: Annotated[
-        str, typer.Option(help="Height x width that it takes, such as 32x32.", rich_help_panel=_OWN)
+        str, typer.Option(help="Height x width of the images it takes, such as 32x32.", rich_help_panel=_OWN)
     ] = "",
-    student_channels: Annotated[int | None, typer.Option(help="Channels that it takes.", rich_help_panel=_OWN)] = None,
+    student_channels: Annotated[
+        int | None, typer.Option(help="Channels of the images it takes.", rich_help_panel=_OWN)
+    ] = None,
     student_mean: Annotated[
-        str, typer.Option(help="Its normalisation, one number per channel: 0.5,0.5,0.5.", rich_help_panel=_OWN)
+        str, typer.Option(help="Mean of its normalisation, one number per channel: 0.5,0.5,0.5.", rich_help_panel=_OWN)
     ] = "",
     fine_tune_rate: Annotated[
-        float, typer.Option(min=1e-7, help="Highest learning rate of its layers.", rich_help_panel=_OWN)
+        float, typer.Option(min=1e-7, help="Highest learning rate of its unfrozen layers.", rich_help_panel=_OWN)
     ] = 4e-3,
-    student_std: Annotated[str, typer.Option(help="Likewise.", rich_help_panel=_OWN)] = "",
+    student_std: Annotated[str, typer.Option(help="Standard deviation, likewise.", rich_help_panel=_OWN)] = "",
     engine: Annotated[
-        str, typer.Option(help="Who distils: local, torchrun or ray.", rich_help_panel=_WORKERS)
+        str, typer.Option(help="What runs the distillation: local, torchrun or ray.", rich_help_panel=_WORKERS)
     ] = "local",
     workers: Annotated[int, typer.Option(min=1, help="Workers, for torchrun and ray.", rich_help_panel=_WORKERS)] = 2,
     address: Annotated[

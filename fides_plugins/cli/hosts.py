@@ -24,7 +24,7 @@ ENTRY_POINT_GROUP = "fides_plugins.hosts"
 GROUPS = {
     "attach": "Protect a model that is already served; nothing that exists is edited.",
     "detach": "Remove exactly what attach wrote.",
-    "check": "Send one real inference through every step and say what is wrong.",
+    "check": "Send a real inference and say what is wrong.",
     "watch": "Probe a protected model with real inferences and bring dead steps back.",
     "reset": "Withdraw the service alarm after an incident.",
 }

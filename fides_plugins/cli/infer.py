@@ -59,7 +59,9 @@ def infer(
     identity: Annotated[Path | None, typer.Option(help="Private key that the verifier knows (new-identity).")] = None,
     server: Annotated[Server, typer.Option(help="Kind of server.")] = Server.triton_http,
     scheme: Annotated[Scheme, typer.Option(help="How the reference is kept from the host.")] = Scheme.hpke,
-    receipt_from: Annotated[Source, typer.Option(help="Who brings the receipt.")] = Source.host,
+    receipt_from: Annotated[
+        Source, typer.Option(help="Who returns the receipt: the host, or the verifier itself.")
+    ] = Source.host,
     output: Annotated[str, typer.Option(help="Class output; default: the only one.")] = "",
     mean: Annotated[float, typer.Option(help="Subtracted from pixels, which are scaled to 0..1.")] = 0.0,
     std: Annotated[float, typer.Option(help="Divides pixels after that.", min=1e-6)] = 1.0,

@@ -101,7 +101,7 @@ def check(
 ) -> None:
     """Run a plug-in against the contract of its hooks. Exit status 1 if it breaks it.
 
-    The module may lie in the current folder, as for `python -m`; a server looks only on its own path.
+    The module may be in the current folder, as for `python -m`; a server looks only on its own path.
     """
     from fides_plugins.errors import SettingsError
     from fides_plugins.manager import import_target

@@ -34,7 +34,8 @@ def serve_verifier(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="HTTP port; 0 takes a free one.")] = 8443,
     client: Annotated[
-        list[str] | None, typer.Option(help="Public key (hex) of a client that is answered; repeat it. None: anybody.")
+        list[str] | None,
+        typer.Option(help="Public key (hex) of a client that is answered; repeatable. Default: anyone."),
     ] = None,
     scheme: Annotated[list[str] | None, typer.Option(help="hpke or commitment; repeat it. Default: both.")] = None,
     decimals: Annotated[

@@ -62,19 +62,19 @@ def register_attach(app: typer.Typer) -> None:
         serve_as: Annotated[str, typer.Option("--as", help="Answer under this name; the model stays as it is.")] = "",
         from_server: Annotated[str, typer.Option(help="Take the model's full configuration from this server.")] = "",
         live: Live = "",
-        version: Annotated[int, typer.Option(help="The served version to protect, where there are several.")] = 0,
+        version: Annotated[int, typer.Option(help="The version to protect, if several are served.")] = 0,
         input_name: Annotated[str, typer.Option("--input", help="Input that the verification model takes.")] = "",
         output_name: Annotated[str, typer.Option("--output", help="Output that holds the classes.")] = "",
-        output_kind: Annotated[str, typer.Option(help="logits or probabilities; by default as the bundle says.")] = "",
+        output_kind: Annotated[str, typer.Option(help="logits or probabilities. Default: what the bundle says.")] = "",
         decode: Annotated[str, typer.Option(help="Decoder of encoded inputs: image:size=224x224,mode=RGB,...")] = "",
-        pass_inputs: Annotated[bool, typer.Option(help="Hand the inputs to plug-ins that judge, too.")] = False,
+        pass_inputs: Annotated[bool, typer.Option(help="Hand the inputs to detectors and observers, too.")] = False,
         settings: Annotated[
             Optional[list[str]],  # noqa: UP045 - typer reads this at run time on Python 3.10
             typer.Option("--set", help="Any setting, as key=value; may be repeated."),
         ] = None,
         json_output: Json = False,
     ) -> None:
-        """Protect MODEL of a Triton REPOSITORY by new files alone; print the start-up flag that puts it in place."""
+        """Protect MODEL of a Triton REPOSITORY with new files only; print the start-up flag that switches it on."""
         from fides_plugins.serving.triton.attach import attach
         from fides_plugins.serving.triton.plan import AttachOptions
 
@@ -164,7 +164,7 @@ def register_check(app: typer.Typer) -> None:
         timeout: Annotated[float, typer.Option(help="Seconds for each inference.")] = 10.0,
         json_output: Json = False,
     ) -> None:
-        """Send one real inference through every step of MODEL and say what is wrong and how to mend it."""
+        """Send one real inference through every step of MODEL and say what is wrong and how to fix it."""
         from fides_plugins.serving.triton.operator.api import TritonApi
         from fides_plugins.serving.triton.operator.check import check
 
@@ -179,17 +179,17 @@ def register_watch(app: typer.Typer) -> None:
     def watch_triton(
         url: Url,
         model: Annotated[str, typer.Option(help="Watch only this model.")] = "",
-        interval: Annotated[float, typer.Option(help="Seconds between two looks.")] = 0.2,
+        interval: Annotated[float, typer.Option(help="Seconds between two probes.")] = 0.2,
         timeout: Annotated[float, typer.Option(help="Seconds after which a step that does nothing is dead.")] = 0.5,
         once: Annotated[
-            bool, typer.Option("--once", help="Look once and change nothing; exit 1 if protection is not full.")
+            bool, typer.Option("--once", help="Probe once and change nothing; exit 1 if protection is not full.")
         ] = False,
         data: Data = None,
         json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object per event.")] = False,
     ) -> None:
         """Probe protected models with real inferences; reload dead steps (the server must be in explicit mode).
 
-        With --once it only looks, and serves as an exec liveness check of Kubernetes.
+        With --once it only probes, and can serve as an exec liveness check of Kubernetes.
         """
         from fides_plugins.serving.triton.operator.api import TritonApi
         from fides_plugins.serving.triton.operator.watch import Watcher, watch_forever
@@ -221,7 +221,7 @@ def register_reset(app: typer.Typer) -> None:
         timeout: Annotated[float, typer.Option(help="Seconds to wait for the alarm to be withdrawn.")] = 10.0,
         json_output: Json = False,
     ) -> None:
-        """Withdraw the service alarm of MODEL: load its validation anew (explicit mode), and look that it is gone."""
+        """Withdraw the service alarm of MODEL: reload its validation (explicit mode) and check that it is gone."""
         from fides_plugins.serving.triton.operator.api import TritonApi
         from fides_plugins.serving.triton.operator.reset import reset
 

@@ -3,7 +3,8 @@
 Every object describes a batch of N rows over K classes. Arrays are float32 and C-contiguous where they
 hold probabilities, and every array is read-only, so that no plug-in can change what another one sees.
 Constructors validate shapes and raise `InputError`; a single bad *row* is not an error of the batch:
-it is marked in a mask and ends as the status `error` of that row.
+it is marked in a mask, and that row alone becomes `error` or `indeterminate`. Objects that hold arrays compare
+by identity (`eq=False`): comparing two arrays gives an array, not one truth value.
 """
 
 from fides_plugins.types.answers import Prediction, Verification

@@ -51,6 +51,8 @@ class Prediction:
     def from_output(cls, output: ArrayLike, kind: OutputKind, temperature: float = 1.0) -> Prediction:
         """Make a prediction at the edge, from what the service model returned.
 
+        Hosts come here through `codec.OutputCodec`, which knows kind and temperature and takes other shapes too.
+
         Parameters
         ----------
         output:

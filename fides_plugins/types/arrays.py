@@ -26,12 +26,14 @@ EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 def frozen(array: NDArray[Any]) -> NDArray[Any]:
+    """A read-only view, not a copy: whoever made the array must not change it any more either."""
     view = array.view()
     view.flags.writeable = False
     return view
 
 
 def set_field(instance: object, name: str, value: object) -> None:
+    """Set a field of a frozen dataclass, from its own constructor only."""
     object.__setattr__(instance, name, value)
 
 

@@ -1,4 +1,7 @@
-"""An attack, as seen by code that only needs its name."""
+"""An attack, as seen by code that only needs its name.
+
+The attacks themselves are in `training/attacks/`, several layers above the hooks, which must not import it.
+"""
 
 from __future__ import annotations
 

@@ -19,7 +19,11 @@ ROWS_ONLY = "FIDES_ROWS"
 
 @dataclass(frozen=True)
 class SignedRows:
-    """A client's signed request for the next rows of a batch; without text, rows without a signed request."""
+    """A client's signed request for the next rows of a batch; without text, rows without a signed request.
+
+    For a verifier in an enclave, which answers signed requests only. `commitment` is the host's digest of the
+    service's output, in the scheme of that name; see docs/explanation/threat-model.md.
+    """
 
     n_rows: int
     request: str = ""

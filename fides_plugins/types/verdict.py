@@ -48,7 +48,8 @@ class Verdict:
         (N,) int64: top class of the service and of the reference; -1 where there is none.
     label, probabilities:
         (N,) int64 and (N, K) float32: what the caller should use. The service's answer, or for attacked
-        rows the re-classified one. -1 and zeros where there is nothing to use.
+        rows the re-classified one, in every mode; only in `correct` does a host write it into the class
+        output. -1 and zeros where there is nothing to use.
     corrected:
         (N,) bool: the row carries a re-classified answer.
     refused:

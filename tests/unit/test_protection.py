@@ -303,3 +303,12 @@ def test_exempt_rows_pass_whatever_the_settings_say() -> None:
     assert verdict.status_text.tolist() == ["indeterminate"] * 2
     assert not verdict.refused.any()
     assert mine.refuse(query(mine, LOGITS), "the receipt is wrong").refused.all()
+
+
+def test_a_client_without_an_id_does_not_take_the_others_out_of_the_records() -> None:
+    watcher = Watcher()
+    mine = protection(watcher)
+    mine.judge_many(
+        [part(mine, slice(0, 1), LIE, "a"), part(mine, slice(1, 2)), part(mine, slice(2, 4), LIE, "b#0", "b#1")]
+    )
+    assert sorted(watcher.recorded) == [(), ("a", "b#0", "b#1")]

@@ -1,4 +1,7 @@
-"""What both steps share: their protection, tensors with the row as first axis, logging, refusals."""
+"""What both steps share: their protection, tensors with the row as first axis, logging, refusals.
+
+`triton_python_backend_utils` exists only inside Triton's python backend, which runs each step in a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from fides_plugins.settings import Settings, nest
 
 logger = logging.getLogger("fides_plugins")
 
-#: Parameters of the adapter itself; `fides.*` are the settings every host knows.
+#: Parameters of the adapter itself, which `fides attach` writes; `fides.*` are the settings every host knows.
 STEP_PREFIX = "fides_step."
 
 
@@ -55,6 +58,7 @@ class Step:
         self.name = arguments["model_name"]
         self.parameters = {k: str(v.get("string_value", "")) for k, v in self.config.get("parameters", {}).items()}
         self.batching = int(self.config.get("max_batch_size", 0)) > 0
+        # The service takes one row per request and its tensors have no row axis: it is added here and taken off again.
         self.batchless = self.option("batchless") == "true"
         self.input_names = tuple(item["name"] for item in self.config.get("input", []))
         self._metrics = TritonMetrics()
@@ -67,7 +71,7 @@ class Step:
                 model_name=self.name,
                 metrics=self._metrics,
                 alarm=alarm,
-                concurrent=False,
+                concurrent=False,  # Triton itself runs `fides_verify` beside the service
             )
         except FidesError as error:
             self._metrics.close()

@@ -25,7 +25,8 @@ from fides_plugins.types import Status, Verdict
 
 logger = logging.getLogger("fides_plugins")
 
-#: What a step without the verification's tensors judges with: it stands in while another one is dead.
+#: What a step without the verification's tensors judges with: `fides_fallback`, which stands in while another one is
+#: dead (docs/explanation/triton-failure.md).
 _NOBODY_VERIFIED = VerifyOutcome(None, (Failure("triton", "fides_verify", "open"),))
 
 

@@ -46,6 +46,7 @@ VERDICT_TYPES = {
 }
 
 _KINDS = get_args(FailureKind)
+#: A client may call `fides_validate` by itself, with any tensors.
 _MAX_TEXT = 64 * 1024
 
 
