@@ -21,7 +21,7 @@ from fides_plugins.errors import InputError, SettingsError
 from fides_plugins.serving.torchserve.archive import Entry, ModelArchive, open_archive, write_archive
 from fides_plugins.serving.torchserve.build import CONFIG_NAME, MANIFEST, SHIM_NAME, bundle_files, shim
 from fides_plugins.serving.torchserve.options import BUNDLE_FOLDER, SECTION, HostOptions, read_section
-from fides_plugins.serving.torchserve.probe import ProbeResult, probe_archive
+from fides_plugins.serving.torchserve.probe import probe_archive
 from fides_plugins.serving.torchserve.vendor import vendor_files
 
 RECORD = "fides_attach.json"
@@ -120,12 +120,10 @@ def attach(
         if taken:
             raise InputError(f"The archive already holds {', '.join(taken)}.", "Rename these entries first.")
         protected = _with_entries(original, changed, files)
-        found = ProbeResult("", "")
-        if check_import:
-            found = probe_archive(protected, python)
+        found = probe_archive(protected, python) if check_import else ""
         write_archive(target, protected, force)
     notes = () if config_entry is not None else (NEW_CONFIG.format(name=config_name),)
-    return Attachment(handler, found.description, tuple(sorted(files)), tuple(sorted(changed)), notes)
+    return Attachment(handler, found, tuple(sorted(files)), tuple(sorted(changed)), notes)
 
 
 def detach(source: str | Path, target: str | Path, *, force: bool = False) -> tuple[str, ...]:
