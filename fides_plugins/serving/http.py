@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from fides_plugins.types import Status, Verdict
@@ -61,18 +61,7 @@ class RowVerdict:
 
 def rows_of(verdict: Verdict) -> list[RowVerdict]:
     """The rows of a verdict as objects; a server answers requests one by one."""
-    columns = zip(
-        verdict.status.tolist(),
-        verdict.score.tolist(),
-        verdict.p_value.tolist(),
-        verdict.label.tolist(),
-        verdict.service_label.tolist(),
-        verdict.verified_label.tolist(),
-        verdict.corrected.tolist(),
-        verdict.refused.tolist(),
-        verdict.reason.tolist(),
-        strict=True,
-    )
+    columns = zip(*(getattr(verdict, field.name).tolist() for field in fields(RowVerdict)), strict=True)
     return [RowVerdict(Status(status), *rest) for status, *rest in columns]
 
 

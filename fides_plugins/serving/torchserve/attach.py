@@ -18,9 +18,9 @@ import yaml
 
 from fides_plugins.bundle import Bundle
 from fides_plugins.errors import InputError, SettingsError
-from fides_plugins.serving.torchserve.archive import Entry, ModelArchive, open_archive, write_archive
-from fides_plugins.serving.torchserve.build import CONFIG_NAME, MANIFEST, SHIM_NAME, bundle_files, shim
-from fides_plugins.serving.torchserve.options import BUNDLE_FOLDER, SECTION, HostOptions, read_section
+from fides_plugins.serving.torchserve.archive import MANIFEST, Entry, ModelArchive, open_archive, write_archive
+from fides_plugins.serving.torchserve.build import CONFIG_NAME, SHIM_NAME, bundle_files, shim
+from fides_plugins.serving.torchserve.options import BUNDLE_FOLDER, SECTION, read_section
 from fides_plugins.serving.torchserve.probe import probe_archive
 from fides_plugins.serving.torchserve.vendor import vendor_files
 
@@ -109,7 +109,8 @@ def attach(
         config_name, config, config_entry = _config(original, model)
         ours = {"handler": handler, "bundle": BUNDLE_FOLDER, **(section or {})}
         text = _with_section(config, ours)
-        _check_section(text, files)
+        if read_section(yaml.safe_load(text), ".")[1].bundle != BUNDLE_FOLDER:
+            raise SettingsError("`bundle` is not for attach to set.", "Leave it out; attach puts it into the archive.")
         changed = {MANIFEST: _rewritten(manifest, config_name)}
         if config_entry is None:
             files[config_name] = text.encode()
@@ -225,15 +226,6 @@ def _with_section(config: str, section: Mapping[str, Any]) -> str:
         pass
     # Flow style or an explicit end of the document: nothing can be appended, so the keys are written anew.
     return str(yaml.safe_dump(expected, sort_keys=False, allow_unicode=True))
-
-
-def _check_section(text: str, files: Mapping[str, bytes]) -> HostOptions:
-    options, settings = read_section(yaml.safe_load(text), ".")
-    if settings.bundle != BUNDLE_FOLDER:
-        raise SettingsError(
-            f"`bundle` is {settings.bundle!r}.", "Leave it out; attach puts the bundle into the archive."
-        )
-    return options
 
 
 def _rewritten(manifest: Mapping[str, Any], config_name: str) -> bytes:

@@ -15,8 +15,8 @@ import tempfile
 from pathlib import Path
 
 from fides_plugins.errors import InputError
-from fides_plugins.serving.torchserve.archive import ModelArchive, write_folder
-from fides_plugins.serving.torchserve.build import MANIFEST, SHIM_NAME
+from fides_plugins.serving.torchserve.archive import MANIFEST, ModelArchive, write_folder
+from fides_plugins.serving.torchserve.build import SHIM_NAME
 
 _MARK = "fides-probe:"
 _TIMEOUT_S = 120.0
