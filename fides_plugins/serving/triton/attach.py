@@ -29,7 +29,7 @@ from fides_plugins.serving.triton.config import (
 )
 from fides_plugins.serving.triton.operator.api import TritonApi
 from fides_plugins.serving.triton.plan import CONFIG_NAME, AttachOptions, Plan, make_plan
-from fides_plugins.serving.triton.queues import refuse_at_attach
+from fides_plugins.serving.triton.queues import queue_problem
 
 MANIFEST_FILE = "fides-attach.json"
 _NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
@@ -100,7 +100,9 @@ def attach(
     folder = root / model
     _check_names(root, model, options.serve_as)
     config, text = _read_config(folder, model, from_server or live)
-    refuse_at_attach(model, config)
+    problem, remedy = queue_problem(config)
+    if problem:
+        raise ServerError(f"{model!r} {problem}", remedy)
     info = model_info(model, config, local_versions(folder), options.version)
     plan = make_plan(info, options)
     if plan.takeover:
@@ -234,13 +236,8 @@ def _read_config(folder: Path, model: str, server: str) -> tuple[Any, str]:
             "restart the server: it then serves what the repository holds.",
         )
     # The user's own text is kept where it says everything; what the server completed is written out otherwise.
-    complete = local and _declares_tensors(local, model)
-    return config, local if complete else to_text(config)
-
-
-def _declares_tensors(text: str, model: str) -> bool:
-    config = parse_text(text, f"{model}/{CONFIG_FILE}")
-    return bool(config.input) and bool(config.output)
+    own = parse_text(local, f"{model}/{CONFIG_FILE}")
+    return config, local if own.input and own.output else to_text(config)
 
 
 @contextlib.contextmanager

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from fides_plugins.errors import ServerError
-
 
 def queue_problem(config: Any) -> tuple[str, str]:
     """What makes Triton refuse requests of this model (a `ModelConfig`) at once, and the remedy; or two empty texts."""
@@ -29,16 +27,3 @@ def queue_problem(config: Any) -> tuple[str, str]:
             "ensemble with this model as its one step; clients then get the 503 as before.",
         )
     return "", ""
-
-
-def refuse_at_attach(model: str, config: Any) -> None:
-    """Refuse a model with such a queue.
-
-    Raises
-    ------
-    ServerError
-        If Triton may refuse requests of `model` before they run.
-    """
-    problem, remedy = queue_problem(config)
-    if problem:
-        raise ServerError(f"{model!r} {problem}", remedy)

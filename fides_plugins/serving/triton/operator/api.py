@@ -22,7 +22,7 @@ from fides_plugins.errors import ServerError
 
 #: Parameter whose value is the time of the last forced reload.
 RELOAD_PARAMETER = "fides_step.reloaded"
-#: Triton's words for a load request outside explicit mode, be it that it polls or that it does not.
+#: What Triton answers to a load request when it is not in explicit mode, whether or not it polls its repository.
 _NOT_EXPLICIT = "explicit model load / unload is not allowed"
 
 
@@ -159,10 +159,6 @@ class TritonApi:
     def server_name(self) -> str:
         """The server's own name (`--id`). Raises `OSError` when it cannot be reached."""
         return str(self.exchange("GET", "/v2").json.get("name", ""))
-
-    def model_ready(self, model: str) -> bool:
-        """Whether the server says that `model` is ready (true for a model whose process was killed)."""
-        return self.exchange("GET", f"/v2/models/{quote(model)}/ready").status == 200
 
     def config(self, model: str, version: str = "") -> dict[str, Any]:
         """The model's full configuration as the server holds it, as protobuf JSON."""
