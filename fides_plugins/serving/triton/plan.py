@@ -244,8 +244,8 @@ def _add_steps(
         )
         # One line each, because operators edit them; strings of JSON are strings of protobuf's text format.
         for key, value in sorted(settings.items()):
-            quoted = json.dumps(value, ensure_ascii=False)
-            config += f'parameters {{ key: "{key}" value {{ string_value: {quoted} }} }}\n'
+            name_text, value_text = (json.dumps(text, ensure_ascii=False) for text in (key, value))
+            config += f"parameters {{ key: {name_text} value {{ string_value: {value_text} }} }}\n"
         plan.files[f"{name}/{CONFIG_FILE}"] = config.encode()
         plan.files[f"{name}/1/model.py"] = _SHIM.format(entry=entry).encode()
 
