@@ -1,4 +1,4 @@
-"""What commands print: tables for people, JSON for machines, progress on a terminal's standard error."""
+"""What commands read and print: files, tables for people, JSON for machines, progress on standard error."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from fides_plugins.errors import InputError
 
 if TYPE_CHECKING:
     from fides_plugins.serving.finding import CheckFinding
@@ -67,6 +70,14 @@ def print_findings(url: str, model: str, findings: Sequence[CheckFinding], as_js
                 console().print(f"{finding.what}: {finding.remedy}", markup=False, soft_wrap=True)
     if not good:
         raise typer.Exit(1)
+
+
+def read_file(path: Path) -> bytes:
+    """A file's bytes, or an `InputError` that names it."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"Cannot read {path.name}: {error.strerror}.") from None
 
 
 @contextmanager

@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import mimetypes
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
-from fides_plugins.cli._output import console, print_findings, print_json
-from fides_plugins.errors import InputError, SettingsError
+from fides_plugins.cli._output import console, print_findings, print_json, read_file
+from fides_plugins.errors import SettingsError
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace the output if it exists.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Where the new archive goes.")]
 
 
-def _section(
-    mode: str, on_error: str, rows: str, rows_per_request: int, envelope: str, parser: str, pairs: list[str]
-) -> dict[str, Any]:
-    """The section `fides:` from options; `--set a.b=c` reaches every key."""
+def _section(options: Mapping[str, Any], pairs: Sequence[str]) -> dict[str, Any]:
+    """The section `fides:` from the options that are set; `--set a.b=c` reaches every key."""
     import yaml
 
-    section: dict[str, Any] = {"mode": mode}
-    for key, value in (("on_error", on_error), ("rows", rows), ("envelope", envelope), ("parser", parser)):
-        if value:
-            section[key] = value
-    if rows_per_request:
-        section["rows_per_request"] = rows_per_request
+    section = {key: value for key, value in options.items() if value}
     for pair in pairs:
         key, separator, text = pair.partition("=")
         if not separator or not key:
@@ -70,9 +64,11 @@ def register_attach(app: typer.Typer) -> None:
         as_json: Json = False,
     ) -> None:
         """Write a protected copy of a model archive."""
+        given = dict(locals())
         from fides_plugins.serving.torchserve.attach import attach
 
-        section = _section(mode, on_error, rows, rows_per_request, envelope, parser, set_ or [])
+        named = ("mode", "on_error", "rows", "rows_per_request", "envelope", "parser")
+        section = _section({name: given[name] for name in named}, set_ or [])
         done = attach(
             archive,
             bundle,
@@ -138,15 +134,11 @@ def register_check(app: typer.Typer) -> None:
         """Send a real inference through a served model, once and then to time it, and say what is wrong."""
         from fides_plugins.serving.torchserve.check import check
 
-        try:
-            content = body.read_bytes()
-        except OSError as error:
-            raise InputError(f"{body.name} cannot be read: {error.strerror}.") from None
         kind = content_type or mimetypes.guess_type(body.name)[0] or "application/octet-stream"
         findings = check(
             url,
             model,
-            content,
+            read_file(body),
             content_type=kind,
             management_url=management,
             metrics_url=metrics,

@@ -160,20 +160,19 @@ def _wait_for_end(processes: Sequence[psutil.Process], seconds: float) -> None:
 
 def resident_bytes(pids: Sequence[int]) -> int:
     """Sum of the resident memory of these processes, bytes (shared pages count once per process)."""
-    total = 0
-    for process in _found(pids):
-        with contextlib.suppress(psutil.Error):
-            total += process.memory_info().rss
-    return total
+    return int(_total(pids, lambda process: process.memory_info().rss))
 
 
 def cpu_seconds(pids: Sequence[int]) -> float:
     """Sum of the user and system time of these processes, seconds."""
+    return _total(pids, lambda process: sum(process.cpu_times()[:2]))
+
+
+def _total(pids: Sequence[int], measure: Callable[[psutil.Process], float]) -> float:
     total = 0.0
     for process in _found(pids):
         with contextlib.suppress(psutil.Error):
-            times = process.cpu_times()
-            total += times.user + times.system
+            total += measure(process)
     return total
 
 

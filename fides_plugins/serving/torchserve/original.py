@@ -20,7 +20,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
 
@@ -73,10 +73,9 @@ class Found:
 class Original:
     """The original handler, ready to be called as TorchServe would."""
 
-    kind: Kind
     initialize: Callable[[Any], Any]
     handle: Callable[[Any, Any], Any]
-    instance: Any = field(default=None)
+    instance: Any = None
 
 
 def find_handler(spec: str) -> Found:
@@ -143,7 +142,7 @@ def protect(found: Found, capture: Capture | None) -> Original:
         if capture is not None and callable(getattr(handler_class, "inference", None)):
             handler_class = _subclass(handler_class, capture)
         instance = handler_class()
-        return Original(found.kind, instance.initialize, instance.handle, instance)
+        return Original(instance.initialize, instance.handle, instance)
     if capture is not None:
         # In place, because code looks these names up at call time, and a new class under an old name
         # would break `super(Name, self)`.
@@ -155,7 +154,7 @@ def protect(found: Found, capture: Capture | None) -> Original:
         if found.kind == "function":
             inference = found.module.inference
             found.module.inference = _wrapped(inference, capture, is_method=False)  # type: ignore[attr-defined]
-    return Original(found.kind, lambda context: found.target(None, context), found.target)
+    return Original(lambda context: found.target(None, context), found.target)
 
 
 def _import(name: str) -> ModuleType:

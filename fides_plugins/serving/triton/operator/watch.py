@@ -240,18 +240,11 @@ class Watcher:
         retry = self._retry(model)
         if retry.not_before > self._clock():
             return False
-        start = self._clock()
-        retry.not_before = start + retry.wait_s
+        retry.not_before = self._clock() + retry.wait_s
         retry.wait_s = min(2 * retry.wait_s, LAST_RETRY_S)
-        try:
-            self._api.reload(model)
-        except NotExplicit:
-            raise
-        except ServerError as error:
-            self.report(Event("failed", model, self._clock() - start, str(error)))
+        if not self._do("reloaded", model, lambda: self._api.reload(model)):
             return False
         self._reloaded_at[model] = self._clock()
-        self.report(Event("reloaded", model, self._clock() - start))
         return True
 
     def _degrade(self, group: list[Protected]) -> None:
@@ -270,9 +263,13 @@ class Watcher:
         return True
 
     def _load(self, kind: str, model: str, config: Mapping[str, Any] | None = None) -> bool:
+        return self._do(kind, model, lambda: self._api.load(model, config))
+
+    def _do(self, kind: str, model: str, action: Callable[[], None]) -> bool:
+        """Report how `action` went; False where the server refused it. `NotExplicit` is raised: nothing can be done."""
         start = self._clock()
         try:
-            self._api.load(model, config)
+            action()
         except NotExplicit:
             raise
         except ServerError as error:
