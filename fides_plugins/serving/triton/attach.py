@@ -279,11 +279,7 @@ def _write(root: Path, plan: Plan, original: dict[str, Any], done: list[Path]) -
             os.symlink(target, root / path)
             done.append(root / path)
         for path in plan.folders:
-            folder_for(f"{path}/.")
-            if not (root / path).exists():
-                (root / path).mkdir()
-                done.append(root / path)
-                made.append(path)
+            folder_for(f"{path}/any file")
         attached = Attached(
             plan.model,
             plan.public,
