@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 def console(stderr: bool = False) -> Console:
-    """A console made when needed, so that tests and pipes see the real streams."""
+    """A new console, so that tests and pipes get the streams of the moment."""
     stream = sys.stderr if stderr else sys.stdout
-    # Into a file or a pipe there is no width to respect, and eighty columns would fold the tables.
+    # A file or a pipe has no width, and at eighty columns the tables would fold.
     return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else 120)
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on standard output, with nothing else beside it."""
+    """One JSON document on standard output, and nothing else."""
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 

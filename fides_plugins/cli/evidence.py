@@ -83,7 +83,7 @@ def _print(answer: dict[str, Any]) -> None:
 
 
 def _moment(text: str) -> float:
-    """Seconds since 1970 of an RFC 3339 time, now for the empty text."""
+    """Seconds since 1970 of an RFC 3339 time; now where the text is empty."""
     if not text:
         return datetime.datetime.now(datetime.timezone.utc).timestamp()
     try:

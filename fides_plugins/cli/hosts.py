@@ -37,7 +37,7 @@ def register(app: typer.Typer) -> None:
 
 
 def adds(server: str, command: Callable[..., None]) -> Callable[[typer.Typer], None]:
-    """A function `register_...` that adds `command`, called like the model server."""
+    """A function `register_...` that adds `command` under the model server's name."""
 
     def register_command(app: typer.Typer) -> None:
         app.command(server)(command)
@@ -93,7 +93,7 @@ def _command(group: str, name: str, entries: Sequence[metadata.EntryPoint]) -> A
     except Exception as error:  # foreign code may raise anything; the other servers' commands must still work
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         raise PluginError(
-            f"The model server {name!r} of {origins} cannot be loaded: {cause}.", "Mend the package, or uninstall it."
+            f"The model server {name!r} of {origins} cannot be loaded: {cause}.", "Fix the package, or uninstall it."
         ) from error
     if list(made) != [name]:
         raise PluginError(

@@ -70,7 +70,7 @@ def infer(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Ask a service and show the verdict: exit status 0 trusted, 1 any row is not."""
+    """Ask a service and show the verdict: exit status 0 if every row is trusted, 1 otherwise."""
     import warnings
 
     from fides_plugins.attestation.policy import EvidencePolicy

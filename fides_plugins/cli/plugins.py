@@ -151,7 +151,7 @@ def _order(manager: FidesPluginManager) -> dict[str, list[str]]:
     order = {}
     for hook in HOOK_ORDER:
         names = [i.plugin_name for i in getattr(manager.hook, hook).get_hookimpls() if i.plugin_name in working]
-        # pluggy keeps the last asked first; at shutdown the first loaded is told first.
+        # pluggy asks from the end of its list; at shutdown plug-ins are told in load order.
         order[hook] = names if hook == "fides_unconfigure" else names[::-1]
     return order
 

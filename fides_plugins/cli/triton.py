@@ -151,7 +151,7 @@ def check_triton(
     timeout: Annotated[float, typer.Option(help="Seconds for each inference.")] = 10.0,
     json_output: Json = False,
 ) -> None:
-    """Send one real inference through every step of MODEL and say what is wrong and how to mend it."""
+    """Send one real inference through every step of MODEL and say what is wrong and how to fix it."""
     from fides_plugins.serving.triton.operator.api import TritonApi
     from fides_plugins.serving.triton.operator.check import check
 
@@ -200,7 +200,7 @@ def reset_triton(
     timeout: Annotated[float, typer.Option(help="Seconds to wait for the alarm to be withdrawn.")] = 10.0,
     json_output: Json = False,
 ) -> None:
-    """Withdraw the service alarm of MODEL: load its validation anew (explicit mode), and look that it is gone."""
+    """Withdraw the service alarm of MODEL: reload its validation (explicit mode), and check that it is gone."""
     from fides_plugins.serving.triton.operator.api import TritonApi
     from fides_plugins.serving.triton.operator.reset import reset
 

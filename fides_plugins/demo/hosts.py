@@ -61,7 +61,7 @@ class Host(ABC):
 
     @abstractmethod
     def ask(self, images: Float32Array, attack: str = "") -> Received:
-        """Received for (N, 1, 8, 8) images from the protected service, compromised by `attack` if given."""
+        """Answers for (N, 1, 8, 8) images from the protected service, compromised by `attack` if given."""
 
     @abstractmethod
     def call(self, image: Float32Array, protected: bool) -> None:

@@ -137,7 +137,7 @@ def measure(
     attacks, examples = [], []
     for attack in ATTACKS:
         answers = host.ask(images, attack)
-        # A row whose top class the attack did not change is no lie and is counted nowhere.
+        # A row whose top class the attack did not change is not a lie, and is not counted.
         lies = answers.claimed != honest
         caught = answers.status == "attacked"
         attacks.append(

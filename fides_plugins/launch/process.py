@@ -123,7 +123,7 @@ def stop_tree(pid: int, grace_s: float = 10.0, also: Sequence[int] = ()) -> None
         with contextlib.suppress(psutil.Error):
             root.terminate()
     _wait_for_end(roots, grace_s)
-    # Children may outlive the root (a stub whose server was killed), so those from before are looked at.
+    # Children may outlive the root (a stub whose server was killed), so the tree of before is ended too.
     for process in tree:
         with contextlib.suppress(psutil.Error):
             process.kill()

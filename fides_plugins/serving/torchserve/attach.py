@@ -203,9 +203,9 @@ def _config(archive: ModelArchive, model: Mapping[str, Any]) -> tuple[str, str, 
         text = entry.read().decode("utf-8")
         parsed = yaml.safe_load(text)
     except (UnicodeDecodeError, yaml.YAMLError):
-        raise InputError(f"The config file {name} is not valid yaml.", "Mend it first.") from None
+        raise InputError(f"The config file {name} is not valid yaml.", "Fix it first.") from None
     if parsed is not None and not isinstance(parsed, dict):
-        raise InputError(f"The config file {name} holds no mapping.", "Mend it first.")
+        raise InputError(f"The config file {name} holds no mapping.", "Fix it first.")
     if parsed and SECTION in parsed:
         raise InputError(
             f"The config file {name} has a section `{SECTION}:` already, written by hand.",
@@ -224,7 +224,7 @@ def _with_section(config: str, section: Mapping[str, Any]) -> str:
             return appended
     except yaml.YAMLError:
         pass
-    # Flow style or an explicit end of the document: nothing can be appended, so the keys are written anew.
+    # Flow style or an explicit end of the document: nothing can be appended, so the whole file is rewritten.
     return str(yaml.safe_dump(expected, sort_keys=False, allow_unicode=True))
 
 

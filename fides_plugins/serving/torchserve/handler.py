@@ -144,7 +144,7 @@ class FidesHandler:
         return output
 
     def _verdicts(self, exempt: Mapping[int, str], n_requests: int) -> list[RowVerdict]:
-        """One verdict per request; `exempt` says of some why they have no class output to verify."""
+        """One verdict per request; `exempt`: requests without a class output to verify, and why."""
         with self._lock:
             calls = sorted(self._calls, key=lambda c: (c[0] or 0, c[1]))
         n_rows = sum(len(rows) for _, _, rows in calls)

@@ -1,4 +1,4 @@
-"""Find the handler that an archive had before, and get in between its `inference()`.
+"""Find the handler that an archive had before, and intercept its `inference()`.
 
 TorchServe's own rules are followed: a name is a module in the archive or on the path, else a module of
 `ts.torch_handler`; a function of that name (`handle` by default) wins over a class; a class must be the
@@ -173,7 +173,7 @@ def _import(name: str) -> ModuleType:
         except Exception as error:  # foreign code may raise anything at import; told in one line
             raise SettingsError(
                 f"The handler {module_name!r} cannot be imported: {type(error).__name__}: {error}.",
-                "Mend the handler first; TorchServe could not load it either.",
+                "Fix the handler first; TorchServe could not load it either.",
             ) from error
     raise SettingsError(f"There is no handler {module_name!r} in the archive or in {_BUILT_IN_PACKAGE}.", _REMEDY)
 
@@ -202,7 +202,7 @@ def _subclass(cls: type, capture: Capture) -> type:
 
 
 def _wrapped_methods(cls: type, capture: Capture) -> dict[str, Callable[..., Any]]:
-    """`inference` with `capture` around it, and `explain_handle`, whose own calls of it are nobody's answer."""
+    """`inference` with `capture` around it, and `explain_handle`, whose calls of it make explanations, not answers."""
     methods = {"inference": capture, "explain_handle": lambda call, data, micro_batch: call()}
     found = {name: getattr(cls, name, None) for name in methods}
     return {name: _wrapped(method, methods[name]) for name, method in found.items() if callable(method)}

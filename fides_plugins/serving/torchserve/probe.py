@@ -56,7 +56,7 @@ def probe_archive(archive: ModelArchive, python: str | None = None) -> str:
     if not line:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise InputError(
-            f"The handler cannot be imported: {last}", "Mend it, or name the server's Python with --python."
+            f"The handler cannot be imported: {last}", "Fix it, or name the server's Python with --python."
         )
     answer = json.loads(line[len(_MARK) :])
     if "error" in answer:

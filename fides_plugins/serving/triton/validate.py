@@ -25,7 +25,7 @@ from fides_plugins.types import Status, Verdict
 
 logger = logging.getLogger("fides_plugins")
 
-#: What a step without the verification's tensors judges with: it stands in while another one is dead.
+#: The outcome for a step that gets no verification, because it stands in for a dead one.
 _NOBODY_VERIFIED = VerifyOutcome(None, (Failure("triton", "fides_verify", "open"),))
 
 #: Where in a verdict each tensor with one value per row comes from.
@@ -96,7 +96,7 @@ class TritonPythonModel:
             ids = row_ids(request.request_id(), n_rows)
             outcome, probe = _NOBODY_VERIFIED, False
             if self._verified:
-                # What travels between the steps always has the row axis, so it is taken as it is.
+                # These tensors always have the row axis, so they are taken as they are.
                 parts = [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in wire.INTERNAL]
                 outcome, probe = wire.unpack_outcome(*parts), wire.is_probe(parts[-1])
             query = self._step.protection.query(self._step.arrays(request, self._query_inputs), n_rows, ids)

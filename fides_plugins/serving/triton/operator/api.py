@@ -82,11 +82,11 @@ class UnknownModel(ServerError):
 
 
 class NotExplicit(ServerError):
-    """The server does not run in explicit mode, so nothing can load a step anew."""
+    """The server does not run in explicit mode, so no step can be reloaded."""
 
     def __init__(self, what: str) -> None:
         super().__init__(
-            f"{what} failed: the server is not in explicit mode, so no step of it can be loaded anew.",
+            f"{what} failed: the server is not in explicit mode, so none of its steps can be reloaded.",
             "Start it with --model-control-mode=explicit --load-model=*, or restart it where it is.",
         )
 
@@ -201,7 +201,7 @@ class TritonApi:
         self._ask("POST", f"/v2/repository/models/{quote(model)}/load", f"Loading {model!r}", body, timeout_s)
 
     def reload(self, model: str, timeout_s: float = 60.0) -> None:
-        """Start the processes of `model` anew while the old ones go on serving (explicit mode only).
+        """Restart the processes of `model` while the old ones go on serving (explicit mode only).
 
         Triton answers a plain load of a model whose files did not change with success and does nothing,
         even when its process is dead (measured on 2.51). A parameter that differs makes it load.

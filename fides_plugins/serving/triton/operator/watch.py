@@ -5,7 +5,7 @@ every request through the step fails after a second. `Watcher` notices within it
 explicit mode it then
 1. puts the fallback in the place of verification, so that requests are answered at once by policy
    (`on_error: open`: the service's answer, marked `error`; `closed`: refused),
-2. starts the dead step anew (a load with a changed parameter: a plain load would do nothing),
+2. restarts the dead step (a load with a changed parameter: a plain load would do nothing),
 3. probes it, and puts full protection back.
 """
 
@@ -40,7 +40,7 @@ FIRST_PROBE_S = 5.0
 FORGIVEN_S = 5.0
 #: Longest time-out that a slow step's own compute time can lead to.
 LONGEST_PROBE_S = 10.0
-#: A step that is loaded anew and still dead is tried again after this time, doubled each time.
+#: A step that is still dead after its reload is tried again after this time, which doubles each time.
 FIRST_RETRY_S = 1.0
 LAST_RETRY_S = 60.0
 
@@ -164,9 +164,9 @@ class Watcher:
     def _settle(self, group: list[Protected]) -> None:
         """Load the fallback and each ensemble once as they are, before anything is wrong.
 
-        Loading an ensemble makes Triton look at the files of its steps, and load those anew that changed
-        since the start, which Python's own caches beside a model.py are enough for. That may take seconds;
-        now nobody waits for it, because what is loaded goes on serving.
+        Loading an ensemble makes Triton look at the files of its steps and reload those that changed since the
+        start; the caches that Python writes beside a model.py count as a change. That may take seconds. Done now,
+        it delays no request, because the old instances go on serving.
         """
         for item in group:
             if item.name not in self._settled and not item.degraded:
