@@ -14,7 +14,6 @@ from fides_plugins.cli._output import console, print_json, print_table, read_fil
 from fides_plugins.errors import InputError
 
 if TYPE_CHECKING:
-    import numpy as np
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from numpy.typing import NDArray
 
@@ -146,6 +145,8 @@ def _tensor(path: Path, bundle: Bundle, mean: float, std: float) -> NDArray[Any]
     """The tensor that service and verifier see: an array as it is, a picture in the shape that the bundle wants."""
     import numpy as np
 
+    from fides_plugins.serving.triton.decoders import ImageDecoder
+
     spec = bundle.manifest.input
     if spec is None:
         raise InputError("The bundle does not describe its input.")
@@ -158,24 +159,13 @@ def _tensor(path: Path, bundle: Bundle, mean: float, std: float) -> NDArray[Any]
     shape = [d for d in spec.shape[1:] if d is not None]
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise InputError(f"The bundle takes {spec.shape}, which is no picture (1 or 3, height, width).", "Give a .npy.")
-    return _picture(path, shape[0], shape[1], shape[2], mean, std).astype(spec.dtype, copy=False)
-
-
-def _picture(path: Path, channels: int, height: int, width: int, mean: float, std: float) -> NDArray[np.float32]:
-    """A picture as (1, C, H, W) float32, resized with PIL's bilinear filter."""
-    import numpy as np
-    from PIL import Image, UnidentifiedImageError
-
+    channels, height, width = shape
+    mode, (means, stds) = "L" if channels == 1 else "RGB", np.array([[mean], [std]], np.float32)
+    decoder = ImageDecoder(height, width, mode, "NCHW", 255, means, stds)
     try:
-        with Image.open(path) as picture:
-            resized = picture.convert("L" if channels == 1 else "RGB").resize(
-                (width, height), Image.Resampling.BILINEAR
-            )
-            pixels = np.asarray(resized, dtype=np.float32) / np.float32(255)
-    except (OSError, UnidentifiedImageError):
+        return decoder.tensor([path]).astype(spec.dtype, copy=False)
+    except InputError:
         raise InputError(f"{path.name} is not a readable picture.") from None
-    planes = pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
-    return np.ascontiguousarray((planes[None] - np.float32(mean)) / np.float32(std))
 
 
 def _show(answer: Answer, bundle: Bundle, as_json: bool) -> None:

@@ -95,7 +95,8 @@ class FidesHandler:
         n_requests = len(context.request_ids or data)
         visible = self.settings.mode != "observe"
         wanted = [self._wants_envelope(data, context, i) for i in range(n_requests)] if visible else []
-        asked = [_asks(context, i) for i in range(n_requests)]
+        explained = {i: EXPLAINED for i in range(n_requests) if _asks(context, i)}
+        predicts = len(explained) < n_requests
         if visible:
             # Before the handler runs, because a streamed answer leaves while it runs. Nothing is trusted yet.
             for index in range(n_requests):
@@ -106,10 +107,9 @@ class FidesHandler:
         self._request_ids = tuple(str(context.get_request_id(i)) for i in range(n_requests))
         self._receipts = Receipts(context, n_requests) if REMOTE in self.settings.plugins.options else None
         try:
-            if self._parser is not None and not all(asked):
-                exempt = {i: EXPLAINED for i, yes in enumerate(asked) if yes}
-                bodies = Bodies(self.judge, self._parser, data, self._request_ids, exempt)
-            self._collecting = self._parser is None and not all(asked)
+            if self._parser is not None and predicts:
+                bodies = Bodies(self.judge, self._parser, data, self._request_ids, explained)
+            self._collecting = self._parser is None and predicts
             answer = self.original.handle(data, context)
         finally:
             self._collecting = False
@@ -117,7 +117,8 @@ class FidesHandler:
             if bodies is not None:
                 verdicts, answer = bodies.judge(answer)
             else:
-                verdicts = self._verdicts(_exempt(context, asked), n_requests)
+                streamed = {i: STREAMED for i in range(n_requests) if _streamed(context, i)}
+                verdicts = self._verdicts({**streamed, **explained}, n_requests)
             answered = self._answer(answer, context, verdicts, wanted) if visible else answer
             if self._receipts is not None:
                 self._receipts.write(context)
@@ -271,12 +272,6 @@ def _asks(context: Any, index: int) -> bool:
     if not context.request_processor:
         return False
     return any(context.get_request_header(index, what) == "True" for what in ("explain", "describe"))
-
-
-def _exempt(context: Any, asked: Sequence[bool]) -> dict[int, str]:
-    """Requests whose answer is no class output to verify, and why."""
-    found = {i: STREAMED for i in range(len(asked)) if _streamed(context, i)}
-    return {**found, **{i: EXPLAINED for i, yes in enumerate(asked) if yes}}
 
 
 def _streamed(context: Any, index: int) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ class Watcher:
         self._inputs = inputs
         self.report = report
         self._clock = clock
-        self._retries: dict[str, _Retry] = {}
+        self._retries: defaultdict[str, _Retry] = defaultdict(_Retry)
         self._configs: dict[str, dict[str, Any]] = {}
         self._seen: dict[str, Statistics] = {}
         self._settled: set[str] = set()
@@ -151,7 +152,7 @@ class Watcher:
                 continue
             self.report(Event("dead", result.model, result.seconds, result.detail))
             dead.append(result.model)
-            if self._heal and self._retry(result.model).not_before <= self._clock():
+            if self._heal and self._retries[result.model].not_before <= self._clock():
                 # At once, before looking further: every second counts for the requests that come in.
                 self._degrade(group)
         if not self._heal:
@@ -159,7 +160,9 @@ class Watcher:
         if not dead:
             return self._restore(group)
         reloaded = [self._reload(model) for model in dead]
-        return all(reloaded) and self._look_at(self._again(group), FIRST_PROBE_S)
+        if not all(reloaded):
+            return False
+        return self._look_at([found for item in group for found in find_protected(self._api, item.name)], FIRST_PROBE_S)
 
     def _settle(self, group: list[Protected]) -> None:
         """Load the fallback and each ensemble once as they are, before anything is wrong.
@@ -189,9 +192,6 @@ class Watcher:
             return True
         self.report(Event("dead", base, result.seconds, result.detail))
         return False
-
-    def _again(self, group: list[Protected]) -> list[Protected]:
-        return [found for item in group for found in find_protected(self._api, item.name)]
 
     def _probe_verify(self, item: Protected, patience_s: float) -> InferenceProbe:
         inputs = sample_inputs(self._config(item.verify), self._inputs)
@@ -233,11 +233,8 @@ class Watcher:
         recent = self._clock() - self._reloaded_at.get(model, float("-inf")) < FORGIVEN_S
         return 0 if recent else max(0, now.failed - before.failed)
 
-    def _retry(self, model: str) -> _Retry:
-        return self._retries.setdefault(model, _Retry())
-
     def _reload(self, model: str) -> bool:
-        retry = self._retry(model)
+        retry = self._retries[model]
         if retry.not_before > self._clock():
             return False
         retry.not_before = self._clock() + retry.wait_s
