@@ -76,9 +76,7 @@ def evaluate(
         raise SettingsError("Nothing to evaluate on.", "Give --predictions, or --service and --data.")
     from fides_plugins.bundle import Bundle
     from fides_plugins.training.evaluation.evaluate import evaluate as run
-    from fides_plugins.training.evaluation.service_attacks import ask_service
     from fides_plugins.training.predictions import load_predictions
-    from fides_plugins.training.service.teachers import load_teacher
 
     loaded = Bundle.load(bundle)
     temperatures = _temperatures(loaded)
@@ -95,6 +93,9 @@ def evaluate(
         if predictions is not None:
             rows = load_predictions(predictions, **temperatures)
         else:
+            from fides_plugins.training.evaluation.service_attacks import ask_service
+            from fides_plugins.training.service.teachers import load_teacher
+
             teacher = load_teacher(service, **{option: given[option] for option in ACCESS})
             with contextlib.closing(teacher):
                 asked = ask_service(loaded, teacher, str(data), cache=cache, seed=seed, progress=tell)

@@ -20,10 +20,10 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Where the new arch
 
 
 def _section(options: Mapping[str, Any], pairs: Sequence[str]) -> dict[str, Any]:
-    """The section `fides:` from the options that are set; `--set a.b=c` reaches every key."""
+    """The section `fides:` from the mode and the options that are set; `--set a.b=c` reaches every key."""
     import yaml
 
-    section = {key: value for key, value in options.items() if value}
+    section = {key: value for key, value in options.items() if value or key == "mode"}
     for pair in pairs:
         key, separator, text = pair.partition("=")
         if not separator or not key:
