@@ -1,6 +1,6 @@
 """The command `fides`. Each command is one module with a `register` function.
 
-Exit status: 0 good, 1 the thing checked failed, 2 wrong use or unusable input.
+Exit status: 0 if all is well, 1 if what was checked failed, 2 for wrong use or unusable input.
 """
 
 from __future__ import annotations

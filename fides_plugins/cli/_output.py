@@ -1,4 +1,4 @@
-"""What commands print: tables for people, JSON for machines, progress on a terminal's standard error."""
+"""What commands read and print: files, tables for people, JSON for machines, progress on standard error."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import typer
@@ -14,19 +15,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from fides_plugins.errors import InputError
+
 if TYPE_CHECKING:
     from fides_plugins.serving.finding import CheckFinding
 
 
 def console(stderr: bool = False) -> Console:
-    """A console made when needed, so that tests and pipes see the real streams."""
+    """A new console, so that tests and pipes get the streams of the moment."""
     stream = sys.stderr if stderr else sys.stdout
-    # Into a file or a pipe there is no width to respect, and eighty columns would fold the tables.
+    # A file or a pipe has no width, and at eighty columns the tables would fold.
     return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else 120)
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on standard output, with nothing else beside it."""
+    """One JSON document on standard output, and nothing else."""
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
@@ -67,6 +70,14 @@ def print_findings(url: str, model: str, findings: Sequence[CheckFinding], as_js
                 console().print(f"{finding.what}: {finding.remedy}", markup=False, soft_wrap=True)
     if not good:
         raise typer.Exit(1)
+
+
+def read_file(path: Path) -> bytes:
+    """A file's bytes, or an `InputError` that names it."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"Cannot read {path.name}: {error.strerror}.") from None
 
 
 @contextmanager

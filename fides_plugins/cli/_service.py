@@ -9,6 +9,9 @@ import typer
 #: Their panel in `--help`.
 SERVICE_PANEL = "The service and the data"
 
+#: What `load_teacher` takes of these options.
+ACCESS = ("input_name", "output_name", "encoding", "request_key", "response_key")
+
 InputName = Annotated[str, typer.Option(help="Name of the service's input tensor.", rich_help_panel=SERVICE_PANEL)]
 Encoding = Annotated[
     str, typer.Option(help="How a row is sent to TorchServe: json, npy or png.", rich_help_panel=SERVICE_PANEL)

@@ -10,7 +10,7 @@ import typer
 from fides_plugins.cli._output import console, print_json, print_table, progress
 from fides_plugins.errors import SettingsError
 
-#: Share of rows without a verdict that --check lets pass: that of the alert FidesVerificationFailing.
+#: Share of rows without a verdict that --check tolerates, as does the alert FidesVerificationFailing.
 MAX_UNJUDGED = 0.05
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

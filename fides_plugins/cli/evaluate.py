@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fides_plugins.cli._output import console, print_json, print_table, progress
-from fides_plugins.cli._service import SERVICE_PANEL, Encoding, InputName, RequestKey, ResponseKey
+from fides_plugins.cli._service import ACCESS, SERVICE_PANEL, Encoding, InputName, RequestKey, ResponseKey
 from fides_plugins.errors import SettingsError, TrainingError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import NDArray
 
     from fides_plugins.bundle import Bundle
-    from fides_plugins.training.predictions import AttackedRows, Predictions
+    from fides_plugins.training.predictions import AttackedRows
 
 
 def register(app: typer.Typer) -> None:
@@ -72,6 +71,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Attack a bundle's detection and measure what it catches, each figure with a 95% interval."""
+    given = dict(locals())
     if (predictions is None) == (data is None) or (data is not None) != bool(service):
         raise SettingsError("Nothing to evaluate on.", "Give --predictions, or --service and --data.")
     from fides_plugins.bundle import Bundle
@@ -93,14 +93,13 @@ def evaluate(
         if predictions is not None:
             rows = load_predictions(predictions, **temperatures)
         else:
-            access = {
-                "input_name": input_name,
-                "output_name": output_name,
-                "encoding": encoding,
-                "request_key": request_key,
-                "response_key": response_key,
-            }
-            rows, images, extra, skipped = _ask(loaded, service, str(data), cache, seed, access, tell)
+            from fides_plugins.training.evaluation.service_attacks import ask_service
+            from fides_plugins.training.service.teachers import load_teacher
+
+            teacher = load_teacher(service, **{option: given[option] for option in ACCESS})
+            with contextlib.closing(teacher):
+                asked = ask_service(loaded, teacher, str(data), cache=cache, seed=seed, progress=tell)
+            rows, images, extra, skipped = asked.rows, asked.images, list(asked.attacked), asked.skipped
         found = run(
             loaded,
             rows,
@@ -145,26 +144,6 @@ def _registry(load: list[str]) -> Any:
 
     manager = create_plugin_manager(Settings.from_mapping({"plugins": {"load": load, "required": load}}))
     return default_registry(manager)
-
-
-def _ask(
-    bundle: Bundle,
-    service: str,
-    data: str,
-    cache: Path | None,
-    seed: int,
-    access: dict[str, str],
-    tell: Callable[[str, float], None],
-) -> tuple[Predictions, NDArray[Any], list[AttackedRows], dict[str, str]]:
-    from fides_plugins.training.evaluation.service_attacks import ask_service
-    from fides_plugins.training.service.teachers import load_teacher
-
-    teacher = load_teacher(service, **access)
-    try:
-        asked = ask_service(bundle, teacher, data, cache=cache, seed=seed, progress=tell)
-    finally:
-        teacher.close()
-    return asked.rows, asked.images, list(asked.attacked), asked.skipped
 
 
 def _show(result: dict[str, Any], report: Path | None) -> None:

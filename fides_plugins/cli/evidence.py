@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fides_plugins.cli._output import console, print_json, print_table
+from fides_plugins.cli._output import console, print_json, print_table, read_file
+from fides_plugins.errors import InputError
 
 
 def register(app: typer.Typer) -> None:
@@ -17,12 +18,8 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(help="Attestation evidence of verifiers.", no_args_is_help=True)
     group.command("verify")(verify)
     # Without a callback Typer would make the only command of a group the group itself.
-    group.callback()(_group)
+    group.callback()(lambda: None)
     app.add_typer(group, name="evidence")
-
-
-def _group() -> None:
-    """Attestation evidence of verifiers."""
 
 
 def verify(
@@ -87,9 +84,7 @@ def _print(answer: dict[str, Any]) -> None:
 
 
 def _moment(text: str) -> float:
-    """Seconds since 1970 of an RFC 3339 time, now for the empty text."""
-    from fides_plugins.errors import InputError
-
+    """Seconds since 1970 of an RFC 3339 time; now where the text is empty."""
     if not text:
         return datetime.datetime.now(datetime.timezone.utc).timestamp()
     try:
@@ -99,13 +94,3 @@ def _moment(text: str) -> float:
     if moment is None or moment.tzinfo is None:
         raise InputError(f"{text!r} is not an RFC 3339 time.", "Write it like 2026-06-01T12:00:00Z.")
     return moment.timestamp()
-
-
-def read_file(path: Path) -> bytes:
-    """A file's bytes, or an `InputError` that names it."""
-    from fides_plugins.errors import InputError
-
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"Cannot read {path.name}: {error.strerror}.") from None

@@ -5,13 +5,14 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fides_plugins.cli._output import console, print_json, print_table, progress
-from fides_plugins.cli._service import SERVICE_PANEL, Encoding, InputName, RequestKey, ResponseKey
+from fides_plugins.cli._service import ACCESS, SERVICE_PANEL, Encoding, InputName, RequestKey, ResponseKey
 from fides_plugins.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -163,6 +164,7 @@ def fit(
     ] = None,
 ) -> None:
     """Make a bundle: verification model, detector, re-classifier and calibration."""
+    given = dict(locals())
     if predictions is not None:
         if service or data is not None:
             raise SettingsError("--predictions stands in for --service and --data.", "Give one or the other.")
@@ -182,24 +184,8 @@ def fit(
         raise typer.Exit(run_torchrun(sys.argv[1:], workers))
     # Kept until the bundle is there, unless a folder is named: then it is the user's.
     kept = checkpoints or (out.parent / f".{out.name}.checkpoints" if engine != "local" or is_member() else None)
-    options = FitOptions(
-        agreement=agreement,
-        tolerance=tolerance,
-        max_cost=max_cost,
-        max_size=max_size,
-        max_macs=max_macs,
-        max_parameters=max_parameters,
-        false_alarm_rate=false_alarm_rate,
-        transfer_rows=transfer_rows,
-        epochs=epochs,
-        temperature=temperature,
-        alpha=alpha,
-        beta=beta,
-        fine_tune_rate=fine_tune_rate,
-        scale=scale,
-        flip=flip,
-        output_kind=output_kind or None,  # type: ignore[arg-type]
-    )
+    chosen = {field.name: given[field.name] for field in fields(FitOptions)}
+    options = FitOptions(**{**chosen, "output_kind": output_kind or None})
     students = _students(
         student or [],
         student_weights or [],
@@ -208,25 +194,14 @@ def fit(
         mean=_numbers(student_mean, "--student-mean"),
         std=_numbers(student_std, "--student-std"),
     )
-    given: dict[str, Any] = {
-        "seed": seed,
-        "options": options,
-        "students": students,
-        "cache": cache,
-        "name": name,
-        "bundle_version": bundle_version,
-        "input_name": input_name,
-        "output_name": output_name,
-        "encoding": encoding,
-        "request_key": request_key,
-        "response_key": response_key,
-    }
+    rest = {option: given[option] for option in ("seed", "cache", "name", "bundle_version", *ACCESS)}
+    rest |= {"options": options, "students": students}
     if engine == "ray":
         # Workers have folders of their own as working directories.
         source, target = str(data.resolve()), str(out.resolve())
         model = str(Path(service).resolve()) if Path(service).is_file() else service
         found = run_ray(
-            lambda who: fit_service(model, source, target, who=who, **given).as_dict(),
+            lambda who: fit_service(model, source, target, who=who, **rest).as_dict(),
             workers,
             kept.resolve() if kept is not None else out.resolve(),
             address=address,
@@ -234,7 +209,7 @@ def fit(
         report, first = FitReport.from_dict(found), True
     else:
         with member(kept) as who, progress(as_json or not who.first) as bar:
-            report, first = fit_service(service, data, out, progress=_Ticks(bar), who=who, **given), who.first
+            report, first = fit_service(service, data, out, progress=_ticks(bar), who=who, **rest), who.first
     if first and kept is not None and checkpoints is None:
         shutil.rmtree(kept, ignore_errors=True)
     if not first:
@@ -245,17 +220,16 @@ def fit(
         show(report)
 
 
-class _Ticks:
+def _ticks(bar: Progress) -> Callable[[str, int, int], None]:
     """Progress of a fit: one bar for each stage."""
+    tasks: dict[str, Any] = {}
 
-    def __init__(self, bar: Progress) -> None:
-        self._bar = bar
-        self._tasks: dict[str, Any] = {}
+    def tick(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            tasks[stage] = bar.add_task(stage, total=total)
+        bar.update(tasks[stage], completed=done, total=total)
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage not in self._tasks:
-            self._tasks[stage] = self._bar.add_task(stage, total=total)
-        self._bar.update(self._tasks[stage], completed=done, total=total)
+    return tick
 
 
 def show(report: FitReport) -> None:

@@ -8,7 +8,7 @@ They are looked for when one of the five groups is used, so that no other comman
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -34,6 +34,15 @@ def register(app: typer.Typer) -> None:
     """Add the five groups to `app`."""
     for name, help_text in GROUPS.items():
         app.add_typer(typer.Typer(cls=_HostGroup, help=help_text, no_args_is_help=True), name=name)
+
+
+def adds(server: str, command: Callable[..., None]) -> Callable[[typer.Typer], None]:
+    """A function `register_...` that adds `command` under the model server's name."""
+
+    def register_command(app: typer.Typer) -> None:
+        app.command(server)(command)
+
+    return register_command
 
 
 class _HostGroup(TyperGroup):
@@ -84,7 +93,7 @@ def _command(group: str, name: str, entries: Sequence[metadata.EntryPoint]) -> A
     except Exception as error:  # foreign code may raise anything; the other servers' commands must still work
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         raise PluginError(
-            f"The model server {name!r} of {origins} cannot be loaded: {cause}.", "Mend the package, or uninstall it."
+            f"The model server {name!r} of {origins} cannot be loaded: {cause}.", "Fix the package, or uninstall it."
         ) from error
     if list(made) != [name]:
         raise PluginError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from enum import Enum
 from pathlib import Path
@@ -9,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fides_plugins.cli._output import console, print_json, print_table
+from fides_plugins.cli._output import console, print_json, print_table, read_file
+from fides_plugins.errors import InputError
 
 if TYPE_CHECKING:
-    import numpy as np
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from numpy.typing import NDArray
 
@@ -70,7 +71,7 @@ def infer(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Ask a service and show the verdict: exit status 0 trusted, 1 any row is not."""
+    """Ask a service and show the verdict: exit status 0 if every row is trusted, 1 otherwise."""
     import warnings
 
     from fides_plugins.attestation.policy import EvidencePolicy
@@ -78,7 +79,8 @@ def infer(
     from fides_plugins.bundle import Bundle
 
     loaded = Bundle.load(bundle)
-    inputs = {_input_name(loaded): _tensor(file, loaded, mean, std)}
+    spec = loaded.manifest.input
+    inputs = {spec.name if spec is not None else "input": _tensor(file, loaded, mean, std)}
     options: dict[str, Any] = {
         "verifier_url": verifier,
         "evidence": evidence,
@@ -116,8 +118,6 @@ def new_identity(
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-    from fides_plugins.errors import InputError
-
     key = Ed25519PrivateKey.generate()
     try:
         handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -132,9 +132,6 @@ def _identity(path: Path | None) -> Ed25519PrivateKey | None:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    from fides_plugins.cli.evidence import read_file
-    from fides_plugins.errors import InputError
-
     if path is None:
         return None
     try:
@@ -146,16 +143,11 @@ def _identity(path: Path | None) -> Ed25519PrivateKey | None:
     return key
 
 
-def _input_name(bundle: Bundle) -> str:
-    spec = bundle.manifest.input
-    return spec.name if spec is not None else "input"
-
-
 def _tensor(path: Path, bundle: Bundle, mean: float, std: float) -> NDArray[Any]:
     """The tensor that service and verifier see: an array as it is, a picture in the shape that the bundle wants."""
     import numpy as np
 
-    from fides_plugins.errors import InputError
+    from fides_plugins.serving.triton.decoders import ImageDecoder
 
     spec = bundle.manifest.input
     if spec is None:
@@ -169,45 +161,32 @@ def _tensor(path: Path, bundle: Bundle, mean: float, std: float) -> NDArray[Any]
     shape = [d for d in spec.shape[1:] if d is not None]
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise InputError(f"The bundle takes {spec.shape}, which is no picture (1 or 3, height, width).", "Give a .npy.")
-    return _picture(path, shape[0], shape[1], shape[2], mean, std).astype(spec.dtype, copy=False)
-
-
-def _picture(path: Path, channels: int, height: int, width: int, mean: float, std: float) -> NDArray[np.float32]:
-    """A picture as (1, C, H, W) float32, resized with PIL's bilinear filter."""
-    import numpy as np
-    from PIL import Image, UnidentifiedImageError
-
-    from fides_plugins.errors import InputError
-
+    channels, height, width = shape
+    mode, (means, stds) = "L" if channels == 1 else "RGB", np.array([[mean], [std]], np.float32)
+    decoder = ImageDecoder(height, width, mode, "NCHW", 255, means, stds)
     try:
-        with Image.open(path) as picture:
-            resized = picture.convert("L" if channels == 1 else "RGB").resize(
-                (width, height), Image.Resampling.BILINEAR
-            )
-            pixels = np.asarray(resized, dtype=np.float32) / np.float32(255)
-    except (OSError, UnidentifiedImageError):
+        return decoder.tensor([path]).astype(spec.dtype, copy=False)
+    except InputError:
         raise InputError(f"{path.name} is not a readable picture.") from None
-    planes = pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
-    return np.ascontiguousarray((planes[None] - np.float32(mean)) / np.float32(std))
 
 
 def _show(answer: Answer, bundle: Bundle, as_json: bool) -> None:
-    verdict, names = answer.verdict, bundle.class_names
+    from fides_plugins.serving.http import rows_of
+
+    names = bundle.class_names
     rows = []
-    for row in range(verdict.n_rows):
-        label = int(verdict.label[row])
-        score, p_value = float(verdict.score[row]), float(verdict.p_value[row])
+    for row in rows_of(answer.verdict):
         rows.append(
             {
-                "status": str(verdict.status_text[row]),
-                "label": label if label >= 0 else None,
-                "class_name": names[label] if 0 <= label < len(names) else None,
-                "service_label": int(verdict.service_label[row]),
-                "score": score if score == score else None,
-                "p_value": p_value if p_value == p_value else None,
-                "corrected": bool(verdict.corrected[row]),
-                "refused": bool(verdict.refused[row]),
-                "reason": str(verdict.reason[row]),
+                "status": row.status.text,
+                "label": row.label if row.label >= 0 else None,
+                "class_name": names[row.label] if 0 <= row.label < len(names) else None,
+                "service_label": row.service_label,
+                "score": None if math.isnan(row.score) else row.score,
+                "p_value": None if math.isnan(row.p_value) else row.p_value,
+                "corrected": row.corrected,
+                "refused": row.refused,
+                "reason": row.reason,
             }
         )
     if as_json:

@@ -55,8 +55,10 @@ def show(
 
     values = read_toml(settings) if settings is not None else {}
     loaded = Settings.for_host(values)
-    folder = bundle or (_bundle_folder(settings, loaded.bundle) if loaded.bundle else None)
-    content = Bundle.load(folder) if folder is not None else None
+    if bundle is None and loaded.bundle:
+        # A relative bundle lies beside the settings file that names it.
+        bundle = (settings.parent if settings is not None else Path()) / loaded.bundle
+    content = Bundle.load(bundle) if bundle is not None else None
     # What fails is shown below; the library's log line would say it twice.
     logging.getLogger("fides_plugins").addHandler(logging.NullHandler())
     manager = create_plugin_manager(loaded, content, strict=False)
@@ -111,7 +113,9 @@ def check(
         counts = tuple(int(part) for part in classes.split(","))
     except ValueError:
         raise SettingsError(f"--classes {classes!r} is no list of numbers.", "Give it as 2,10,1000.") from None
-    _add_current_folder()
+    # As `python -m` does, unless Python was told not to (`-P`, PYTHONSAFEPATH).
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path.insert(0, "")
     report = check_plugin(import_target(target), class_counts=counts, raises=False)
     slowest = {hook: round(report.slowest_ms(hook), 3) for hook in report.hooks if report.slowest_ms(hook)}
     if as_json:
@@ -127,17 +131,6 @@ def check(
         typer.echo(f"{report.name} {verdict} ({len(report.calls)} calls{'; ' + times if times else ''}).")
     if not report.ok:
         raise typer.Exit(1)
-
-
-def _add_current_folder() -> None:
-    """As `python -m` does, unless Python was told not to (`-P`, PYTHONSAFEPATH)."""
-    if not getattr(sys.flags, "safe_path", False):
-        sys.path.insert(0, "")
-
-
-def _bundle_folder(settings: Path | None, bundle: str) -> Path:
-    """A relative bundle lies beside the settings file that names it."""
-    return (settings.parent if settings is not None else Path()) / bundle
 
 
 def _stops_start(manager: FidesPluginManager, required: tuple[str, ...]) -> list[str]:
@@ -158,7 +151,7 @@ def _order(manager: FidesPluginManager) -> dict[str, list[str]]:
     order = {}
     for hook in HOOK_ORDER:
         names = [i.plugin_name for i in getattr(manager.hook, hook).get_hookimpls() if i.plugin_name in working]
-        # pluggy keeps the last asked first; at shutdown the first loaded is told first.
+        # pluggy asks from the end of its list; at shutdown plug-ins are told in load order.
         order[hook] = names if hook == "fides_unconfigure" else names[::-1]
     return order
 

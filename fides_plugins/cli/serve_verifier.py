@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from fides_plugins.cli._output import console
+from fides_plugins.cli._output import console, read_file
+from fides_plugins.errors import InputError
 
 if TYPE_CHECKING:
     from fides_plugins.enclave.verifier import Verifier
@@ -58,7 +59,6 @@ def serve_verifier(
     import asyncio
 
     from fides_plugins.bundle import Bundle
-    from fides_plugins.cli.evidence import read_file
     from fides_plugins.enclave.http import ServerLimits
     from fides_plugins.enclave.providers import make_provider
     from fides_plugins.enclave.serve import serve
@@ -100,8 +100,6 @@ def _announce(verifier: Verifier, where: str) -> None:
 
 
 def _key(text: str) -> bytes:
-    from fides_plugins.errors import InputError
-
     try:
         key = bytes.fromhex(text)
     except ValueError:
@@ -112,8 +110,6 @@ def _key(text: str) -> bytes:
 
 
 def _schemes(names: list[str] | None) -> tuple[Literal["hpke", "commitment"], ...]:
-    from fides_plugins.errors import InputError
-
     known: tuple[Literal["hpke", "commitment"], ...] = ("hpke", "commitment")
     unknown = [n for n in names or () if n not in known]
     if unknown:

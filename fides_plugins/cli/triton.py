@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fides_plugins.cli._output import console, print_findings, print_json
+from fides_plugins.cli.hosts import adds
 from fides_plugins.errors import InputError, SettingsError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ Model = Annotated[str, typer.Argument(help="Name of the model.")]
 Url = Annotated[str, typer.Argument(help="host:port of Triton's HTTP endpoint.")]
 Live = Annotated[str, typer.Option(help="Switch this running server (explicit mode) without a failed request.")]
 Data = Annotated[
-    Optional[Path],  # noqa: UP045 - typer reads this at run time on Python 3.10
+    Path | None,
     typer.Option(help="An .npz file with real inputs by name; values are generated otherwise."),
 ]
 
@@ -46,195 +47,173 @@ def _read_data(path: Path | None) -> dict[str, Any] | None:
     return found
 
 
-def register_attach(app: typer.Typer) -> None:
-    """Add `triton` to `fides attach`."""
+def attach_triton(
+    repository: Repository,
+    model: Model,
+    bundle: Annotated[Path, typer.Option("--bundle", "-b", help="Folder that `fides fit` wrote; it is copied.")],
+    mode: Annotated[str, typer.Option(help="observe, flag, correct or reject.")] = "observe",
+    on_error: Annotated[str, typer.Option(help="open or closed.")] = "open",
+    takeover: Annotated[bool, typer.Option("--takeover", help="Answer under the model's own name (default).")] = False,
+    serve_as: Annotated[str, typer.Option("--as", help="Answer under this name; the model stays as it is.")] = "",
+    from_server: Annotated[str, typer.Option(help="Take the model's full configuration from this server.")] = "",
+    live: Live = "",
+    version: Annotated[int, typer.Option(help="The version to protect, if several are served.")] = 0,
+    input_name: Annotated[str, typer.Option("--input", help="Input that the verification model takes.")] = "",
+    output_name: Annotated[str, typer.Option("--output", help="Output that holds the classes.")] = "",
+    output_kind: Annotated[str, typer.Option(help="logits or probabilities. Default: what the bundle says.")] = "",
+    decode: Annotated[str, typer.Option(help="Decoder of encoded inputs: image:size=224x224,mode=RGB,...")] = "",
+    pass_inputs: Annotated[bool, typer.Option(help="Hand the inputs to detectors and observers, too.")] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any setting, as key=value; may be repeated."),
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Protect MODEL of a Triton REPOSITORY with new files only; print the start-up flag that switches it on."""
+    from fides_plugins.serving.triton.attach import attach
+    from fides_plugins.serving.triton.plan import AttachOptions
 
-    @app.command("triton")
-    def attach_triton(
-        repository: Repository,
-        model: Model,
-        bundle: Annotated[Path, typer.Option("--bundle", "-b", help="Folder that `fides fit` wrote; it is copied.")],
-        mode: Annotated[str, typer.Option(help="observe, flag, correct or reject.")] = "observe",
-        on_error: Annotated[str, typer.Option(help="open or closed.")] = "open",
-        takeover: Annotated[
-            bool, typer.Option("--takeover", help="Answer under the model's own name (default).")
-        ] = False,
-        serve_as: Annotated[str, typer.Option("--as", help="Answer under this name; the model stays as it is.")] = "",
-        from_server: Annotated[str, typer.Option(help="Take the model's full configuration from this server.")] = "",
-        live: Live = "",
-        version: Annotated[int, typer.Option(help="The version to protect, if several are served.")] = 0,
-        input_name: Annotated[str, typer.Option("--input", help="Input that the verification model takes.")] = "",
-        output_name: Annotated[str, typer.Option("--output", help="Output that holds the classes.")] = "",
-        output_kind: Annotated[str, typer.Option(help="logits or probabilities. Default: what the bundle says.")] = "",
-        decode: Annotated[str, typer.Option(help="Decoder of encoded inputs: image:size=224x224,mode=RGB,...")] = "",
-        pass_inputs: Annotated[bool, typer.Option(help="Hand the inputs to detectors and observers, too.")] = False,
-        settings: Annotated[
-            Optional[list[str]],  # noqa: UP045 - typer reads this at run time on Python 3.10
-            typer.Option("--set", help="Any setting, as key=value; may be repeated."),
-        ] = None,
-        json_output: Json = False,
-    ) -> None:
-        """Protect MODEL of a Triton REPOSITORY with new files only; print the start-up flag that switches it on."""
-        from fides_plugins.serving.triton.attach import attach
-        from fides_plugins.serving.triton.plan import AttachOptions
-
-        if takeover and serve_as:
-            raise SettingsError("--takeover and --as exclude each other.", "Choose one.")
-        values = {"mode": mode, "on_error": on_error}
-        for pair in settings or []:
-            key, separator, value = pair.partition("=")
-            if not separator or not key:
-                raise SettingsError(f"--set {pair!r} is not of the form key=value.")
-            values[key] = value
-        options = AttachOptions(
-            bundle, serve_as, version or None, input_name, output_name, output_kind, decode, pass_inputs, values
+    if takeover and serve_as:
+        raise SettingsError("--takeover and --as exclude each other.", "Choose one.")
+    values = {"mode": mode, "on_error": on_error}
+    for pair in settings or []:
+        key, separator, value = pair.partition("=")
+        if not separator or not key:
+            raise SettingsError(f"--set {pair!r} is not of the form key=value.")
+        values[key] = value
+    options = AttachOptions(
+        bundle, serve_as, version or None, input_name, output_name, output_kind, decode, pass_inputs, values
+    )
+    done = attach(repository, model, options, from_server=from_server, live=live)
+    if json_output:
+        print_json(
+            {
+                "model": done.model,
+                "protected": done.public,
+                "with_verdict": done.verdict_model,
+                "base": done.base,
+                "flag": done.flag,
+                "written": sorted([*done.files, *done.links]),
+                "notes": list(done.notes),
+            }
         )
-        done = attach(repository, model, options, from_server=from_server, live=live)
-        if json_output:
-            print_json(
-                {
-                    "model": done.model,
-                    "protected": done.public,
-                    "with_verdict": done.verdict_model,
-                    "base": done.base,
-                    "flag": done.flag,
-                    "written": sorted([*done.files, *done.links]),
-                    "notes": list(done.notes),
-                }
-            )
-            return
-        out = console()
-        out.print(f"{done.public}: protected; {done.verdict_model} adds the verdict; {done.base} is the bare model.")
-        for note in done.notes:
-            out.print(f"Note: {note}")
-        if live:
-            out.print("The running server was switched.")
-        if live and done.flag:
-            out.print(f"Its next start needs: {done.flag}", soft_wrap=True)
-        elif live:
-            out.print("Its next start needs nothing more.")
-        elif done.flag:
-            out.print(f"Start tritonserver with: {done.flag}", soft_wrap=True)
-        else:
-            out.print("Start tritonserver as before.")
+        return
+    out = console()
+    out.print(f"{done.public}: protected; {done.verdict_model} adds the verdict; {done.base} is the bare model.")
+    for note in done.notes:
+        out.print(f"Note: {note}")
+    if live:
+        out.print("The running server was switched.")
+    if live and done.flag:
+        out.print(f"Its next start needs: {done.flag}", soft_wrap=True)
+    elif live:
+        out.print("Its next start needs nothing more.")
+    elif done.flag:
+        out.print(f"Start tritonserver with: {done.flag}", soft_wrap=True)
+    else:
+        out.print("Start tritonserver as before.")
 
 
-def register_detach(app: typer.Typer) -> None:
-    """Add `triton` to `fides detach`."""
+def detach_triton(
+    repository: Repository,
+    model: Model,
+    live: Live = "",
+    force: Annotated[
+        bool, typer.Option("--force", "-f", help="Remove files that were changed since attach, too.")
+    ] = False,
+    json_output: Json = False,
+) -> None:
+    """Remove exactly what attach wrote for MODEL; with --live switch the running server back first."""
+    from fides_plugins.serving.triton.attach import detach
 
-    @app.command("triton")
-    def detach_triton(
-        repository: Repository,
-        model: Model,
-        live: Live = "",
-        force: Annotated[
-            bool, typer.Option("--force", "-f", help="Remove files that were changed since attach, too.")
-        ] = False,
-        json_output: Json = False,
-    ) -> None:
-        """Remove exactly what attach wrote for MODEL; with --live switch the running server back first."""
-        from fides_plugins.serving.triton.attach import detach
-
-        done, left = detach(repository, model, live=live, force=force)
-        removed = sorted([*done.files, *done.links])
-        if json_output:
-            print_json({"model": done.model, "removed": removed, "kept": left})
-            return
-        console().print(f"Removed {len(removed)} files and links of {done.public}.")
-        for name in left:
-            console().print(f"Kept {name}: it holds files that attach did not write.")
-        if live:
-            console().print("The running server was switched back.")
-        else:
-            console().print(
-                f"A running server serves {done.public} protected until it is restarted; --live URL would have "
-                "switched it back.",
-                soft_wrap=True,
-            )
-
-
-def register_check(app: typer.Typer) -> None:
-    """Add `triton` to `fides check`."""
-
-    @app.command("triton")
-    def check_triton(
-        url: Url,
-        model: Model,
-        data: Data = None,
-        timeout: Annotated[float, typer.Option(help="Seconds for each inference.")] = 10.0,
-        json_output: Json = False,
-    ) -> None:
-        """Send one real inference through every step of MODEL and say what is wrong and how to fix it."""
-        from fides_plugins.serving.triton.operator.api import TritonApi
-        from fides_plugins.serving.triton.operator.check import check
-
-        findings = check(TritonApi(url), model, _read_data(data), timeout)
-        print_findings(url, model, findings, json_output)
-
-
-def register_watch(app: typer.Typer) -> None:
-    """Add `triton` to `fides watch`."""
-
-    @app.command("triton")
-    def watch_triton(
-        url: Url,
-        model: Annotated[str, typer.Option(help="Watch only this model.")] = "",
-        interval: Annotated[float, typer.Option(help="Seconds between two probes.")] = 0.2,
-        timeout: Annotated[float, typer.Option(help="Seconds after which a step that does nothing is dead.")] = 0.5,
-        once: Annotated[
-            bool, typer.Option("--once", help="Probe once and change nothing; exit 1 if protection is not full.")
-        ] = False,
-        data: Data = None,
-        json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object per event.")] = False,
-    ) -> None:
-        """Probe protected models with real inferences; reload dead steps (the server must be in explicit mode).
-
-        With --once it only probes, and can serve as an exec liveness check of Kubernetes.
-        """
-        from fides_plugins.serving.triton.operator.api import TritonApi
-        from fides_plugins.serving.triton.operator.watch import Watcher, watch_forever
-
-        def report(event: Event) -> None:
-            _print_event(event, json_output)
-
-        watcher = Watcher(
-            TritonApi(url), model=model, timeout_s=timeout, heal=not once, inputs=_read_data(data), report=report
+    done, left = detach(repository, model, live=live, force=force)
+    removed = sorted([*done.files, *done.links])
+    if json_output:
+        print_json({"model": done.model, "removed": removed, "kept": left})
+        return
+    console().print(f"Removed {len(removed)} files and links of {done.public}.")
+    for name in left:
+        console().print(f"Kept {name}: it holds files that attach did not write.")
+    if live:
+        console().print("The running server was switched back.")
+    else:
+        console().print(
+            f"A running server serves {done.public} protected until it is restarted; --live URL would have "
+            "switched it back.",
+            soft_wrap=True,
         )
-        if once:
-            if not watcher.look():
-                raise typer.Exit(1)
-            return
-        try:
-            watch_forever(watcher, interval)
-        except KeyboardInterrupt:
-            raise typer.Exit(0) from None
 
 
-def register_reset(app: typer.Typer) -> None:
-    """Add `triton` to `fides reset`."""
+def check_triton(
+    url: Url,
+    model: Model,
+    data: Data = None,
+    timeout: Annotated[float, typer.Option(help="Seconds for each inference.")] = 10.0,
+    json_output: Json = False,
+) -> None:
+    """Send one real inference through every step of MODEL and say what is wrong and how to fix it."""
+    from fides_plugins.serving.triton.operator.api import TritonApi
+    from fides_plugins.serving.triton.operator.check import check
 
-    @app.command("triton")
-    def reset_triton(
-        url: Url,
-        model: Model,
-        metrics: Annotated[str, typer.Option(help="Address of the metrics page, if not port 8002 of the host.")] = "",
-        timeout: Annotated[float, typer.Option(help="Seconds to wait for the alarm to be withdrawn.")] = 10.0,
-        json_output: Json = False,
-    ) -> None:
-        """Withdraw the service alarm of MODEL: reload its validation (explicit mode) and check that it is gone."""
-        from fides_plugins.serving.triton.operator.api import TritonApi
-        from fides_plugins.serving.triton.operator.reset import reset
+    findings = check(TritonApi(url), model, _read_data(data), timeout)
+    print_findings(url, model, findings, json_output)
 
-        done = reset(TritonApi(url, metrics_url=metrics), model, timeout)
-        if json_output:
-            print_json(done.__dict__)
-        elif done.under_attack:
-            console().print(f"{done.step} is a new process, and {model} is under attack again: the attack goes on.")
-        else:
-            what = "is withdrawn" if done.was_under_attack else "was not raised"
-            console().print(f"{done.step} is a new process; the service alarm of {model} {what}.")
-        if done.under_attack:
+
+def watch_triton(
+    url: Url,
+    model: Annotated[str, typer.Option(help="Watch only this model.")] = "",
+    interval: Annotated[float, typer.Option(help="Seconds between two probes.")] = 0.2,
+    timeout: Annotated[float, typer.Option(help="Seconds after which a step that does nothing is dead.")] = 0.5,
+    once: Annotated[
+        bool, typer.Option("--once", help="Probe once and change nothing; exit 1 if protection is not full.")
+    ] = False,
+    data: Data = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object per event.")] = False,
+) -> None:
+    """Probe protected models with real inferences; reload dead steps (the server must be in explicit mode).
+
+    With --once it only probes, and can serve as an exec liveness check of Kubernetes.
+    """
+    from fides_plugins.serving.triton.operator.api import TritonApi
+    from fides_plugins.serving.triton.operator.watch import Watcher, watch_forever
+
+    def report(event: Event) -> None:
+        _print_event(event, json_output)
+
+    watcher = Watcher(
+        TritonApi(url), model=model, timeout_s=timeout, heal=not once, inputs=_read_data(data), report=report
+    )
+    if once:
+        if not watcher.look():
             raise typer.Exit(1)
+        return
+    try:
+        watch_forever(watcher, interval)
+    except KeyboardInterrupt:
+        raise typer.Exit(0) from None
+
+
+def reset_triton(
+    url: Url,
+    model: Model,
+    metrics: Annotated[str, typer.Option(help="Address of the metrics page, if not port 8002 of the host.")] = "",
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for the alarm to be withdrawn.")] = 10.0,
+    json_output: Json = False,
+) -> None:
+    """Withdraw the service alarm of MODEL: reload its validation (explicit mode) and check that it is gone."""
+    from fides_plugins.serving.triton.operator.api import TritonApi
+    from fides_plugins.serving.triton.operator.reset import reset
+
+    done = reset(TritonApi(url, metrics_url=metrics), model, timeout)
+    if json_output:
+        print_json(done.__dict__)
+    elif done.under_attack:
+        console().print(f"{done.step} is a new process, and {model} is under attack again: the attack goes on.")
+    else:
+        what = "is withdrawn" if done.was_under_attack else "was not raised"
+        console().print(f"{done.step} is a new process; the service alarm of {model} {what}.")
+    if done.under_attack:
+        raise typer.Exit(1)
 
 
 def _print_event(event: Event, json_output: bool) -> None:
@@ -246,3 +225,10 @@ def _print_event(event: Event, json_output: bool) -> None:
         typer.echo(json.dumps({"time": now, **event.__dict__}))
     else:
         typer.echo(f"{now} {event.kind} {event.model} ({event.seconds:.2f} s) {event.detail}".rstrip())
+
+
+register_attach = adds("triton", attach_triton)
+register_detach = adds("triton", detach_triton)
+register_check = adds("triton", check_triton)
+register_watch = adds("triton", watch_triton)
+register_reset = adds("triton", reset_triton)

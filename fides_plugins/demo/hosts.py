@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ MODE = "flag"
 
 
 @dataclass(frozen=True)
-class Answers:
+class Received:
     """What a client got for N rows."""
 
     claimed: IntArray
@@ -47,52 +47,57 @@ class Deployment:
     seed: int
 
 
-class Host(Protocol):
-    """A protected service, running. A context manager."""
+class Host(ABC):
+    """A protected service; it runs while the context is open."""
 
     name: str
-
-    def ask(self, images: Float32Array, attack: str = "") -> Answers:
-        """Answers for (N, 1, 8, 8) images from the protected service, compromised by `attack` if given."""
-
-    def call(self, image: Float32Array, protected: bool) -> None:
-        """One request of one image (1, 1, 8, 8), for timing."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-
-class InProcessHost:
-    """No server: the pipeline in this process, beside the service model."""
-
-    name = "in process"
 
     def __init__(self, deployment: Deployment) -> None:
         self.deployment = deployment
 
+    @abstractmethod
+    def start(self, stack: ExitStack) -> None:
+        """Start what is needed; `stack` gets what ends it."""
+
+    @abstractmethod
+    def ask(self, images: Float32Array, attack: str = "") -> Received:
+        """Answers for (N, 1, 8, 8) images from the protected service, compromised by `attack` if given."""
+
+    @abstractmethod
+    def call(self, image: Float32Array, protected: bool) -> None:
+        """One request of one image (1, 1, 8, 8), for timing."""
+
     def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            self.start(stack)
+            self._running = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._running.close()
+
+
+class InProcessHost(Host):
+    """No server: the pipeline in this process, beside the service model."""
+
+    name = "in process"
+
+    def start(self, stack: ExitStack) -> None:
+        """See `Host.start`."""
         d = self.deployment
         values = {"bundle": str(d.bundle), "mode": MODE, "false_alarm_rate": d.false_alarm_rate}
         self._service = OnnxModel(d.service, name="service.onnx")
         self._protection = Protection.load(Settings.from_mapping(values))
+        stack.callback(self._protection.close)
         self._rng = np.random.default_rng(d.seed)
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._protection.close()
-
-    def ask(self, images: Float32Array, attack: str = "") -> Answers:
+    def ask(self, images: Float32Array, attack: str = "") -> Received:
         """See `Host.ask`."""
         logits = self._service.run({INPUT_NAME: images})[OUTPUT_NAME]
         if attack:
             logits = tamper_logits(logits, attack, self._rng)
         verdict = self._judge(images, logits)
-        return Answers(verdict.service_label, verdict.status_text, verdict.label, verdict.p_value)
+        return Received(verdict.service_label, verdict.status_text, verdict.label, verdict.p_value)
 
     def call(self, image: Float32Array, protected: bool) -> None:
         """See `Host.call`."""
@@ -105,9 +110,7 @@ class InProcessHost:
         return self._protection.judge(query, logits, self._protection.verify(query))
 
 
-def latency_ms(
-    host: Host, images: Float32Array, rounds: int = 200, on_round: Callable[[], None] | None = None
-) -> dict[str, float]:
+def latency_ms(host: Host, images: Float32Array, rounds: int = 200) -> dict[str, float]:
     """Median milliseconds of one request, bare and protected, asked in turns so that noise hits both."""
     times: dict[bool, list[float]] = {False: [], True: []}
     for index in range(rounds):
@@ -116,8 +119,6 @@ def latency_ms(
             start = time.perf_counter()
             host.call(image, protected)
             times[protected].append((time.perf_counter() - start) * 1000.0)
-        if on_round is not None:
-            on_round()
     # The first calls pay for lazy start-up on every host.
     bare, protected_ms = (float(np.median(times[p][rounds // 10 :])) for p in (False, True))
     return {"bare": bare, "protected": protected_ms}

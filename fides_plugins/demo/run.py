@@ -11,8 +11,7 @@ import numpy as np
 
 from fides_plugins.demo.compromised import ATTACKS
 from fides_plugins.demo.digits import CLASS_NAMES, INPUT_NAME, OUTPUT_NAME, DigitsSplit
-from fides_plugins.demo.hosts import Answers, Deployment, Host, InProcessHost, latency_ms
-from fides_plugins.errors import SettingsError
+from fides_plugins.demo.hosts import Deployment, Host, InProcessHost, Received, latency_ms
 from fides_plugins.onnx_model import OnnxModel
 from fides_plugins.statistics.intervals import wilson
 from fides_plugins.types import BoolArray, Float32Array, IntArray
@@ -88,37 +87,15 @@ class DemoFigures:
     examples: tuple[Example, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """For machines."""
-        return {
-            "server": self.server,
-            "false_alarm_rate": self.false_alarm_rate,
-            "clean_rows": self.clean_rows,
-            "false_alarms": self.false_alarms.as_json(),
-            "unanswered": self.unanswered,
-            "service_accuracy": self.service_accuracy.as_json(),
-            "agreement": self.agreement.as_json(),
-            "attacks": {
-                f.attack: {
-                    "caught": f.caught.as_json(),
-                    "recovered": f.recovered.as_json(),
-                    "recovered_of_caught": f.recovered_of_caught.as_json(),
-                    "caught_by_disagreement": f.caught_by_disagreement.as_json(),
-                }
-                for f in self.attacks
-            },
-            "disagreement_false_alarms": self.disagreement_false_alarms.as_json(),
-            "latency_ms": self.latency_ms,
-        }
+        """For machines; without the examples, which are pictures."""
+        shares = {name: value.as_json() for name, value in vars(self).items() if isinstance(value, Share)}
+        attacks = {f.attack: {n: v.as_json() for n, v in vars(f).items() if n != "attack"} for f in self.attacks}
+        plain = {name: value for name, value in vars(self).items() if name != "examples"}
+        return {**plain, **shares, "attacks": attacks}
 
 
 def make_host(server: str, deployment: Deployment) -> Host:
-    """The host called `server`.
-
-    Raises
-    ------
-    SettingsError
-        If there is no such host.
-    """
+    """The host called `server`, one of `SERVERS`."""
     if server == "triton":
         from fides_plugins.demo.triton_host import TritonHost
 
@@ -127,9 +104,7 @@ def make_host(server: str, deployment: Deployment) -> Host:
         from fides_plugins.demo.torchserve_host import TorchServeHost
 
         return TorchServeHost(deployment)
-    if server == "inprocess":
-        return InProcessHost(deployment)
-    raise SettingsError(f"Unknown server {server!r}.", f"Choose one of: {', '.join(SERVERS)}.")
+    return InProcessHost(deployment)
 
 
 def fit_digits(
@@ -162,7 +137,7 @@ def measure(
     attacks, examples = [], []
     for attack in ATTACKS:
         answers = host.ask(images, attack)
-        # A row whose top class the attack did not change is no lie and is counted nowhere.
+        # A row whose top class the attack did not change is not a lie, and is not counted.
         lies = answers.claimed != honest
         caught = answers.status == "attacked"
         attacks.append(
@@ -211,7 +186,7 @@ def _reference_labels(folder: Path, images: Float32Array) -> IntArray:
 
 
 def _example(
-    attack: str, images: Float32Array, labels: IntArray, honest: IntArray, answers: Answers, shown: BoolArray
+    attack: str, images: Float32Array, labels: IntArray, honest: IntArray, answers: Received, shown: BoolArray
 ) -> Example | None:
     rows = np.flatnonzero(shown & (answers.label == honest))
     if not rows.size:

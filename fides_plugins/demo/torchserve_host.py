@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 
 from fides_plugins.demo.compromised import ATTACKS
-from fides_plugins.demo.hosts import MODE, Answers, Deployment
+from fides_plugins.demo.hosts import MODE, Host, Received
 from fides_plugins.launch.torchserve import TorchServeServer
 from fides_plugins.serving.torchserve.build import SHIM_NAME, build_archive, bundle_files, shim
 from fides_plugins.types import Float32Array
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 CLIENTS = 4
 BARE = "digits_bare"
@@ -61,27 +58,22 @@ TAMPERING = """
 """
 
 
-def _config(rate: float) -> str:
-    lines = [
-        "fides:",
-        "  handler: digits_handler.py",
-        "  bundle: fides_bundle",
-        f"  mode: {MODE}",
-        f"  false_alarm_rate: {rate}",
-        "  input: image",
-    ]
-    return "\n".join(lines) + "\n"
+CONFIG = f"""fides:
+  handler: digits_handler.py
+  bundle: fides_bundle
+  mode: {MODE}
+  false_alarm_rate: {{rate}}
+  input: image
+"""
 
 
-class TorchServeHost:
+class TorchServeHost(Host):
     """One server with the bare model, the protected one, and a protected compromised one per attack."""
 
     name = "TorchServe"
 
-    def __init__(self, deployment: Deployment) -> None:
-        self.deployment = deployment
-
-    def __enter__(self) -> Self:
+    def start(self, stack: ExitStack) -> None:
+        """See `Host.start`."""
         import httpx
 
         d = self.deployment
@@ -103,28 +95,21 @@ class TorchServeHost:
                 store / f"{name}.mar",
                 SHIM_NAME if protected else "digits_handler.py",
                 files,
-                config=_config(d.false_alarm_rate) if protected else "",
+                config=CONFIG.format(rate=d.false_alarm_rate) if protected else "",
             )
-        self._server = TorchServeServer(store, {n: f"{n}.mar" for n in models}, ready_timeout_s=120)
-        self._server.start()
-        self._client = httpx.Client(base_url=self._server.inference_url, timeout=30)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._client.close()
-        self._server.stop()
+        archives = {name: f"{name}.mar" for name in models}
+        server = stack.enter_context(TorchServeServer(store, archives, ready_timeout_s=120))
+        self._client = stack.enter_context(httpx.Client(base_url=server.inference_url, timeout=30))
 
     def _post(self, model: str, pixels: Any) -> Any:
         response = self._client.post(f"/predictions/{model}", content=json.dumps(pixels))
         return response.raise_for_status()
 
-    def ask(self, images: Float32Array, attack: str = "") -> Answers:
+    def ask(self, images: Float32Array, attack: str = "") -> Received:
         """See `Host.ask`."""
         with ThreadPoolExecutor(CLIENTS) as pool:
             responses = list(pool.map(lambda row: self._post(f"digits{attack}", row), images.tolist()))
-        return Answers(
+        return Received(
             np.array([r.json()["digit"] for r in responses]),
             np.array([r.headers["x-fides-status"] for r in responses]),
             np.array([int(r.headers.get("x-fides-label", -1)) for r in responses]),

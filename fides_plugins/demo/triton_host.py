@@ -1,26 +1,23 @@
 """The demonstration on a real Triton: a repository as a team would have it, attached by Fides, then compromised.
 
-The attacker of this story has write access to the host: he replaces the service model's `model.py` by one
-that lies and has the server reload it. Everything else stays as it was.
+The attacker of this story can write to the host's disk: the service model's `model.py` is replaced by one that
+lies, and the server is told to reload it. Everything else stays as it was.
 """
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fides_plugins.demo.digits import INPUT_NAME, OUTPUT_NAME
-from fides_plugins.demo.hosts import MODE, Answers, Deployment
+from fides_plugins.demo.hosts import MODE, Host, Received
 from fides_plugins.launch.triton import TritonServer
 from fides_plugins.serving.triton.attach import attach
 from fides_plugins.serving.triton.plan import AttachOptions
 from fides_plugins.types import Float32Array
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 MODEL = "digits"
 BATCH = 64
@@ -45,15 +42,13 @@ class TritonPythonModel(onnx_service.TritonPythonModel):
 """
 
 
-class TritonHost:
+class TritonHost(Host):
     """A server in explicit mode, with the model taken over by the protected one."""
 
     name = "Triton"
 
-    def __init__(self, deployment: Deployment) -> None:
-        self.deployment = deployment
-
-    def __enter__(self) -> Self:
+    def start(self, stack: ExitStack) -> None:
+        """See `Host.start`."""
         import tritonclient.http as client
 
         d = self.deployment
@@ -66,18 +61,11 @@ class TritonHost:
         self._source.write_text(HONEST)
         settings = {"mode": MODE, "false_alarm_rate": str(d.false_alarm_rate)}
         self._attached = attach(repository, MODEL, AttachOptions(bundle=d.bundle, settings=settings))
-        self._server = TritonServer(repository, explicit=True, config_name=self._attached.flag.partition("=")[2])
-        self._server.start()
-        self._client = client.InferenceServerClient(self._server.http_address)
+        config_name = self._attached.flag.partition("=")[2]
+        self._server = stack.enter_context(TritonServer(repository, explicit=True, config_name=config_name))
+        self._client = stack.enter_context(client.InferenceServerClient(self._server.http_address))
         self._input = client.InferInput
         self._attack = ""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._client.close()
-        self._server.stop()
 
     def _infer(self, model: str, images: Float32Array) -> dict[str, NDArray[Any]]:
         tensor = self._input(INPUT_NAME, list(images.shape), "FP32")
@@ -94,13 +82,13 @@ class TritonHost:
         self._server.api.load(self._attached.base)
         self._attack = attack
 
-    def ask(self, images: Float32Array, attack: str = "") -> Answers:
+    def ask(self, images: Float32Array, attack: str = "") -> Received:
         """See `Host.ask`."""
         self._compromise(attack)
         chunks = [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
         parts = [self._infer(self._attached.verdict_model, c) for c in chunks]
         joined = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
-        return Answers(
+        return Received(
             joined[OUTPUT_NAME].argmax(axis=1),
             np.array([s.decode() for s in joined["FIDES_STATUS"].ravel()]),
             joined["FIDES_LABEL"].ravel(),

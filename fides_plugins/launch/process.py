@@ -1,8 +1,7 @@
 """Real server processes: free ports, start, wait until ready, logs, and a stop that leaves nothing behind.
 
-Shared by the Triton and the TorchServe launchers. A server is a *tree* of processes (Triton starts one
-stub per python-backend instance, TorchServe a Java process and its workers), and processes are ended
-only by the ids collected here, never by name.
+A server is a *tree* of processes: Triton starts one stub per python-backend instance, TorchServe a Java process
+and its workers. Processes are ended only by the ids collected here, never by name.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ import socket
 import subprocess
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from fides_plugins.errors import ServerError
@@ -34,24 +33,22 @@ if TYPE_CHECKING:
 
 HOST = "127.0.0.1"
 _POLL_S = 0.05
+_TRIES = 3
+#: What Triton and TorchServe say when another process has taken a port.
+_PORT_TAKEN = ("already in use", "failed to start grpc", "failed to start http", "failed to start metrics")
 
 
-def free_ports(count: int, host: str = HOST) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Return `count` different TCP ports that nobody listens on right now.
 
     Another process may take one before the server binds it, so a launcher should try again with
     new ports when its server dies because of a port.
     """
-    sockets: list[socket.socket] = []
-    try:
-        for _ in range(count):
-            sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-            sockets.append(sock)
-            sock.bind((host, 0))
-        return [int(sock.getsockname()[1]) for sock in sockets]
-    finally:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for sock in sockets:
-            sock.close()
+            sock.bind((HOST, 0))
+        return [int(sock.getsockname()[1]) for sock in sockets]
 
 
 def wait_until(
@@ -126,7 +123,7 @@ def stop_tree(pid: int, grace_s: float = 10.0, also: Sequence[int] = ()) -> None
         with contextlib.suppress(psutil.Error):
             root.terminate()
     _wait_for_end(roots, grace_s)
-    # Children may outlive the root (a stub whose server was killed), so those from before are looked at.
+    # Children may outlive the root (a stub whose server was killed), so the tree of before is ended too.
     for process in tree:
         with contextlib.suppress(psutil.Error):
             process.kill()
@@ -161,30 +158,21 @@ def _wait_for_end(processes: Sequence[psutil.Process], seconds: float) -> None:
         time.sleep(_POLL_S)
 
 
-def tail(path: Path, lines: int = 30) -> str:
-    """The last lines of a log file; empty where there is none."""
-    try:
-        return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
-    except OSError:
-        return ""
-
-
 def resident_bytes(pids: Sequence[int]) -> int:
     """Sum of the resident memory of these processes, bytes (shared pages count once per process)."""
-    total = 0
-    for process in _found(pids):
-        with contextlib.suppress(psutil.Error):
-            total += process.memory_info().rss
-    return total
+    return int(_total(pids, lambda process: process.memory_info().rss))
 
 
 def cpu_seconds(pids: Sequence[int]) -> float:
     """Sum of the user and system time of these processes, seconds."""
+    return _total(pids, lambda process: sum(process.cpu_times()[:2]))
+
+
+def _total(pids: Sequence[int], measure: Callable[[psutil.Process], float]) -> float:
     total = 0.0
     for process in _found(pids):
         with contextlib.suppress(psutil.Error):
-            times = process.cpu_times()
-            total += times.user + times.system
+            total += measure(process)
     return total
 
 
@@ -240,8 +228,11 @@ class Process:
         return [self.pid, *descendants(self.pid)]
 
     def log(self, lines: int = 30) -> str:
-        """The end of the server's log."""
-        return tail(self.log_path, lines)
+        """The end of the server's log; empty where there is none."""
+        try:
+            return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-lines:])
+        except OSError:
+            return ""
 
     def running(self) -> bool:
         """Whether the root process lives."""
@@ -275,10 +266,10 @@ class Process:
             except OSError as error:
                 raise ServerError(f"{self.name} cannot be started: {error.strerror}.") from error
 
-    def wait_ready(self, ready: Callable[[], bool], timeout_s: float = 60.0) -> float:
-        """Wait until `ready` says True; return the seconds. On failure the log's end is in the error."""
+    def wait_ready(self, ready: Callable[[], bool], timeout_s: float) -> None:
+        """Wait until `ready` says True. On failure the end of the log is in the error."""
         try:
-            return wait_until(ready, timeout_s, self.name, alive=self.running)
+            wait_until(ready, timeout_s, self.name, alive=self.running)
         except ServerError as error:
             raise ServerError(f"{error} The end of its log:\n{self.log()}") from None
 
@@ -297,10 +288,58 @@ class Process:
         self.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+
+class Server(ABC):
+    """A model server on free ports; a context manager, which starts it and stops it."""
+
+    _process: Process | None = None
+
+    @property
+    def process(self) -> Process:
+        """The running process tree, for memory and processor time."""
+        if self._process is None:
+            raise ServerError("The server is not running.", "Use it inside a with block.")
+        return self._process
+
+    def log(self, lines: int = 50) -> str:
+        """The end of what the server wrote."""
+        return self.process.log(lines)
+
+    def start(self) -> Self:
+        """Start the server and wait until all its models are ready.
+
+        Raises
+        ------
+        ServerError
+            If something is missing, or the server does not become ready; the end of its log is in the message.
+        """
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                self._start_once()
+                return self
+            # Ctrl-C while waiting must not leave a server behind.
+            except BaseException as error:
+                log = self._process.log(1000).lower() if self._process is not None else ""
+                self.stop()
+                # Another process may take a port between looking for a free one and binding it.
+                clash = isinstance(error, ServerError) and any(text in log for text in _PORT_TAKEN)
+                if not clash or not tries_left:
+                    raise
+        raise AssertionError("unreachable")
+
+    @abstractmethod
+    def _start_once(self) -> None:
+        """Set `_process` to a process with new ports, start it and wait until it is ready."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Stop all of the server's processes; may be called more than once."""
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *error: object) -> None:
         self.stop()

@@ -20,19 +20,14 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
 
 from fides_plugins.errors import ServerError
-from fides_plugins.launch.process import HOST, Process, free_ports
+from fides_plugins.launch.process import HOST, Process, Server, free_ports
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-MetricsMode = Literal["prometheus", "log"]
 #: TorchServe appends `.model_server.pid` to its temporary folder; it holds the Java process id.
 PID_FILE = ".model_server.pid"
-_PORT_TRIES = 3
+#: Seconds until TorchServe takes a worker that does not answer to be dead.
+_RESPONSE_TIMEOUT_S = 60
 _LOG_LINES = 2000
 _WORKER_DIED = "Backend worker process died"
 #: How long a dead worker's traceback is waited for, and how long nothing is written when it is whole.
@@ -72,7 +67,7 @@ def require_torchserve(python: str = sys.executable) -> None:
         )
 
 
-class TorchServeServer:
+class TorchServeServer(Server):
     """A TorchServe process tree, as a context manager.
 
     Parameters
@@ -81,14 +76,8 @@ class TorchServeServer:
         Folder with the archives.
     models:
         Served name to archive (a file name in `model_store`).
-    workers, batch_size, max_batch_delay_ms:
-        For every model; an archive's own model-config.yaml wins over them.
-    response_timeout_s:
-        Seconds until TorchServe takes a worker that does not answer to be dead.
-    metrics_mode:
-        "prometheus" shows model metrics at `metrics_url`, "log" writes them to a file.
-    token_auth, model_api:
-        TorchServe's own switches. Both are what a local test needs by default: no token, fixed models.
+    batch_size:
+        For every model; an archive's own model-config.yaml wins over it.
     python:
         Interpreter of the workers and the launcher.
     env:
@@ -102,13 +91,7 @@ class TorchServeServer:
         model_store: str | Path,
         models: Mapping[str, str],
         *,
-        workers: int = 1,
         batch_size: int = 1,
-        max_batch_delay_ms: int = 20,
-        response_timeout_s: int = 60,
-        metrics_mode: MetricsMode = "prometheus",
-        token_auth: bool = False,
-        model_api: bool = False,
         python: str = sys.executable,
         env: Mapping[str, str] | None = None,
         properties: Mapping[str, str] | None = None,
@@ -116,24 +99,12 @@ class TorchServeServer:
     ) -> None:
         self.model_store = Path(model_store).resolve()
         self.models = dict(models)
-        self._options: dict[str, Any] = {
-            "minWorkers": workers,
-            "maxWorkers": workers,
-            "batchSize": batch_size,
-            "maxBatchDelay": max_batch_delay_ms,
-            "responseTimeout": response_timeout_s,
-        }
-        self._workers = workers
-        self._metrics_mode = metrics_mode
-        self._token_auth = token_auth
-        self._model_api = model_api
+        self._batch_size = batch_size
         self._python = python
         self._env = dict(env or {})
         self._properties = dict(properties or {})
         self._ready_timeout_s = ready_timeout_s
-        self._process: Process | None = None
         self._ports: list[int] = []
-        self.start_seconds = 0.0
 
     @property
     def inference_url(self) -> str:
@@ -147,7 +118,7 @@ class TorchServeServer:
 
     @property
     def metrics_url(self) -> str:
-        """Prometheus page, in metrics mode "prometheus"."""
+        """Prometheus page."""
         return f"http://{HOST}:{self._ports[2]}/metrics"
 
     @property
@@ -155,57 +126,23 @@ class TorchServeServer:
         """host:port of the gRPC inference API."""
         return f"{HOST}:{self._ports[3]}"
 
-    @property
-    def process(self) -> Process:
-        """The running process tree, for memory and processor time."""
-        if self._process is None:
-            raise ServerError("TorchServe was not started.")
-        return self._process
-
-    def log(self, lines: int = 40) -> str:
-        """The end of what the server and its workers wrote."""
-        return self.process.log(lines)
-
     def workers(self, model: str) -> list[WorkerState]:
         """State of a model's workers, as the management API tells it."""
         with urllib.request.urlopen(f"{self.management_url}/models/{model}", timeout=5) as answer:
             (description,) = json.load(answer)
         return [WorkerState(w["id"], w["status"] == "READY", int(w["pid"])) for w in description["workers"]]
 
-    def start(self) -> Self:
-        """Start and wait until every model has all its workers ready.
-
-        Raises
-        ------
-        ServerError
-            If something is missing, or a model does not load; the end of the log is in the message.
-        """
+    def _start_once(self) -> None:
         require_torchserve(self._python)
         missing = [a for a in self.models.values() if not (self.model_store / a).exists()]
         if missing:
             raise ServerError(f"The model store has no {', '.join(missing)}.", "Give archives that exist.")
-        for attempt in range(_PORT_TRIES):
-            try:
-                self._start_once()
-                return self
-            except ServerError as error:
-                self.stop()
-                # A port may be taken between looking for a free one and binding it.
-                if "Address already in use" not in str(error) or attempt == _PORT_TRIES - 1:
-                    raise
-            except BaseException:
-                self.stop()
-                raise
-        raise AssertionError("unreachable")
-
-    def _start_once(self) -> None:
         self._ports = free_ports(6)
-        process = Process("TorchServe", self._command(), env=self._environment())
-        self._process = process
+        process = self._process = Process("TorchServe", self._command(), env=self._environment())
         (process.folder / "config.properties").write_text(self._config())
         process.command = [*process.command, "--ts-config", str(process.folder / "config.properties")]
         process.start()
-        self.start_seconds = process.wait_ready(self._ready, self._ready_timeout_s)
+        process.wait_ready(self._ready, self._ready_timeout_s)
 
     def stop(self) -> None:
         """Stop launcher, Java and workers, by id; may be called more than once."""
@@ -217,23 +154,10 @@ class TorchServeServer:
         self._process.stop(also=java)
         self._process = None
 
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
-
     def _command(self) -> Sequence[str]:
         models = [f"{name}={archive}" for name, archive in self.models.items()]
         command = [self._python, "-m", "ts.model_server", "--start", "--foreground", "--no-config-snapshots"]
-        command += ["--model-store", str(self.model_store), "--models", *models]
-        if not self._token_auth:
-            command.append("--disable-token-auth")
-        if self._model_api:
-            command.append("--enable-model-api")
-        return command
+        return [*command, "--disable-token-auth", "--model-store", str(self.model_store), "--models", *models]
 
     def _environment(self) -> dict[str, str]:
         # A user's own TS_CONFIG_FILE would win over the file written here.
@@ -243,8 +167,15 @@ class TorchServeServer:
 
     def _config(self) -> str:
         inference, management, metrics, grpc_inference, grpc_management, worker = self._ports
+        options = {
+            "minWorkers": 1,
+            "maxWorkers": 1,
+            "batchSize": self._batch_size,
+            "maxBatchDelay": 20,
+            "responseTimeout": _RESPONSE_TIMEOUT_S,
+        }
         # The version in an archive's manifest is not known here, so its options are given for the usual one.
-        models = {name: {"1.0": {"marName": archive, **self._options}} for name, archive in self.models.items()}
+        models = {name: {"1.0": {"marName": archive, **options}} for name, archive in self.models.items()}
         lines = {
             "inference_address": f"http://{HOST}:{inference}",
             "management_address": f"http://{HOST}:{management}",
@@ -254,9 +185,9 @@ class TorchServeServer:
             "grpc_inference_port": str(grpc_inference),
             "grpc_management_port": str(grpc_management),
             "initial_worker_port": str(worker),
-            "default_workers_per_model": str(self._workers),
-            "default_response_timeout": str(self._options["responseTimeout"]),
-            "metrics_mode": self._metrics_mode,
+            "default_workers_per_model": "1",
+            "default_response_timeout": str(_RESPONSE_TIMEOUT_S),
+            "metrics_mode": "prometheus",
             "model_metrics_auto_detect": "true",
             "disable_system_metrics": "true",
             "models": json.dumps(models),

@@ -1,57 +1,31 @@
-"""A small gRPC client for TorchServe's inference API.
+"""A small gRPC client for TorchServe's inference API, for the tests and the benchmarks; needs `grpcio`.
 
-The `torchserve` wheel ships no Python stubs, so the two messages are described here. Used by
-`fides check`, the tests and the benchmarks; needs `grpcio`.
+The `torchserve` wheel ships no Python stubs. The two messages (inference.proto of TorchServe 0.12) hold nothing but
+texts and bytes, so they are written and read here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
 
 from fides_plugins.errors import ServerError
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-_PACKAGE = "org.pytorch.serve.grpc.inference"
-_SERVICE = f"/{_PACKAGE}.InferenceAPIsService"
+_METHOD = "/org.pytorch.serve.grpc.inference.InferenceAPIsService/Predictions"
 
 
-@lru_cache(maxsize=1)
-def _messages() -> tuple[Any, Any]:
-    """Classes of PredictionsRequest and PredictionResponse (inference.proto of TorchServe 0.12)."""
-    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+def _field(number: int, data: bytes) -> bytes:
+    """A protobuf field that has a length: its tag, the length as a varint, and `data`."""
+    length, rest = b"", len(data)
+    while rest > 0x7F:
+        length += bytes([rest & 0x7F | 0x80])
+        rest >>= 7
+    return bytes([number << 3 | 2]) + length + bytes([rest]) + data
 
-    field = descriptor_pb2.FieldDescriptorProto
-    file = descriptor_pb2.FileDescriptorProto(
-        name="fides_torchserve_inference.proto", package=_PACKAGE, syntax="proto3"
-    )
-    request = file.message_type.add(name="PredictionsRequest")
-    request.field.add(name="model_name", number=1, type=field.TYPE_STRING, label=field.LABEL_OPTIONAL)
-    request.field.add(name="model_version", number=2, type=field.TYPE_STRING, label=field.LABEL_OPTIONAL)
-    entry = request.nested_type.add(name="InputEntry")
-    entry.options.map_entry = True
-    entry.field.add(name="key", number=1, type=field.TYPE_STRING, label=field.LABEL_OPTIONAL)
-    entry.field.add(name="value", number=2, type=field.TYPE_BYTES, label=field.LABEL_OPTIONAL)
-    request.field.add(
-        name="input",
-        number=3,
-        type=field.TYPE_MESSAGE,
-        label=field.LABEL_REPEATED,
-        type_name=f".{_PACKAGE}.PredictionsRequest.InputEntry",
-    )
-    response = file.message_type.add(name="PredictionResponse")
-    response.field.add(name="prediction", number=1, type=field.TYPE_BYTES, label=field.LABEL_OPTIONAL)
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    made = [
-        message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{_PACKAGE}.{name}"))
-        for name in ("PredictionsRequest", "PredictionResponse")
-    ]
-    return made[0], made[1]
+
+def _prediction(answer: bytes) -> bytes:
+    """The one field of a PredictionResponse; an empty field is left out of the message."""
+    end_of_length = next((i for i in range(1, len(answer)) if answer[i] <= 0x7F), 0)
+    return answer[end_of_length + 1 :]
 
 
 class GrpcClient:
@@ -66,16 +40,10 @@ class GrpcClient:
     def __init__(self, target: str, timeout_s: float = 60.0) -> None:
         import grpc
 
-        self._grpc = grpc
+        self._rpc_error = grpc.RpcError
         self._timeout_s = timeout_s
-        request, response = _messages()
-        self._request = request
         self._channel = grpc.insecure_channel(target)
-        self._predictions = self._channel.unary_unary(
-            f"{_SERVICE}/Predictions",
-            request_serializer=request.SerializeToString,
-            response_deserializer=response.FromString,
-        )
+        self._predictions = self._channel.unary_unary(_METHOD)
 
     def predict(self, model: str, inputs: Mapping[str, bytes]) -> bytes:
         """Body of the answer.
@@ -85,20 +53,15 @@ class GrpcClient:
         ServerError
             If the call fails, with the server's own message.
         """
+        entries = [_field(3, _field(1, name.encode()) + _field(2, data)) for name, data in inputs.items()]
         try:
-            answer = self._predictions(self._request(model_name=model, input=dict(inputs)), timeout=self._timeout_s)
-        except self._grpc.RpcError as error:
+            answer = self._predictions(_field(1, model.encode()) + b"".join(entries), timeout=self._timeout_s)
+        except self._rpc_error as error:
             raise ServerError(f"gRPC {error.code().name}: {error.details()}") from None
-        return bytes(answer.prediction)
+        return _prediction(answer)
 
-    def close(self) -> None:
-        """Close the channel."""
-        self._channel.close()
-
-    def __enter__(self) -> Self:
+    def __enter__(self) -> GrpcClient:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def __exit__(self, *error: object) -> None:
+        self._channel.close()

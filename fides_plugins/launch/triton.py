@@ -18,18 +18,11 @@ import sysconfig
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING
 
 from fides_plugins.errors import ServerError
-from fides_plugins.launch.process import HOST, Process, command_line, free_ports
+from fides_plugins.launch.process import HOST, Process, Server, command_line, free_ports
 from fides_plugins.serving.triton.operator.api import TritonApi
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-_TRIES = 3
-_PORT_TAKEN = ("already in use", "failed to start grpc", "failed to start http", "failed to start metrics")
 #: Lines that every start without a GPU logs as errors.
 _HARMLESS = ("CudaDriverHelper", "NVML", "DCGM", "CUDA driver version")
 
@@ -107,13 +100,13 @@ def _error_lines(log: str) -> str:
     return "\n".join(lines[:12]) or "\n".join(log.splitlines()[-12:])
 
 
-class TritonServer:
+class TritonServer(Server):
     """A real `tritonserver` on free ports; a context manager.
 
     Parameters
     ----------
     model_repository:
-        Folder of models, or several.
+        Folder of models.
     explicit:
         Start in explicit model-control mode: models are loaded and unloaded over the API. `load` names
         the models to load at start ("*" for all).
@@ -131,12 +124,6 @@ class TritonServer:
     grace_s:
         How long the server may take to stop before it is killed, seconds.
 
-    Raises
-    ------
-    ServerError
-        On entry, if the wheel is absent, or the server does not become ready; the end of its log is in
-        the message.
-
     Example
     -------
     >>> with TritonServer("model_repository") as server:  # doctest: +SKIP
@@ -146,7 +133,7 @@ class TritonServer:
 
     def __init__(
         self,
-        model_repository: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        model_repository: str | os.PathLike[str],
         *,
         explicit: bool = False,
         load: Sequence[str] = ("*",),
@@ -156,11 +143,8 @@ class TritonServer:
         env: Mapping[str, str] | None = None,
         timeout_s: float = 60.0,
         grace_s: float = 10.0,
-        host: str = HOST,
     ) -> None:
-        many = isinstance(model_repository, Sequence) and not isinstance(model_repository, str)
-        folders = list(model_repository) if many else [model_repository]  # type: ignore[arg-type]
-        self.repositories = tuple(Path(f).resolve() for f in folders)  # type: ignore[arg-type]
+        self.repository = Path(model_repository).resolve()
         self.explicit = explicit
         self.load = tuple(load)
         self.config_name = config_name
@@ -169,48 +153,38 @@ class TritonServer:
         self.env = dict(env or {})
         self.timeout_s = timeout_s
         self.grace_s = grace_s
-        self.host = host
         self.http_port = self.grpc_port = self.metrics_port = 0
-        self.start_seconds = float("nan")
         self._id = ""
-        self._process: Process | None = None
 
     @property
     def http_address(self) -> str:
         """`host:port` for `tritonclient.http`."""
-        return f"{self.host}:{self.http_port}"
+        return f"{HOST}:{self.http_port}"
 
     @property
     def grpc_address(self) -> str:
         """`host:port` for `tritonclient.grpc`."""
-        return f"{self.host}:{self.grpc_port}"
+        return f"{HOST}:{self.grpc_port}"
 
     @property
     def metrics_url(self) -> str:
         """Address of the Prometheus metrics."""
-        return f"http://{self.host}:{self.metrics_port}/metrics"
+        return f"http://{HOST}:{self.metrics_port}/metrics"
 
     @property
     def api(self) -> TritonApi:
         """A light HTTP client for health, control, metadata, inference and metrics."""
         return TritonApi(self.http_address, metrics_url=self.metrics_url)
 
-    @property
-    def process(self) -> Process:
-        """The running server's process."""
-        if self._process is None:
-            raise ServerError("The Triton server is not running.", "Use it inside a with block.")
-        return self._process
-
     def command(self, backends: Path) -> list[str]:
         """The full command line."""
         command = [str(wheel_folder() / "bin" / "tritonserver")]
-        command += [f"--model-repository={folder}" for folder in self.repositories]
         command += [
+            f"--model-repository={self.repository}",
             f"--backend-directory={backends}",
-            f"--http-address={self.host}",
-            f"--grpc-address={self.host}",
-            f"--metrics-address={self.host}",
+            f"--http-address={HOST}",
+            f"--grpc-address={HOST}",
+            f"--metrics-address={HOST}",
             f"--http-port={self.http_port}",
             f"--grpc-port={self.grpc_port}",
             f"--metrics-port={self.metrics_port}",
@@ -225,31 +199,19 @@ class TritonServer:
             command += ["--disable-auto-complete-config"]
         return [*command, *self.extra_args]
 
-    def start(self) -> None:
-        """Start the server and wait until it is ready; on a port clash try again with other ports."""
-        for repository in self.repositories:
-            if not repository.is_dir():
-                raise ServerError(f"There is no model repository {str(repository)!r}.")
-        for attempt in range(_TRIES):
-            self._id = f"fides-{uuid.uuid4().hex[:12]}"
-            self.http_port, self.grpc_port, self.metrics_port = free_ports(3, self.host)
-            process = Process("Triton", [], env={**_environment(), **self.env}, grace_s=self.grace_s)
-            process.command = self.command(_make_backends(process.folder / "backends"))
-            self._process = process
-            try:
-                process.start()
-                self.start_seconds = process.wait_ready(self._is_ours_and_ready, self.timeout_s)
-            except ServerError as error:
-                log = process.log(1000)
-                self.stop()
-                if any(text in log.lower() for text in _PORT_TAKEN) and attempt + 1 < _TRIES:
-                    continue
-                raise ServerError(f"{error.cause_text.splitlines()[0]}\n{_error_lines(log)}") from None
-            except BaseException:
-                # Ctrl-C while waiting must not leave a server behind.
-                self.stop()
-                raise
-            return
+    def _start_once(self) -> None:
+        if not self.repository.is_dir():
+            raise ServerError(f"There is no model repository {str(self.repository)!r}.")
+        self._id = f"fides-{uuid.uuid4().hex[:12]}"
+        self.http_port, self.grpc_port, self.metrics_port = free_ports(3)
+        process = Process("Triton", [], env={**_environment(), **self.env}, grace_s=self.grace_s)
+        self._process = process
+        process.command = self.command(_make_backends(process.folder / "backends"))
+        process.start()
+        try:
+            process.wait_ready(self._is_ours_and_ready, self.timeout_s)
+        except ServerError as error:
+            raise ServerError(f"{error.cause_text.splitlines()[0]}\n{_error_lines(process.log(1000))}") from None
 
     def _is_ours_and_ready(self) -> bool:
         """Whether our own server is ready: another one may have taken the port first, and answer there."""
@@ -274,10 +236,6 @@ class TritonServer:
                 with contextlib.suppress(OSError):
                     region.unlink()
 
-    def log(self, lines: int = 50) -> str:
-        """The end of the server's log."""
-        return self.process.log(lines)
-
     def stub_pids(self, model: str) -> list[int]:
         """Process ids of the python-backend instances of `model`, found among the server's children."""
         found = []
@@ -287,12 +245,3 @@ class TritonServer:
             if "stub" in program and model in Path(file).parts:
                 found.append(pid)
         return found
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()

@@ -19,7 +19,7 @@ class CheckFinding:
     detail:
         What was seen.
     remedy:
-        How to mend it; empty where there is nothing to mend, or nothing known.
+        How to fix it; empty where there is nothing to fix, or no fix is known.
     seconds:
         Time of the inference; NaN where there was none.
     """

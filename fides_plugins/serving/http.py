@@ -1,6 +1,6 @@
-"""What is plain HTTP in a host: a verdict per request from verdicts of rows, its headers, refusals and envelopes.
+"""The HTTP part of a host: verdicts of requests from verdicts of rows, their headers, refusals and envelopes.
 
-Nothing here knows a server; every host that speaks HTTP uses it.
+Nothing here depends on a server; every host that speaks HTTP can use it.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from fides_plugins.types import Status, Verdict
 
-#: What the verdict of a request is where rows and requests are not one to one.
+#: How rows make the verdict of a request where rows and requests are not one to one.
 RowsRule = Literal["any", "worst", "refuse"]
 #: What several calls of a model are to a batch: parts of it in order, or passes over all of it.
 CallsRule = Literal["parts", "passes"]
@@ -28,7 +28,7 @@ MAX_HEADER_LENGTH = 256
 
 NOT_ONE_TO_ONE = "rows and requests are not one to one, and the rule `rows` is not set for it"
 AMBIGUOUS = "the calls of inference() may be passes over all requests or parts of the batch; set `calls`"
-NO_PASSES = "the calls of inference() are no passes over all requests, as `calls` says they are"
+NO_PASSES = "the calls of inference() are not passes over all requests, although `calls` says so"
 
 HTTP_ATTACKED = 409
 HTTP_UNAVAILABLE = 503
@@ -61,18 +61,7 @@ class RowVerdict:
 
 def rows_of(verdict: Verdict) -> list[RowVerdict]:
     """The rows of a verdict as objects; a server answers requests one by one."""
-    columns = zip(
-        verdict.status.tolist(),
-        verdict.score.tolist(),
-        verdict.p_value.tolist(),
-        verdict.label.tolist(),
-        verdict.service_label.tolist(),
-        verdict.verified_label.tolist(),
-        verdict.corrected.tolist(),
-        verdict.refused.tolist(),
-        verdict.reason.tolist(),
-        strict=True,
-    )
+    columns = zip(*(getattr(verdict, field.name).tolist() for field in fields(RowVerdict)), strict=True)
     return [RowVerdict(Status(status), *rest) for status, *rest in columns]
 
 
@@ -164,7 +153,7 @@ def printable(value: object, limit: int = MAX_HEADER_LENGTH) -> str:
 
 
 def headers(verdict: RowVerdict) -> dict[str, str]:
-    """Response headers of one request; what is unknown has no header."""
+    """Response headers of one request; an unknown value has no header."""
     values = {HEADER_STATUS: verdict.status.text}
     if not math.isnan(verdict.score):
         values[HEADER_SCORE] = f"{verdict.score:.6f}"

@@ -21,8 +21,11 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal
 
 from fides_plugins.errors import InputError
-from fides_plugins.serving.torchserve.build import MANIFEST, ZIP_EPOCH
 
+#: The entry that makes a zip a model archive.
+MANIFEST = "MAR-INF/MANIFEST.json"
+#: Archives are reproducible: every new entry has the earliest time that a zip can hold.
+_ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 Form = Literal["mar", "tar.gz", "folder"]
 
 _ENDINGS: dict[str, Form] = {".mar": "mar", ".tar.gz": "tar.gz", ".tgz": "tar.gz"}
@@ -226,7 +229,7 @@ def _write_zip(target: Path, archive: ModelArchive) -> None:
         out.comment = archive.comment
         for entry in archive.entries:
             if entry.info is None:
-                info = zipfile.ZipInfo(archive.prefix + entry.name, ZIP_EPOCH)
+                info = zipfile.ZipInfo(archive.prefix + entry.name, _ZIP_EPOCH)
                 info.compress_type = zipfile.ZIP_DEFLATED
                 info.external_attr = _FILE_MODE << 16
             else:

@@ -18,10 +18,10 @@ import yaml
 
 from fides_plugins.bundle import Bundle
 from fides_plugins.errors import InputError, SettingsError
-from fides_plugins.serving.torchserve.archive import Entry, ModelArchive, open_archive, write_archive
-from fides_plugins.serving.torchserve.build import CONFIG_NAME, MANIFEST, SHIM_NAME, bundle_files, shim
-from fides_plugins.serving.torchserve.options import BUNDLE_FOLDER, SECTION, HostOptions, read_section
-from fides_plugins.serving.torchserve.probe import ProbeResult, probe_archive
+from fides_plugins.serving.torchserve.archive import MANIFEST, Entry, ModelArchive, open_archive, write_archive
+from fides_plugins.serving.torchserve.build import CONFIG_NAME, SHIM_NAME, bundle_files, shim
+from fides_plugins.serving.torchserve.options import BUNDLE_FOLDER, SECTION, read_section
+from fides_plugins.serving.torchserve.probe import probe_archive
 from fides_plugins.serving.torchserve.vendor import vendor_files
 
 RECORD = "fides_attach.json"
@@ -109,7 +109,8 @@ def attach(
         config_name, config, config_entry = _config(original, model)
         ours = {"handler": handler, "bundle": BUNDLE_FOLDER, **(section or {})}
         text = _with_section(config, ours)
-        _check_section(text, files)
+        if read_section(yaml.safe_load(text), ".")[1].bundle != BUNDLE_FOLDER:
+            raise SettingsError("`bundle` is not for attach to set.", "Leave it out; attach puts it into the archive.")
         changed = {MANIFEST: _rewritten(manifest, config_name)}
         if config_entry is None:
             files[config_name] = text.encode()
@@ -120,12 +121,10 @@ def attach(
         if taken:
             raise InputError(f"The archive already holds {', '.join(taken)}.", "Rename these entries first.")
         protected = _with_entries(original, changed, files)
-        found = ProbeResult("", "")
-        if check_import:
-            found = probe_archive(protected, python)
+        found = probe_archive(protected, python) if check_import else ""
         write_archive(target, protected, force)
     notes = () if config_entry is not None else (NEW_CONFIG.format(name=config_name),)
-    return Attachment(handler, found.description, tuple(sorted(files)), tuple(sorted(changed)), notes)
+    return Attachment(handler, found, tuple(sorted(files)), tuple(sorted(changed)), notes)
 
 
 def detach(source: str | Path, target: str | Path, *, force: bool = False) -> tuple[str, ...]:
@@ -204,9 +203,9 @@ def _config(archive: ModelArchive, model: Mapping[str, Any]) -> tuple[str, str, 
         text = entry.read().decode("utf-8")
         parsed = yaml.safe_load(text)
     except (UnicodeDecodeError, yaml.YAMLError):
-        raise InputError(f"The config file {name} is not valid yaml.", "Mend it first.") from None
+        raise InputError(f"The config file {name} is not valid yaml.", "Fix it first.") from None
     if parsed is not None and not isinstance(parsed, dict):
-        raise InputError(f"The config file {name} holds no mapping.", "Mend it first.")
+        raise InputError(f"The config file {name} holds no mapping.", "Fix it first.")
     if parsed and SECTION in parsed:
         raise InputError(
             f"The config file {name} has a section `{SECTION}:` already, written by hand.",
@@ -225,17 +224,8 @@ def _with_section(config: str, section: Mapping[str, Any]) -> str:
             return appended
     except yaml.YAMLError:
         pass
-    # Flow style or an explicit end of the document: nothing can be appended, so the keys are written anew.
+    # Flow style or an explicit end of the document: nothing can be appended, so the whole file is rewritten.
     return str(yaml.safe_dump(expected, sort_keys=False, allow_unicode=True))
-
-
-def _check_section(text: str, files: Mapping[str, bytes]) -> HostOptions:
-    options, settings = read_section(yaml.safe_load(text), ".")
-    if settings.bundle != BUNDLE_FOLDER:
-        raise SettingsError(
-            f"`bundle` is {settings.bundle!r}.", "Leave it out; attach puts the bundle into the archive."
-        )
-    return options
 
 
 def _rewritten(manifest: Mapping[str, Any], config_name: str) -> bytes:

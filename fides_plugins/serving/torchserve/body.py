@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,9 @@ from fides_plugins.serving.torchserve.options import BodyFormat
 from fides_plugins.serving.torchserve.tensors import to_numpy
 
 
+@dataclass(frozen=True)
 class BodyParser:
-    """What is needed to judge bodies.
+    """What is needed to judge bodies. The two readers raise `InputError` for anything that cannot be read.
 
     Attributes
     ----------
@@ -33,32 +35,21 @@ class BodyParser:
         The answer with other class values (K,); None where a correction cannot be written back.
     """
 
-    def __init__(
-        self,
-        request: Callable[[Any], Any],
-        response: Callable[[Any], Any],
-        replace: Callable[[Any, NDArray[Any]], Any] | None,
-    ) -> None:
-        self._request = request
-        self._response = response
-        self.replace = replace
+    request: Callable[[Any], NDArray[Any]]
+    response: Callable[[Any], NDArray[Any]]
+    replace: Callable[[Any, NDArray[Any]], Any] | None
 
-    def request(self, item: Any) -> NDArray[Any]:
-        """Input of one row. Raises `InputError` for anything that cannot be read."""
-        return self._read(self._request, item, "request")
 
-    def response(self, answer: Any) -> NDArray[Any]:
-        """Class output (K,) of one answer. Raises `InputError` for anything that cannot be read."""
-        return self._read(self._response, answer, "response")
-
-    @staticmethod
-    def _read(parse: Callable[[Any], Any], value: Any, what: str) -> NDArray[Any]:
+def _reader(parse: Callable[[Any], Any], what: str) -> Callable[[Any], NDArray[Any]]:
+    def read(value: Any) -> NDArray[Any]:
         try:
             return to_numpy(parse(value))
         except InputError:
             raise
         except Exception as error:  # a client's body or a foreign parser may fail in any way; the row is marked
             raise InputError(f"The {what} body cannot be read: {type(error).__name__}.") from error
+
+    return read
 
 
 def make_parser(declared: BodyFormat | str) -> BodyParser:
@@ -82,7 +73,9 @@ def make_parser(declared: BodyFormat | str) -> BodyParser:
     missing = [f for f in ("request", "response") if not callable(getattr(module, f, None))]
     if missing:
         raise SettingsError(f"The parser {declared!r} has no function {' or '.join(missing)}.")
-    return BodyParser(module.request, module.response, getattr(module, "replace", None))
+    return BodyParser(
+        _reader(module.request, "request"), _reader(module.response, "response"), getattr(module, "replace", None)
+    )
 
 
 def _json_parser(paths: BodyFormat) -> BodyParser:
@@ -99,7 +92,7 @@ def _json_parser(paths: BodyFormat) -> BodyParser:
         content = _replaced(_decoded(answer), _parts(paths.response), probabilities)
         return json.dumps(content) if was_text else content
 
-    return BodyParser(request, response, replace)
+    return BodyParser(_reader(request, "request"), _reader(response, "response"), replace)
 
 
 def _decoded(body: Any) -> Any:

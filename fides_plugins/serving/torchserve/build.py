@@ -1,25 +1,17 @@
-"""Write model archives from Python: what `torch-model-archiver` does, without its temporary folder.
-
-For the demo, the tests and the benchmarks. A `.mar` is a zip with `MAR-INF/MANIFEST.json`.
-"""
+"""Write model archives from Python, as `torch-model-archiver` does; for the demo, the tests and the benchmarks."""
 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-import zipfile
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 
+from fides_plugins.serving.torchserve.archive import MANIFEST, Entry, ModelArchive, write_archive
 from fides_plugins.serving.torchserve.options import BUNDLE_FOLDER
 
-MANIFEST = "MAR-INF/MANIFEST.json"
 CONFIG_NAME = "model-config.yaml"
 SHIM_NAME = "fides_handler.py"
-#: Archives are reproducible: every entry made here has the earliest time that a zip can hold.
-ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
 def build_archive(
@@ -32,7 +24,7 @@ def build_archive(
     serialized_file: str = "",
     version: str = "1.0",
 ) -> Path:
-    """Write a `.mar`, in one step.
+    """Write a `.mar`, in one step; what is there already is replaced.
 
     Parameters
     ----------
@@ -51,24 +43,13 @@ def build_archive(
     model = {"modelName": name or target.stem, "handler": handler, "modelVersion": version}
     if serialized_file:
         model["serializedFile"] = serialized_file
-    entries = dict(files)
+    contents = dict(files)
     if config:
-        entries[CONFIG_NAME] = config
+        contents[CONFIG_NAME] = config
         model["configFile"] = CONFIG_NAME
-    entries[MANIFEST] = json.dumps({"runtime": "python", "model": model, "archiverVersion": "0.12.0"}, indent=2)
-    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as staging:
-        try:
-            with zipfile.ZipFile(staging, "w", zipfile.ZIP_DEFLATED) as archive:
-                for entry, content in entries.items():
-                    info = zipfile.ZipInfo(entry, ZIP_EPOCH)
-                    info.compress_type = zipfile.ZIP_DEFLATED
-                    info.external_attr = 0o644 << 16
-                    archive.writestr(info, content)
-            os.chmod(staging.name, 0o644)
-            os.replace(staging.name, target)
-        except BaseException:
-            os.unlink(staging.name)
-            raise
+    contents[MANIFEST] = json.dumps({"runtime": "python", "model": model, "archiverVersion": "0.12.0"}, indent=2)
+    entries = [Entry.new(name, c.encode() if isinstance(c, str) else c) for name, c in contents.items()]
+    write_archive(target, ModelArchive("mar", "", tuple(entries)), force=True)
     return target
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from fides_plugins.observation.metrics import MetricsBackend
 from fides_plugins.protection import INTERNAL
 from fides_plugins.serving.http import RowVerdict, envelope, headers, per_request, refusal
 from fides_plugins.serving.torchserve.body import BodyParser, make_parser
-from fides_plugins.serving.torchserve.body_capture import judge_bodies, read_requests
-from fides_plugins.serving.torchserve.judge import InferenceJudge, PendingCall
+from fides_plugins.serving.torchserve.body_capture import Bodies
+from fides_plugins.serving.torchserve.judge import InferenceJudge
 from fides_plugins.serving.torchserve.metrics import TorchServeMetrics
 from fides_plugins.serving.torchserve.options import HostOptions, read_section
 from fides_plugins.serving.torchserve.original import Found, Original, find_handler, protect, require_wrappable
@@ -80,36 +79,37 @@ class FidesHandler:
         """
         metrics = TorchServeMetrics()
         try:
-            prepared = prepare(
+            self.options, self.judge, found, self._parser = prepare(
                 context.model_yaml_config, context.system_properties["model_dir"], context.model_name, metrics
             )
-            self.options, self.judge, self._parser = prepared.options, prepared.judge, prepared.parser
-            self.original = protect(prepared.found, self._capture if self._parser is None else None)
+            self.original = protect(found, self._capture if self._parser is None else None)
         except FidesError as error:
             raise RuntimeError(f"Fides cannot protect this model: {error}") from error
         self.original.initialize(context)
         if self.options.metrics and context.metrics is not None:
             metrics.start(context.metrics)
-        logger.info("Fides protects %s in mode %s", prepared.found.description, self.settings.mode)
+        logger.info("Fides protects %s in mode %s", found.description, self.settings.mode)
 
     def handle(self, data: Any, context: Any) -> Any:
         """Answer one batch: the original's answer, with verdicts in headers, bodies and statuses."""
         n_requests = len(context.request_ids or data)
         visible = self.settings.mode != "observe"
         wanted = [self._wants_envelope(data, context, i) for i in range(n_requests)] if visible else []
-        asked = [_asks(context, i) for i in range(n_requests)]
+        explained = {i: EXPLAINED for i in range(n_requests) if _asks(context, i)}
+        predicts = len(explained) < n_requests
         if visible:
             # Before the handler runs, because a streamed answer leaves while it runs. Nothing is trusted yet.
-            _mark(context, [RowVerdict(Status.INDETERMINATE, reason=STREAMED)] * n_requests)
+            for index in range(n_requests):
+                _mark(context, index, RowVerdict(Status.INDETERMINATE, reason=STREAMED))
         bodies = None
         with self._lock:
             self._calls, self._unread = [], []
         self._request_ids = tuple(str(context.get_request_id(i)) for i in range(n_requests))
         self._receipts = Receipts(context, n_requests) if REMOTE in self.settings.plugins.options else None
         try:
-            if self._parser is not None and not all(asked):
-                bodies = _Bodies(self.judge, self._parser, data, self._request_ids, asked)
-            self._collecting = self._parser is None and not all(asked)
+            if self._parser is not None and predicts:
+                bodies = Bodies(self.judge, self._parser, data, self._request_ids, explained)
+            self._collecting = self._parser is None and predicts
             answer = self.original.handle(data, context)
         finally:
             self._collecting = False
@@ -117,7 +117,8 @@ class FidesHandler:
             if bodies is not None:
                 verdicts, answer = bodies.judge(answer)
             else:
-                verdicts = self._verdicts(_exempt(context, asked), n_requests)
+                streamed = {i: STREAMED for i in range(n_requests) if _streamed(context, i)}
+                verdicts = self._verdicts({**streamed, **explained}, n_requests)
             answered = self._answer(answer, context, verdicts, wanted) if visible else answer
             if self._receipts is not None:
                 self._receipts.write(context)
@@ -134,7 +135,8 @@ class FidesHandler:
         pending = self.judge.begin(data, self._request_ids, self._receipts)
         output = call()
         rows, output, problem = self.judge.judge(pending, output)
-        self._collect_receipts(pending)
+        if self._receipts is not None and pending.query is not None:
+            self._receipts.collect(pending.outcome())
         with self._lock:
             if not rows:
                 self._unread.append(problem or NO_ROWS)
@@ -142,16 +144,8 @@ class FidesHandler:
             self._calls.append((micro_batch, len(self._calls), rows))
         return output
 
-    def _collect_receipts(self, pending: PendingCall) -> None:
-        if self._receipts is None or pending.query is None:
-            return
-        try:
-            self._receipts.collect(pending.outcome())
-        except Exception:  # host boundary: without a receipt the client refuses the answer, and no request fails here
-            logger.exception("receipts cannot be collected")
-
     def _verdicts(self, exempt: Mapping[int, str], n_requests: int) -> list[RowVerdict]:
-        """One verdict per request; `exempt` says of some why they have no class output to verify."""
+        """One verdict per request; `exempt`: requests without a class output to verify, and why."""
         with self._lock:
             calls = sorted(self._calls, key=lambda c: (c[0] or 0, c[1]))
         n_rows = sum(len(rows) for _, _, rows in calls)
@@ -184,7 +178,7 @@ class FidesHandler:
                 # Its row is counted and logged already, with the others.
                 verdicts[index] = RowVerdict(Status.INDETERMINATE, reason=why)
             else:
-                verdicts[index] = _record_exempt(self.judge, why, self._request_ids[index])
+                (verdicts[index],) = self.judge.unjudged(1, why, [self._request_ids[index]], exempt=True)
         return [verdicts[i] for i in range(n_requests)]
 
     def _wants_envelope(self, data: Any, context: Any, index: int) -> bool:
@@ -206,9 +200,9 @@ class FidesHandler:
             if _streamed(context, index):
                 continue
             if _refused_by_handler(context, index):
-                _mark_one(context, index, RowVerdict(Status.INDETERMINATE, reason=REFUSED))
+                _mark(context, index, RowVerdict(Status.INDETERMINATE, reason=REFUSED))
                 continue
-            _mark_one(context, index, verdict)
+            _mark(context, index, verdict)
             where = _positions(index, len(items), len(verdicts), self.options)
             if verdict.refused:
                 context.set_response_status(verdict.http_status, "Refused by Fides", index)
@@ -221,56 +215,12 @@ class FidesHandler:
         return items
 
 
-class _Bodies:
-    """Bodies of those requests of a batch that ask for a prediction."""
-
-    def __init__(
-        self,
-        judge: InferenceJudge,
-        parser: BodyParser,
-        data: Sequence[Any],
-        request_ids: Sequence[str],
-        asked: Sequence[bool],
-    ) -> None:
-        self._judge, self._parser, self._ids, self._asked = judge, parser, request_ids, asked
-        self._n_items = len(data)
-        # Where nobody asked for anything else, items and requests need not be one to one.
-        self._kept = [i for i, yes in enumerate(asked) if not yes] if any(asked) else list(range(len(data)))
-        ids = [request_ids[i] for i in self._kept] if len(request_ids) == len(data) else ()
-        self._requests = read_requests(judge, parser, [data[i] for i in self._kept], ids)
-
-    def judge(self, answer: Any) -> tuple[list[RowVerdict], Any]:
-        """Verdict per request, and the answers to send."""
-        if not any(self._asked):
-            return judge_bodies(self._judge, self._parser, self._requests, answer)
-        complete = isinstance(answer, list) and len(answer) == self._n_items
-        part = [answer[i] for i in self._kept] if complete else None
-        made, changed = judge_bodies(self._judge, self._parser, self._requests, part)
-        verdicts = dict(zip(self._kept, made, strict=True))
-        for index in (i for i, yes in enumerate(self._asked) if yes):
-            verdicts[index] = _record_exempt(self._judge, EXPLAINED, self._ids[index])
-        if complete:
-            new = dict(zip(self._kept, changed, strict=True))
-            answer = [new.get(i, item) for i, item in enumerate(answer)]
-        return [verdicts[i] for i in range(len(self._asked))], answer
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Everything that is known before the original handler is made."""
-
-    options: HostOptions
-    judge: InferenceJudge
-    found: Found
-    parser: BodyParser | None
-
-
 def prepare(
     config: Mapping[str, Any] | None,
     model_dir: str | Path,
     model_name: str,
     metrics: MetricsBackend | None = None,
-) -> Prepared:
+) -> tuple[HostOptions, InferenceJudge, Found, BodyParser | None]:
     """Read the section, import the original handler and load the protection, without calling anything.
 
     Raises
@@ -283,10 +233,10 @@ def prepare(
     parser = None if options.parser is None else make_parser(options.parser)
     if parser is None:
         require_wrappable(found)
-    if parser is not None and settings.mode == "correct" and parser.replace is None:
+    elif settings.mode == "correct" and parser.replace is None:
         raise SettingsError("`mode: correct` needs a function `replace` in the parser.")
     judge = InferenceJudge(settings, model_name, options.concurrent, metrics if options.metrics else None)
-    return Prepared(options, judge, found, parser)
+    return options, judge, found, parser
 
 
 def _positions(index: int, n_items: int, n_requests: int, options: HostOptions) -> Sequence[int]:
@@ -304,12 +254,7 @@ def _positions(index: int, n_items: int, n_requests: int, options: HostOptions) 
     return range(n_items)
 
 
-def _mark(context: Any, verdicts: Sequence[RowVerdict]) -> None:
-    for index, verdict in enumerate(verdicts):
-        _mark_one(context, index, verdict)
-
-
-def _mark_one(context: Any, index: int, verdict: RowVerdict) -> None:
+def _mark(context: Any, index: int, verdict: RowVerdict) -> None:
     ours = headers(verdict)
     existing = context.get_response_headers(index)
     for name in [n for n in existing if n.startswith("x-fides-") and n not in ours]:
@@ -329,19 +274,8 @@ def _asks(context: Any, index: int) -> bool:
     return any(context.get_request_header(index, what) == "True" for what in ("explain", "describe"))
 
 
-def _exempt(context: Any, asked: Sequence[bool]) -> dict[int, str]:
-    """Requests whose answer is no class output to verify, and why."""
-    found = {i: STREAMED for i in range(len(asked)) if _streamed(context, i)}
-    return {**found, **{i: EXPLAINED for i, yes in enumerate(asked) if yes}}
-
-
 def _streamed(context: Any, index: int) -> bool:
     return bool(context.request_processor and context.get_response_headers(index).get("ts_stream_next"))
-
-
-def _record_exempt(judge: InferenceJudge, reason: str, request_id: str) -> RowVerdict:
-    (verdict,) = judge.unjudged(1, reason, [request_id], exempt=True)
-    return verdict
 
 
 def _refused_by_handler(context: Any, index: int) -> bool:

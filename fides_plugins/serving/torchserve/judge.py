@@ -73,7 +73,7 @@ class InferenceJudge:
     def unjudged(
         self, n_rows: int, reason: str, request_ids: Sequence[str] = (), *, exempt: bool = False
     ) -> list[RowVerdict]:
-        """Verdicts of rows that never came to be judged, shown to all observers."""
+        """Verdicts on rows that cannot be judged, shown to all observers."""
         return rows_of(self.protection.unjudged(n_rows, reason, request_ids, exempt=exempt))
 
     def begin(self, data: Any, request_ids: Sequence[str] = (), receipts: Receipts | None = None) -> PendingCall:

@@ -1,4 +1,4 @@
-"""Find the handler that an archive had before, and get in between its `inference()`.
+"""Find the handler that an archive had before, and intercept its `inference()`.
 
 TorchServe's own rules are followed: a name is a module in the archive or on the path, else a module of
 `ts.torch_handler`; a function of that name (`handle` by default) wins over a class; a class must be the
@@ -20,7 +20,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from fides_plugins.errors import SettingsError
 Capture = Callable[[Callable[[], Any], Any, "int | None"], Any]
 Kind = Literal["class", "service", "function", "body"]
 
+_thread = threading.local()
 _BUILT_IN_PACKAGE = "ts.torch_handler"
 _REMEDY = "Give `handler` as the archive's manifest had it: a file, `module:function`, or a built-in name."
 
@@ -72,10 +73,9 @@ class Found:
 class Original:
     """The original handler, ready to be called as TorchServe would."""
 
-    kind: Kind
     initialize: Callable[[Any], Any]
     handle: Callable[[Any, Any], Any]
-    instance: Any = field(default=None)
+    instance: Any = None
 
 
 def find_handler(spec: str) -> Found:
@@ -142,19 +142,19 @@ def protect(found: Found, capture: Capture | None) -> Original:
         if capture is not None and callable(getattr(handler_class, "inference", None)):
             handler_class = _subclass(handler_class, capture)
         instance = handler_class()
-        return Original(found.kind, instance.initialize, instance.handle, instance)
+        return Original(instance.initialize, instance.handle, instance)
     if capture is not None:
         # In place, because code looks these names up at call time, and a new class under an old name
         # would break `super(Name, self)`.
         for cls in {*found.classes, *(type(o) for o in found.objects)}:
-            cls.inference = _method(cls, capture)  # type: ignore[attr-defined]  # every one of them has it
-            if callable(getattr(cls, "explain_handle", None)):
-                cls.explain_handle = _unseen(cls.explain_handle)  # type: ignore[attr-defined]  # as above
+            for name, method in _wrapped_methods(cls, capture).items():
+                setattr(cls, name, method)
         for item in found.objects:
             _renew_micro_batching(item)
         if found.kind == "function":
-            found.module.inference = _function(found.module.inference, capture)  # type: ignore[attr-defined]
-    return Original(found.kind, lambda context: found.target(None, context), found.target)
+            inference = found.module.inference
+            found.module.inference = _wrapped(inference, capture, is_method=False)  # type: ignore[attr-defined]
+    return Original(lambda context: found.target(None, context), found.target)
 
 
 def _import(name: str) -> ModuleType:
@@ -173,7 +173,7 @@ def _import(name: str) -> ModuleType:
         except Exception as error:  # foreign code may raise anything at import; told in one line
             raise SettingsError(
                 f"The handler {module_name!r} cannot be imported: {type(error).__name__}: {error}.",
-                "Mend the handler first; TorchServe could not load it either.",
+                "Fix the handler first; TorchServe could not load it either.",
             ) from error
     raise SettingsError(f"There is no handler {module_name!r} in the archive or in {_BUILT_IN_PACKAGE}.", _REMEDY)
 
@@ -197,65 +197,34 @@ def _find_class(module: ModuleType, chosen: Any) -> Found:
 
 
 def _subclass(cls: type, capture: Capture) -> type:
-    body = {"inference": _method(cls, capture), "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    if callable(getattr(cls, "explain_handle", None)):
-        body["explain_handle"] = _unseen(cls.explain_handle)  # type: ignore[attr-defined]  # it is there
+    body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, **_wrapped_methods(cls, capture)}
     return type(cls)(cls.__name__, (cls,), body)
 
 
-def _method(cls: type, capture: Capture) -> Callable[..., Any]:
-    original: Callable[..., Any] = cls.inference  # type: ignore[attr-defined]  # callers checked that it is there
-    once = _Outermost()
-
-    @functools.wraps(original)
-    def inference(self: Any, *args: Any, **kwargs: Any) -> Any:
-        def call() -> Any:
-            return original(self, *args, **kwargs)
-
-        return once.run(call, capture, _first(args, kwargs), _micro_batch(self))
-
-    return inference
+def _wrapped_methods(cls: type, capture: Capture) -> dict[str, Callable[..., Any]]:
+    """`inference` with `capture` around it, and `explain_handle`, whose calls of it make explanations, not answers."""
+    methods = {"inference": capture, "explain_handle": lambda call, data, micro_batch: call()}
+    found = {name: getattr(cls, name, None) for name in methods}
+    return {name: _wrapped(method, methods[name]) for name, method in found.items() if callable(method)}
 
 
-def _function(original: Callable[..., Any], capture: Capture) -> Callable[..., Any]:
-    once = _Outermost()
+def _wrapped(original: Callable[..., Any], capture: Capture, is_method: bool = True) -> Callable[..., Any]:
+    """`original` with `capture` around the outermost of nested calls: `super().inference()` is the same request."""
 
     @functools.wraps(original)
     def inference(*args: Any, **kwargs: Any) -> Any:
-        return once.run(lambda: original(*args, **kwargs), capture, _first(args, kwargs), None)
+        if getattr(_thread, "inside", False):
+            return original(*args, **kwargs)
+        given = args[1:] if is_method else args
+        # The model's input is the first argument, whatever the handler calls it.
+        data = given[0] if given else next(iter(kwargs.values()), None)
+        _thread.inside = True
+        try:
+            return capture(lambda: original(*args, **kwargs), data, _micro_batch(args[0]) if is_method else None)
+        finally:
+            _thread.inside = False
 
     return inference
-
-
-def _unseen(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The method with its own `inference()` calls left alone: an explanation's rows are nobody's answer."""
-    once = _Outermost()
-
-    @functools.wraps(original)
-    def method(*args: Any, **kwargs: Any) -> Any:
-        return once.run(lambda: original(*args, **kwargs), lambda call, data, micro_batch: call(), None, None)
-
-    return method
-
-
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The model's input: the first argument, whatever the handler calls it."""
-    return args[0] if args else next(iter(kwargs.values()), None)
-
-
-class _Outermost:
-    """Lets `capture` see only the outermost of nested calls: `super().inference()` is the same request."""
-
-    _local = threading.local()
-
-    def run(self, call: Callable[[], Any], capture: Capture, data: Any, micro_batch: int | None) -> Any:
-        if getattr(self._local, "inside", False):
-            return call()
-        self._local.inside = True
-        try:
-            return capture(call, data, micro_batch)
-        finally:
-            self._local.inside = False
 
 
 def _micro_batch(handler: Any) -> int | None:

@@ -12,27 +12,18 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 from fides_plugins.errors import InputError
-from fides_plugins.serving.torchserve.archive import ModelArchive, write_folder
-from fides_plugins.serving.torchserve.build import MANIFEST, SHIM_NAME
+from fides_plugins.serving.torchserve.archive import MANIFEST, ModelArchive, write_folder
+from fides_plugins.serving.torchserve.build import SHIM_NAME
 
 _MARK = "fides-probe:"
 _TIMEOUT_S = 120.0
 
 
-@dataclass(frozen=True)
-class ProbeResult:
-    """What the handler is."""
-
-    kind: str
-    description: str
-
-
-def probe_archive(archive: ModelArchive, python: str | None = None) -> ProbeResult:
-    """Unpack a protected archive and import both handlers in a new process.
+def probe_archive(archive: ModelArchive, python: str | None = None) -> str:
+    """Unpack a protected archive and import both handlers in a new process; returns what the original one is.
 
     Raises
     ------
@@ -65,12 +56,12 @@ def probe_archive(archive: ModelArchive, python: str | None = None) -> ProbeResu
     if not line:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise InputError(
-            f"The handler cannot be imported: {last}", "Mend it, or name the server's Python with --python."
+            f"The handler cannot be imported: {last}", "Fix it, or name the server's Python with --python."
         )
     answer = json.loads(line[len(_MARK) :])
     if "error" in answer:
         raise InputError(answer["error"])
-    return ProbeResult(answer["kind"], answer["description"])
+    return str(answer["description"])
 
 
 def run(model_dir: str = ".") -> None:
@@ -83,8 +74,8 @@ def run(model_dir: str = ".") -> None:
     try:
         manifest = json.loads((Path(model_dir) / MANIFEST).read_text(encoding="utf-8"))["model"]
         config = yaml.safe_load((Path(model_dir) / manifest["configFile"]).read_text(encoding="utf-8"))
-        prepared = prepare(config, Path(model_dir).resolve(), manifest.get("modelName", ""))
-        answer = {"kind": prepared.found.kind, "description": prepared.found.description}
+        _, _, found, _ = prepare(config, Path(model_dir).resolve(), manifest.get("modelName", ""))
+        answer = {"description": found.description}
     except FidesError as error:
         answer = {"error": str(error)}
     print(_MARK + json.dumps(answer))

@@ -11,10 +11,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict
 
 from fides_plugins.errors import ServerError
 from fides_plugins.serving.triton.config import (
@@ -29,15 +30,16 @@ from fides_plugins.serving.triton.config import (
 )
 from fides_plugins.serving.triton.operator.api import TritonApi
 from fides_plugins.serving.triton.plan import CONFIG_NAME, AttachOptions, Plan, make_plan
-from fides_plugins.serving.triton.queues import refuse_at_attach
+from fides_plugins.serving.triton.queues import queue_problem
 
 MANIFEST_FILE = "fides-attach.json"
 _NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
+#: What the manifest takes over from the plan.
+_OF_PLAN = ("model", "public", "verdict_model", "base", "steps", "ensembles", "notes")
 _OWN_FOLDERS = ("__base", "__fides", "__fides_verify", "__fides_validate", "__fides_fallback")
 
 
-@dataclass(frozen=True)
-class Attached:
+class Attached(BaseModel):
     """What attach did, or what a manifest says it did.
 
     Attributes
@@ -52,6 +54,8 @@ class Attached:
     ensembles:
         Name to configuration text.
     """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
     public: str
@@ -100,7 +104,9 @@ def attach(
     folder = root / model
     _check_names(root, model, options.serve_as)
     config, text = _read_config(folder, model, from_server or live)
-    refuse_at_attach(model, config)
+    problem, remedy = queue_problem(config)
+    if problem:
+        raise ServerError(f"{model!r} {problem}", remedy)
     info = model_info(model, config, local_versions(folder), options.version)
     plan = make_plan(info, options)
     if plan.takeover:
@@ -111,15 +117,16 @@ def attach(
     if live:
         # Asked before anything is written: a server that cannot be switched leaves nothing behind.
         TritonApi(live).index()
-    with _undone_on_error() as done:
-        attached = _write(root, plan, to_json(config), done)
+    with ExitStack() as undo:
+        attached = _write(root, plan, to_json(config), undo)
         if live:
             _switch_on(TritonApi(live), attached)
+        undo.pop_all()
     return attached
 
 
 def detach(repository: str | Path, model: str, *, live: str = "", force: bool = False) -> tuple[Attached, list[str]]:
-    """Remove exactly what attach wrote; return what that was, and what was found there besides.
+    """Remove exactly what attach wrote; return its manifest, and the folders that stay because they hold other files.
 
     Parameters
     ----------
@@ -138,7 +145,7 @@ def detach(repository: str | Path, model: str, *, live: str = "", force: bool = 
     if changed:
         raise ServerError(
             f"Changed since attach: {', '.join(changed)}.",
-            "Copy what is to be kept, then detach with --force.",
+            "Copy what you want to keep, then detach with --force.",
         )
     if live:
         _switch_off(TritonApi(live), attached)
@@ -184,12 +191,12 @@ def find_attached(root: Path, model: str) -> Attached:
         )
     raise ServerError(
         f"{model!r} is not attached in this repository.",
-        "List what is with: ls REPOSITORY/*__fides. A server that still serves it protected is to be restarted.",
+        "List what is with: ls REPOSITORY/*__fides. Restart a server that still serves it protected.",
     )
 
 
 def _own_paths(root: Path, public: str) -> list[str]:
-    """What attach would write for a protected model of this name, as far as it is there."""
+    """What attach would write for a protected model of this name, and is there already."""
     names = [public + suffix for suffix in _OWN_FOLDERS] + [f"{public}/configs/{CONFIG_NAME}.pbtxt"]
     return [name for name in names if (root / name).exists()]
 
@@ -234,77 +241,55 @@ def _read_config(folder: Path, model: str, server: str) -> tuple[Any, str]:
             "restart the server: it then serves what the repository holds.",
         )
     # The user's own text is kept where it says everything; what the server completed is written out otherwise.
-    complete = local and _declares_tensors(local, model)
-    return config, local if complete else to_text(config)
+    own = parse_text(local, f"{model}/{CONFIG_FILE}")
+    return config, local if own.input and own.output else to_text(config)
 
 
-def _declares_tensors(text: str, model: str) -> bool:
-    config = parse_text(text, f"{model}/{CONFIG_FILE}")
-    return bool(config.input) and bool(config.output)
-
-
-@contextlib.contextmanager
-def _undone_on_error() -> Iterator[list[Path]]:
-    """A list of paths made so far; they are removed again, newest first, if the block raises."""
-    done: list[Path] = []
-    try:
-        yield done
-    except BaseException:
-        for path in reversed(done):
-            with contextlib.suppress(OSError):
-                if path.is_dir() and not path.is_symlink():
-                    _drop_caches(path)
-                    path.rmdir()
-                else:
-                    path.unlink()
-        raise
-
-
-def _write(root: Path, plan: Plan, original: dict[str, Any], done: list[Path]) -> Attached:
+def _write(root: Path, plan: Plan, original: dict[str, Any], undo: ExitStack) -> Attached:
+    """Write the plan; `undo` gets what removes it again, if it is closed."""
     made: list[str] = []
 
     def folder_for(path: str) -> None:
         missing = [p for p in PurePosixPath(path).parents if p.name and not (root / p).exists()]
         for parent in reversed(missing):
             (root / parent).mkdir()
-            done.append(root / parent)
+            undo.callback(_remove, root / parent)
             made.append(parent.as_posix())
 
-    manifest = f"{plan.verdict_model}/{MANIFEST_FILE}"
+    manifest = root / plan.verdict_model / MANIFEST_FILE
     try:
         for path, data in plan.files.items():
             folder_for(path)
-            done.append(root / path)
+            undo.callback(_remove, root / path)
             with (root / path).open("xb") as stream:
                 stream.write(data)
         for path, target in plan.links.items():
             folder_for(path)
             os.symlink(target, root / path)
-            done.append(root / path)
+            undo.callback(_remove, root / path)
         for path in plan.folders:
-            folder_for(f"{path}/.")
-            if not (root / path).exists():
-                (root / path).mkdir()
-                done.append(root / path)
-                made.append(path)
+            folder_for(f"{path}/any file")
         attached = Attached(
-            plan.model,
-            plan.public,
-            plan.verdict_model,
-            plan.base,
-            plan.steps,
-            {path: hashlib.sha256(data).hexdigest() for path, data in plan.files.items()},
-            tuple(plan.links),
-            tuple(made),
-            original,
-            dict(plan.ensembles),
-            tuple(plan.notes),
+            files={path: hashlib.sha256(data).hexdigest() for path, data in plan.files.items()},
+            links=tuple(plan.links),
+            folders=tuple(made),
+            original_config=original,
+            **{name: getattr(plan, name) for name in _OF_PLAN},
         )
-        done.append(root / manifest)
-        (root / manifest).write_text(json.dumps({"format_version": 1, **attached.__dict__}, indent=2) + "\n")
+        undo.callback(_remove, manifest)
+        manifest.write_text(json.dumps({"format_version": 1, **attached.model_dump()}, indent=2) + "\n")
     except OSError as error:
         raise ServerError(f"The repository cannot be written: {error.strerror} ({error.filename}).") from error
     return attached
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            _drop_caches(path)
+            path.rmdir()
+        else:
+            path.unlink()
 
 
 def _read_manifest(path: Path) -> Attached:
@@ -312,9 +297,7 @@ def _read_manifest(path: Path) -> Attached:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("format_version") != 1:
             raise ServerError(f"{path.parent.name}/{path.name} was written by another release.", "Use that release.")
-        for key in ("steps", "links", "folders", "notes"):
-            content[key] = tuple(content[key])
-        attached = Attached(**content)
+        attached = Attached.model_validate(content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ServerError(f"{path.parent.name}/{path.name} cannot be read.", "Restore it from a backup.") from None
     for name in (*attached.files, *attached.links, *attached.folders):
@@ -335,20 +318,18 @@ def _drop_caches(folder: Path) -> None:
 
 
 def _switch_on(api: TritonApi, attached: Attached) -> None:
-    loaded: list[str] = []
-    try:
+    def unload(name: str) -> None:
+        with contextlib.suppress(ServerError):
+            api.unload(name)
+
+    with ExitStack() as undo:
         for name in (*([attached.base] if attached.takeover else []), *attached.steps, attached.verdict_model):
             api.load(name)
-            loaded.append(name)
-        if attached.takeover:
-            api.load(attached.public, to_json(parse_text(attached.ensembles[attached.public], attached.public)))
-        else:
-            api.load(attached.public)
-    except ServerError:
-        for name in reversed(loaded):
-            with contextlib.suppress(ServerError):
-                api.unload(name)
-        raise
+            undo.callback(unload, name)
+        public = attached.public
+        config = to_json(parse_text(attached.ensembles[public], public)) if attached.takeover else None
+        api.load(public, config)
+        undo.pop_all()
 
 
 def _switch_off(api: TritonApi, attached: Attached) -> None:

@@ -7,6 +7,7 @@ comments and fields that this protobuf does not know would be lost.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from fides_plugins.serving.triton.decoders import ImageDecoder
 CONFIG_FILE = "config.pbtxt"
 #: Output types that can carry class scores.
 _FLOAT_TYPES = ("FP16", "FP32", "FP64")
+_STRING = r""" "(?:\\.|[^"\\])*" | '(?:\\.|[^'\\])*' """
+#: What `without_name` must tell apart in a config.pbtxt: comments, a field `name`, other strings, brackets.
+_TOKEN = re.compile(rf"\#.* | (?P<name>\bname\b[\s:]*(?:{_STRING})) | {_STRING} | [][{{}}<>]", re.VERBOSE)
 
 
 def short_name(name: str) -> str:
@@ -40,17 +44,16 @@ class Tensor:
     label_file: str = ""
 
     @property
-    def text(self) -> str:
-        """As an entry of a config.pbtxt."""
-        parts = [f'name: "{self.name}"', f"data_type: TYPE_{'STRING' if self.dtype == BYTES else self.dtype}"]
-        parts.append(f"dims: [ {', '.join(map(str, self.dims))} ]")
-        if self.optional:
-            parts.append("optional: true")
-        if self.ragged:
-            parts.append("allow_ragged_batch: true")
-        if self.label_file:
-            parts.append(f'label_filename: "{self.label_file}"')
-        return "{ " + " ".join(parts) + " }"
+    def entry(self) -> dict[str, Any]:
+        """As an entry of a configuration's JSON."""
+        return {
+            "name": self.name,
+            "data_type": f"TYPE_{'STRING' if self.dtype == BYTES else self.dtype}",
+            "dims": list(self.dims),
+            "optional": self.optional,
+            "allow_ragged_batch": self.ragged,
+            "label_filename": self.label_file,
+        }
 
 
 @dataclass(frozen=True)
@@ -125,48 +128,14 @@ def without_name(text: str) -> str:
     Works on the text, so that comments and fields of newer Tritons survive. `name` fields deeper down
     (of tensors, of instance groups) stay.
     """
-    result: list[str] = []
-    depth, index = 0, 0
-    while index < len(text):
-        char = text[index]
-        if char == "#":
-            end = text.find("\n", index)
-            end = len(text) if end < 0 else end
-            result.append(text[index:end])
-            index = end
-            continue
-        if char in "\"'":
-            end = _string_end(text, index)
-            result.append(text[index:end])
-            index = end
-            continue
-        depth += (char in "{[<") - (char in "}]>")
-        if (
-            depth == 0
-            and text.startswith("name", index)
-            and not _is_word(text, index - 1)
-            and not _is_word(text, index + 4)
-        ):
-            after = index + 4
-            while after < len(text) and text[after] in " \t\r\n:":
-                after += 1
-            if after < len(text) and text[after] in "\"'":
-                index = _string_end(text, after)
-                continue
-        result.append(char)
-        index += 1
-    return "".join(result)
+    depth = 0
 
+    def kept(token: re.Match[str]) -> str:
+        nonlocal depth
+        depth += (token[0] in "{[<") - (token[0] in "}]>")
+        return "" if token["name"] and depth == 0 else token[0]
 
-def _is_word(text: str, index: int) -> bool:
-    return 0 <= index < len(text) and (text[index].isalnum() or text[index] == "_")
-
-
-def _string_end(text: str, start: int) -> int:
-    index = start + 1
-    while index < len(text) and text[index] != text[start]:
-        index += 2 if text[index] == "\\" else 1
-    return min(index + 1, len(text))
+    return _TOKEN.sub(kept, text)
 
 
 def model_info(name: str, config: Any, versions: Sequence[int], wanted: int | None) -> ModelInfo:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,7 +58,11 @@ class ImageDecoder:
         flat = elements.reshape(len(elements), -1)
         if flat.shape[1] != 1:
             raise InputError(f"A row holds {flat.shape[1]} images; one is expected.")
-        images = [_image(bytes(element), self.mode, (self.width, self.height)) for element in flat[:, 0]]
+        return self.tensor([io.BytesIO(bytes(element)) for element in flat[:, 0]], formats=("JPEG", "PNG"))
+
+    def tensor(self, files: Sequence[IO[bytes] | Path], formats: tuple[str, ...] | None = None) -> Float32Array:
+        """N image files as (N, C, H, W) or (N, H, W, C) float32; `formats` are those of Pillow, by default all."""
+        images = [_image(file, self.mode, (self.width, self.height), formats) for file in files]
         whole = (-1, self.height, self.width, _MODES[self.mode])
         stacked = np.stack(images).reshape(whole) if images else np.empty((0, *whole[1:]), dtype=np.uint8)
         scaled = (stacked.astype(np.float32) / np.float32(self.scale) - self.mean) / self.std
@@ -101,12 +107,14 @@ def make_decoder(text: str) -> ImageDecoder | None:
     return ImageDecoder(height, width, mode, layout, scale, mean, std)
 
 
-def _image(data: bytes, mode: str, size: tuple[int, int]) -> NDArray[np.uint8]:
+def _image(
+    file: IO[bytes] | Path, mode: str, size: tuple[int, int], formats: tuple[str, ...] | None
+) -> NDArray[np.uint8]:
     # Imported here: only services with encoded inputs need Pillow.
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+        with Image.open(file, formats=formats) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise InputError("An image has too many pixels.")
             converted = image.convert(mode)

@@ -1,7 +1,7 @@
 """What a step's `model.py` imports: light classes that load the real step when it is initialised.
 
 Triton imports every `model.py` twice at a load, once only to ask whether it completes its configuration.
-That first start shall not cost the import of onnxruntime and of all plug-ins.
+That first import must not pay for onnxruntime and all plug-ins.
 """
 
 from __future__ import annotations

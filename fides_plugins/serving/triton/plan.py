@@ -10,9 +10,11 @@ MODEL__fides/               the ensemble that adds the verdict, and the manifest
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from fides_plugins.bundle import MANIFEST_NAME, Bundle
 from fides_plugins.errors import ServerError, SettingsError
@@ -24,6 +26,8 @@ from fides_plugins.serving.triton.config import (
     Tensor,
     class_output,
     is_batchless,
+    parse_json,
+    to_text,
     verified_input,
 )
 from fides_plugins.serving.triton.decoders import make_decoder
@@ -157,8 +161,8 @@ def make_plan(info: ModelInfo, options: AttachOptions) -> Plan:
     settings = Settings.from_mapping({**nest(parameters), "bundle": str(options.bundle.resolve())})
     Pipeline.from_settings(settings).close()
     shapes = _Shapes(info.max_batch_size, batchless, bundle.n_classes)
-    for name, data in {n: bundle.file(n) for n in bundle.file_names}.items():
-        plan.files[f"{plan.steps[0]}/bundle/{name}"] = data
+    for name in bundle.file_names:
+        plan.files[f"{plan.steps[0]}/bundle/{name}"] = bundle.file(name)
     plan.files[f"{plan.steps[0]}/bundle/{MANIFEST_NAME}"] = (options.bundle / MANIFEST_NAME).read_bytes()
     _add_steps(plan, info, output, shapes, parameters, options, cast)
     _add_ensembles(plan, info, output, shapes, options.pass_inputs)
@@ -226,8 +230,23 @@ def _add_steps(
         validate: ("Validate", [*given, *shapes.internal()], answers, parameters),
         fallback: ("Validate", given, answers, parameters),
     }
+    # Requests that wait for an instance are taken together: one call of the verification model, and if
+    # the instance died they fail together instead of one second after the other.
+    batching: dict[str, Any] = {"dynamic_batching": {}} if info.max_batch_size else {}
     for name, (entry, taken, made, settings) in steps.items():
-        plan.files[f"{name}/{CONFIG_FILE}"] = _step_config(info.max_batch_size, taken, made, settings).encode()
+        config = _config(
+            info.max_batch_size,
+            taken,
+            made,
+            backend="python",
+            instance_group=[{"kind": "KIND_CPU", "count": 1}],
+            **batching,
+        )
+        # One line each, because operators edit them; strings of JSON are strings of protobuf's text format.
+        for key, value in sorted(settings.items()):
+            name_text, value_text = (json.dumps(text, ensure_ascii=False) for text in (key, value))
+            config += f"parameters {{ key: {name_text} value {{ string_value: {value_text} }} }}\n"
+        plan.files[f"{name}/{CONFIG_FILE}"] = config.encode()
         plan.files[f"{name}/1/model.py"] = _SHIM.format(entry=entry).encode()
 
 
@@ -235,27 +254,9 @@ def _plain(tensor: Tensor) -> Tensor:
     return replace(tensor, label_file="")
 
 
-def _tensors(kind: str, tensors: Sequence[Tensor]) -> str:
-    return f"{kind} [\n  " + ",\n  ".join(t.text for t in tensors) + "\n]\n"
-
-
-def _step_config(
-    max_batch_size: int, inputs: Sequence[Tensor], outputs: Sequence[Tensor], parameters: Mapping[str, str]
-) -> str:
-    text = f'backend: "python"\nmax_batch_size: {max_batch_size}\n'
-    text += _tensors("input", inputs) + _tensors("output", outputs)
-    if max_batch_size:
-        # Requests that wait for an instance are taken together: one call of the verification model, and if
-        # the instance died they fail together instead of one second after the other.
-        text += "dynamic_batching { }\n"
-    text += "instance_group [ { kind: KIND_CPU count: 1 } ]\n"
-    for key, value in sorted(parameters.items()):
-        text += f'parameters {{ key: "{_escape(key)}" value {{ string_value: "{_escape(value)}" }} }}\n'
-    return text
-
-
-def _escape(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+def _config(max_batch_size: int, inputs: Sequence[Tensor], outputs: Sequence[Tensor], **fields: Any) -> str:
+    tensors = {"input": [t.entry for t in inputs], "output": [t.entry for t in outputs]}
+    return to_text(parse_json({"max_batch_size": max_batch_size, **tensors, **fields}))
 
 
 def _add_ensembles(plan: Plan, info: ModelInfo, output: Tensor, shapes: _Shapes, pass_inputs: bool) -> None:
@@ -286,14 +287,15 @@ def _ensemble(
         _step(plan.base, info.version, same, service),
         _step(validate, 1, judged, answer),
     ]
-    text = f'platform: "ensemble"\nmax_batch_size: {info.max_batch_size}\n'
-    text += f"version_policy {{ specific {{ versions: [ {info.version} ] }} }}\n"
-    text += _tensors("input", info.inputs) + _tensors("output", [*info.outputs, *verdict])
-    return text + "ensemble_scheduling {\n  step [\n" + ",\n".join(steps) + "\n  ]\n}\n"
+    return _config(
+        info.max_batch_size,
+        info.inputs,
+        [*info.outputs, *verdict],
+        platform="ensemble",
+        version_policy={"specific": {"versions": [info.version]}},
+        ensemble_scheduling={"step": steps},
+    )
 
 
-def _step(model: str, version: int, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> str:
-    lines = [f'      model_name: "{model}"', f"      model_version: {version}"]
-    lines += [f'      input_map {{ key: "{k}" value: "{v}" }}' for k, v in inputs.items()]
-    lines += [f'      output_map {{ key: "{k}" value: "{v}" }}' for k, v in outputs.items()]
-    return "    {\n" + "\n".join(lines) + "\n    }"
+def _step(model: str, version: int, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> dict[str, Any]:
+    return {"model_name": model, "model_version": version, "input_map": inputs, "output_map": outputs}

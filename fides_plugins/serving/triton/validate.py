@@ -29,6 +29,15 @@ logger = logging.getLogger("fides_plugins")
 #: dead (docs/explanation/triton-failure.md).
 _NOBODY_VERIFIED = VerifyOutcome(None, (Failure("triton", "fides_verify", "open"),))
 
+#: Where in a verdict each tensor with one value per row comes from.
+_COLUMNS = {
+    wire.STATUS: "status_text",
+    wire.SCORE: "score",
+    wire.P_VALUE: "p_value",
+    wire.LABEL: "label",
+    wire.REASON: "reason",
+}
+
 
 @dataclass(frozen=True)
 class _Work:
@@ -88,7 +97,7 @@ class TritonPythonModel:
             ids = row_ids(request.request_id(), n_rows)
             outcome, probe = _NOBODY_VERIFIED, False
             if self._verified:
-                # What travels between the steps always has the row axis, so it is taken as it is.
+                # These tensors always have the row axis, so they are taken as they are.
                 parts = [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in wire.INTERNAL]
                 outcome, probe = wire.unpack_outcome(*parts), wire.is_probe(parts[-1])
             query = self._step.protection.query(self._step.arrays(request, self._query_inputs), n_rows, ids)
@@ -121,19 +130,13 @@ class TritonPythonModel:
     def _verdict_tensor(self, name: str, verdict: Verdict, receipt: str) -> Any:
         if name == wire.PROBABILITIES:
             return self._step.tensor(name, verdict.probabilities)
-        # Only what was asked for is computed: text columns cost more than numbers.
-        column: NDArray[Any]
-        if name == wire.STATUS:
-            column = verdict.status_text.astype(np.object_)
-        elif name == wire.REASON:
-            column = verdict.reason.astype(np.object_)
-        elif name == wire.RECEIPT:
-            column = np.array([receipt, *[""] * (verdict.n_rows - 1)][: verdict.n_rows], dtype=np.object_)
-        elif name == wire.LABEL:
-            column = verdict.label
+        if name == wire.RECEIPT:
+            column: NDArray[Any] = np.array([receipt, *[""] * (verdict.n_rows - 1)][: verdict.n_rows])
         else:
-            column = verdict.score if name == wire.SCORE else verdict.p_value
-        return self._step.tensor(name, column, per_row=True)
+            # Only what was asked for is computed: text columns cost more than numbers.
+            column = getattr(verdict, _COLUMNS[name])
+        text = wire.VERDICT_TYPES[name] == "BYTES"
+        return self._step.tensor(name, column.astype(np.object_) if text else column, per_row=True)
 
 
 def _refuse(verdict: Verdict) -> Any:

@@ -85,12 +85,12 @@ def test_one_bad_package_does_not_break_the_others(app: typer.Typer) -> None:
         (
             "broken",
             "The model server 'broken' of fake-broken 1.2 cannot be loaded: ModuleNotFoundError: "
-            "No module named 'a_module_that_is_not_there'. Mend the package, or uninstall it.",
+            "No module named 'a_module_that_is_not_there'. Fix the package, or uninstall it.",
         ),
         (
             "raises",
             "The model server 'raises' of fake-raises 1.2 cannot be loaded: RuntimeError: no licence. "
-            "Mend the package, or uninstall it.",
+            "Fix the package, or uninstall it.",
         ),
         (
             "doubled",

@@ -22,7 +22,7 @@ from fides_plugins.errors import ServerError
 
 #: Parameter whose value is the time of the last forced reload.
 RELOAD_PARAMETER = "fides_step.reloaded"
-#: Triton's words for a load request outside explicit mode, be it that it polls or that it does not.
+#: What Triton answers to a load request when it is not in explicit mode, whether or not it polls its repository.
 _NOT_EXPLICIT = "explicit model load / unload is not allowed"
 
 
@@ -82,11 +82,11 @@ class UnknownModel(ServerError):
 
 
 class NotExplicit(ServerError):
-    """The server does not run in explicit mode, so nothing can load a step anew."""
+    """The server does not run in explicit mode, so no step can be reloaded."""
 
     def __init__(self, what: str) -> None:
         super().__init__(
-            f"{what} failed: the server is not in explicit mode, so no step of it can be loaded anew.",
+            f"{what} failed: the server is not in explicit mode, so none of its steps can be reloaded.",
             "Start it with --model-control-mode=explicit --load-model=*, or restart it where it is.",
         )
 
@@ -160,10 +160,6 @@ class TritonApi:
         """The server's own name (`--id`). Raises `OSError` when it cannot be reached."""
         return str(self.exchange("GET", "/v2").json.get("name", ""))
 
-    def model_ready(self, model: str) -> bool:
-        """Whether the server says that `model` is ready (true for a model whose process was killed)."""
-        return self.exchange("GET", f"/v2/models/{quote(model)}/ready").status == 200
-
     def config(self, model: str, version: str = "") -> dict[str, Any]:
         """The model's full configuration as the server holds it, as protobuf JSON."""
         suffix = f"/versions/{version}" if version else ""
@@ -205,7 +201,7 @@ class TritonApi:
         self._ask("POST", f"/v2/repository/models/{quote(model)}/load", f"Loading {model!r}", body, timeout_s)
 
     def reload(self, model: str, timeout_s: float = 60.0) -> None:
-        """Start the processes of `model` anew while the old ones go on serving (explicit mode only).
+        """Restart the processes of `model` while the old ones go on serving (explicit mode only).
 
         Triton answers a plain load of a model whose files did not change with success and does nothing,
         even when its process is dead (measured on 2.51). A parameter that differs makes it load.

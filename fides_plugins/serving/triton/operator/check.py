@@ -32,7 +32,7 @@ SHM_NEEDED = 64 * 1024 * 1024
 HARMLESS_P_VALUE = 0.5
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 
-#: What the server says when something goes wrong, and how to mend it.
+#: What the server says when something goes wrong, and how to fix it.
 REMEDIES = (
     (
         "shared memory",
@@ -55,7 +55,7 @@ REMEDIES = (
 def check(
     api: TritonApi, model: str, data: Mapping[str, NDArray[Any]] | None = None, timeout_s: float = 10.0
 ) -> list[CheckFinding]:
-    """Check a protected model step by step; findings in the order in which to mend them.
+    """Check a protected model step by step; findings in the order in which to fix them.
 
     The steps are asked directly, and the verdict is marked as a probe's. A request through the protected
     model itself is counted like any client's, because no mark from outside may keep it out of the records:
@@ -97,7 +97,7 @@ def check(
     findings.append(judged)
     bad = [f.what for f in findings if f.good is False]
     if bad:
-        findings.append(CheckFinding("protected model", False, "Not tried.", f"Mend first: {', '.join(bad)}."))
+        findings.append(CheckFinding("protected model", False, "Not tried.", f"Fix first: {', '.join(bad)}."))
     elif harmful:
         detail = f"Its steps work; not sent through as a whole, because {harmful}"
         findings.append(CheckFinding("protected model", True, detail, "Give benign rows with --data."))
@@ -172,7 +172,7 @@ def _judge(
         if status[0] in ("error", "indeterminate"):
             problem = f"The verdict is {status[0]}: {reason[0]}."
         else:
-            # A generated input is no digit and no flower, so `attacked` is as good a sign of life as `trusted`.
+            # A generated input looks like nothing that the model knows, so `attacked` is a good sign of life, too.
             found = CheckFinding("validation", True, f"verdict: {status[0]}", seconds=result.seconds)
             return found, _harm(status, result.outputs[wire.P_VALUE])
     return _finding("validation", result, problem), "its verdict is not known."

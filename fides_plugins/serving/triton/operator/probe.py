@@ -186,7 +186,7 @@ class InferenceProbe:
     Attributes
     ----------
     alive:
-        The model answered, be it with a refusal of its own.
+        The model answered, even if with a refusal of its own.
     timed_out:
         No answer came in time.
     detail:

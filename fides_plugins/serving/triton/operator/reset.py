@@ -25,7 +25,7 @@ class Reset:
     Attributes
     ----------
     step:
-        The step that was loaded anew.
+        The step that was reloaded.
     was_under_attack, under_attack:
         The alarm before and after.
     """
@@ -36,7 +36,7 @@ class Reset:
 
 
 def reset(api: TritonApi, model: str, timeout_s: float = 10.0) -> Reset:
-    """Start the process of `fides_validate` anew, where the alarm lives, and wait until the metrics show it quiet.
+    """Restart the process of `fides_validate`, where the alarm lives, and wait until the metrics show it quiet.
 
     Nothing else is touched: the old process serves until the new one is there.
 
@@ -65,7 +65,7 @@ def reset(api: TritonApi, model: str, timeout_s: float = 10.0) -> Reset:
         time.sleep(_POLL_S)
     if now is None:
         raise ServerError(
-            f"{item.validate} was loaded anew, but the metrics show no alarm of {label!r}.",
+            f"{item.validate} was reloaded, but the metrics show no alarm of {label!r}.",
             "Its bundle has no calibrated detector, or another FIDES_SERVICE_NAME is set.",
         )
     return Reset(item.validate, bool(was), True)

@@ -5,7 +5,7 @@ every request through the step fails after a second. `Watcher` notices within it
 explicit mode it then
 1. puts the fallback in the place of verification, so that requests are answered at once by policy
    (`on_error: open`: the service's answer, marked `error`; `closed`: refused),
-2. starts the dead step anew (a load with a changed parameter: a plain load would do nothing),
+2. restarts the dead step (a load with a changed parameter: a plain load would do nothing),
 3. probes it, and puts full protection back.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ FIRST_PROBE_S = 5.0
 FORGIVEN_S = 5.0
 #: Longest time-out that a slow step's own compute time can lead to.
 LONGEST_PROBE_S = 10.0
-#: A step that is loaded anew and still dead is tried again after this time, doubled each time.
+#: A step that is still dead after its reload is tried again after this time, which doubles each time.
 FIRST_RETRY_S = 1.0
 LAST_RETRY_S = 60.0
 
@@ -108,7 +109,7 @@ class Watcher:
         self._inputs = inputs
         self.report = report
         self._clock = clock
-        self._retries: dict[str, _Retry] = {}
+        self._retries: defaultdict[str, _Retry] = defaultdict(_Retry)
         self._configs: dict[str, dict[str, Any]] = {}
         self._seen: dict[str, Statistics] = {}
         self._settled: set[str] = set()
@@ -151,7 +152,7 @@ class Watcher:
                 continue
             self.report(Event("dead", result.model, result.seconds, result.detail))
             dead.append(result.model)
-            if self._heal and self._retry(result.model).not_before <= self._clock():
+            if self._heal and self._retries[result.model].not_before <= self._clock():
                 # At once, before looking further: every second counts for the requests that come in.
                 self._degrade(group)
         if not self._heal:
@@ -159,14 +160,16 @@ class Watcher:
         if not dead:
             return self._restore(group)
         reloaded = [self._reload(model) for model in dead]
-        return all(reloaded) and self._look_at(self._again(group), FIRST_PROBE_S)
+        if not all(reloaded):
+            return False
+        return self._look_at([found for item in group for found in find_protected(self._api, item.name)], FIRST_PROBE_S)
 
     def _settle(self, group: list[Protected]) -> None:
         """Load the fallback and each ensemble once as they are, before anything is wrong.
 
-        Loading an ensemble makes Triton look at the files of its steps, and load those anew that changed
-        since the start, which Python's own caches beside a model.py are enough for. That may take seconds;
-        now nobody waits for it, because what is loaded goes on serving.
+        Loading an ensemble makes Triton look at the files of its steps and reload those that changed since the
+        start; the caches that Python writes beside a model.py count as a change. That may take seconds. Done now,
+        it delays no request, because the old instances go on serving.
         """
         for item in group:
             if item.name not in self._settled and not item.degraded:
@@ -189,9 +192,6 @@ class Watcher:
             return True
         self.report(Event("dead", base, result.seconds, result.detail))
         return False
-
-    def _again(self, group: list[Protected]) -> list[Protected]:
-        return [found for item in group for found in find_protected(self._api, item.name)]
 
     def _probe_verify(self, item: Protected, patience_s: float) -> InferenceProbe:
         inputs = sample_inputs(self._config(item.verify), self._inputs)
@@ -233,25 +233,15 @@ class Watcher:
         recent = self._clock() - self._reloaded_at.get(model, float("-inf")) < FORGIVEN_S
         return 0 if recent else max(0, now.failed - before.failed)
 
-    def _retry(self, model: str) -> _Retry:
-        return self._retries.setdefault(model, _Retry())
-
     def _reload(self, model: str) -> bool:
-        retry = self._retry(model)
+        retry = self._retries[model]
         if retry.not_before > self._clock():
             return False
-        start = self._clock()
-        retry.not_before = start + retry.wait_s
+        retry.not_before = self._clock() + retry.wait_s
         retry.wait_s = min(2 * retry.wait_s, LAST_RETRY_S)
-        try:
-            self._api.reload(model)
-        except NotExplicit:
-            raise
-        except ServerError as error:
-            self.report(Event("failed", model, self._clock() - start, str(error)))
+        if not self._do("reloaded", model, lambda: self._api.reload(model)):
             return False
         self._reloaded_at[model] = self._clock()
-        self.report(Event("reloaded", model, self._clock() - start))
         return True
 
     def _degrade(self, group: list[Protected]) -> None:
@@ -270,9 +260,13 @@ class Watcher:
         return True
 
     def _load(self, kind: str, model: str, config: Mapping[str, Any] | None = None) -> bool:
+        return self._do(kind, model, lambda: self._api.load(model, config))
+
+    def _do(self, kind: str, model: str, action: Callable[[], None]) -> bool:
+        """Report how `action` went; False where the server refused it. `NotExplicit` is raised: nothing can be done."""
         start = self._clock()
         try:
-            self._api.load(model, config)
+            action()
         except NotExplicit:
             raise
         except ServerError as error:

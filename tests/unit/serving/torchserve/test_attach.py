@@ -15,9 +15,9 @@ import yaml
 
 from fides_plugins.cli import app
 from fides_plugins.errors import BundleError, FidesError, InputError, SettingsError
-from fides_plugins.serving.torchserve.archive import open_archive, write_archive
+from fides_plugins.serving.torchserve.archive import MANIFEST, open_archive, write_archive
 from fides_plugins.serving.torchserve.attach import RECORD, attach, detach
-from fides_plugins.serving.torchserve.build import CONFIG_NAME, MANIFEST, SHIM_NAME, build_archive, shim
+from fides_plugins.serving.torchserve.build import CONFIG_NAME, SHIM_NAME, build_archive, shim
 from fides_plugins.serving.torchserve.check import check
 
 HANDLER = """

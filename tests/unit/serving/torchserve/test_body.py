@@ -10,7 +10,7 @@ import pytest
 
 from fides_plugins.errors import InputError, SettingsError
 from fides_plugins.serving.torchserve.body import make_parser
-from fides_plugins.serving.torchserve.body_capture import judge_bodies, read_requests
+from fides_plugins.serving.torchserve.body_capture import Bodies
 from fides_plugins.serving.torchserve.judge import InferenceJudge
 from fides_plugins.serving.torchserve.options import BodyFormat, HostOptions, read_section
 from fides_plugins.settings import Settings
@@ -60,7 +60,7 @@ def test_one_bad_body_spoils_no_other(tmp_path: Path) -> None:
     data[3] = {"body": {"x": [1.0]}}
     answers: list[object] = [{"p": row.tolist(), "kept": i} for i, row in enumerate(told)]
     answers[4] = {"q": 1}
-    verdicts, changed = judge_bodies(judge, parser, read_requests(judge, parser, data, ()), answers)
+    verdicts, changed = Bodies(judge, parser, data).judge(answers)
     statuses = [v.status for v in verdicts]
     assert statuses == [Status.TRUSTED, Status.ATTACKED, Status.ERROR, Status.ERROR, Status.ERROR]
     assert [changed[i] is answers[i] for i in range(5)] == [True, False, True, True, True]
