@@ -70,7 +70,7 @@ class Alone:
         """This process's rows of a batch."""
         return rows
 
-    def after_epoch(self, session: Session, done: int, last: bool) -> None:
+    def after_epoch(self, session: Session, done: int) -> None:
         """Called with the number of finished epochs."""
 
     def end(self, session: Session) -> None:
@@ -275,7 +275,7 @@ def distil(
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
-            who.after_epoch(session, epoch + 1, epoch + 1 == epochs)
+            who.after_epoch(session, epoch + 1)
             on_epoch((epoch + 1) / epochs)
     who.end(session)
     module.eval()
