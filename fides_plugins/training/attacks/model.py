@@ -1,7 +1,7 @@
 """Attacks on the service model itself: faults in its weights, another model in its place, a backdoor.
 
 The service then answers genuinely, only as another model; the verification model sees the same input.
-Each attack is registered by name beside the output attacks and yields `evaluation.AttackedRows`.
+Each attack has a name, as output attacks have, and yields `predictions.AttackedRows`.
 
 Sources: bit flips, Rakin, He and Fan, "Bit-Flip Attack" (ICCV 2019), here at random places; backdoor,
 Gu, Dolan-Gavitt and Garg, "BadNets" (2017).
@@ -9,6 +9,7 @@ Gu, Dolan-Gavitt and Garg, "BadNets" (2017).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -23,7 +24,7 @@ from fides_plugins.training.data import image_layout
 from fides_plugins.training.predictions import AttackedRows
 from fides_plugins.training.service.teacher import Teacher
 from fides_plugins.training.service.teachers import OnnxTeacher, TorchTeacher
-from fides_plugins.types import IntArray, Prediction
+from fides_plugins.types import Attack, IntArray, Prediction
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -112,15 +113,8 @@ class Victim:
         return AttackedRows(attack.name, attack.summary, lies, references, rows)
 
 
-class ServiceAttack(Protocol):
+class ServiceAttack(Attack, Protocol):
     """An attack on the input or on the model."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def kind(self) -> str: ...
-    @property
-    def summary(self) -> str: ...
 
     def run(self, victim: Victim, seed: int) -> AttackedRows:
         """Attack the victim's rows; only rows whose class the attack changed come back."""
@@ -161,8 +155,6 @@ class BitFlips:
     def tamper(self, teacher: Teacher, rng: np.random.Generator) -> Teacher:
         """A copy of the service with flipped bits."""
         if isinstance(teacher, TorchTeacher):
-            import copy
-
             import torch
 
             module = copy.deepcopy(teacher.module)
@@ -288,8 +280,6 @@ class BadNets:
 
     def poison(self, victim: Victim, seed: int) -> nn.Module:
         """A copy of the service with the backdoor trained in."""
-        import copy
-
         import torch
         from torch.nn import functional
 
