@@ -27,6 +27,12 @@ class Cost:
     parameters: int
     macs: int
 
+    def within(self, max_parameters: int | None, max_macs: int | None) -> bool:
+        """Whether both limits hold; None is no limit."""
+        return (max_parameters is None or self.parameters <= max_parameters) and (
+            max_macs is None or self.macs <= max_macs
+        )
+
 
 def torch_cost(module: torch.nn.Module, images: NDArray[Any]) -> Cost:
     """Cost of a torch or TorchScript module for the first of these rows (N, ...)."""

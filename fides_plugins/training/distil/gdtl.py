@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -139,11 +139,7 @@ def search(
     wanted = settings or GdtlSettings()
     training = distillation or DistillationSettings()
     priced = sorted(((s.cost(transfer.images), s) for s in students), key=lambda c: (c[0].macs, c[0].parameters))
-    fitting = [
-        (cost, student)
-        for cost, student in priced
-        if (max_parameters is None or cost.parameters <= max_parameters) and (max_macs is None or cost.macs <= max_macs)
-    ]
+    fitting = [(cost, student) for cost, student in priced if cost.within(max_parameters, max_macs)]
     if not fitting:
         cheapest = f"{priced[0][0].parameters} parameters, {priced[0][0].macs} multiply-adds" if priced else "none"
         raise TrainingError(
@@ -186,9 +182,8 @@ def certain(share: float, n_rows: int, wanted: float) -> bool:
 
 def divergence(service: Float32Array, student: Float32Array) -> float:
     """Mean Kullback-Leibler divergence of the students' distributions from the service's, both logits (N, K)."""
-    s, v = torch.from_numpy(service), torch.from_numpy(student)
-    log_s, log_v = functional.log_softmax(s, dim=1), functional.log_softmax(v, dim=1)
-    return float((log_s.exp() * (log_s - log_v)).sum(1).mean())
+    log_s, log_v = (functional.log_softmax(torch.from_numpy(logits), dim=1) for logits in (service, student))
+    return float(functional.kl_div(log_v, log_s, reduction="batchmean", log_target=True))
 
 
 @dataclass
@@ -206,9 +201,7 @@ class _Run:
     seed: int
     report: Share
     who: Alone
-
-    def __post_init__(self) -> None:
-        self.steps: list[SearchStep] = []
+    steps: list[SearchStep] = field(default_factory=list)
 
     def whole(self) -> float:
         """Train every layer at once; returns held-out agreement."""
@@ -224,14 +217,14 @@ class _Run:
         groups = layer_groups(network.backbone, self.wanted.max_groups)
         n_steps = 1 + len(groups)
         # Nothing below the head moves, so its inputs are computed once.
-        body = nn.Sequential(self.model.preprocess, _Features(network))
+        body = nn.Sequential(self.model.preprocess, network.backbone, network.pool)
         features = torch.from_numpy(predict(body, self.transfer.images))
         self._train(network.head, features, self.training.learning_rate, 0, n_steps)
         value = self._note("fresh head", kept=True)
         images = torch.from_numpy(self.transfer.images)
         failed = 0
         for number, group in enumerate(groups):
-            if certain(value, len(self.images), self.wanted.agreement) or failed > self.wanted.patience - 1:
+            if certain(value, len(self.images), self.wanted.agreement) or failed >= self.wanted.patience:
                 break
             before = copy.deepcopy(network.state_dict())
             for layer in group:
@@ -270,17 +263,6 @@ class _Run:
             SearchStep(self.student.name, action, self.cost.parameters, self.cost.macs, trainable, value, kept)
         )
         return value
-
-
-class _Features(nn.Module):
-    """The pooled features of a network, as a module."""
-
-    def __init__(self, network: PretrainedNetwork) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.network.features(x)
 
 
 def layer_groups(backbone: nn.Module, max_groups: int) -> list[list[nn.Module]]:
