@@ -209,7 +209,7 @@ def image_layout(shape: tuple[int | None, ...]) -> Layout | None:
 
 
 def match_input(data: Dataset, spec: InputSpec, scale: float | None = None) -> tuple[Dataset, float]:
-    """Bring images to the very tensor that the service takes.
+    """Bring images into exactly the dtype and shape that the service takes.
 
     Axes of length one are added or dropped; integers become floats multiplied by `scale`.
 
@@ -225,7 +225,7 @@ def match_input(data: Dataset, spec: InputSpec, scale: float | None = None) -> t
     Raises
     ------
     TrainingError
-        If the shape does not fit, or floats would have to be cut down to integers.
+        If the shape does not fit, or floats would have to be rounded to integers.
     """
     images = data.images
     given, wanted = images.shape[1:], spec.shape[1:]

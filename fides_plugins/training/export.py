@@ -37,7 +37,7 @@ def export_onnx(
     Raises
     ------
     TrainingError
-        If the graph computes something else than the module, or not at every batch size.
+        If the graph and the module disagree, at any batch size that was tried.
     """
     module.eval()
     x = torch.from_numpy(np.ascontiguousarray(images[:3]))
@@ -58,7 +58,7 @@ def to_onnx(
     outputs: Sequence[str],
     dynamic_shapes: Any,
 ) -> onnx.ModelProto:
-    """The graph of a module by torch's exporter, without its remarks on its own internals.
+    """The graph of a module by torch's exporter, without its warnings about its own internals.
 
     Parameters
     ----------

@@ -228,12 +228,12 @@ class Substitute:
         k = victim.bundle.n_classes
         student = built_in_students(images, k)[0] if self.build is None else Student("substitute", self.build)
         weak = student.model(images, seed)
-        # Hard answers only: the thief of a contract has labels, not the service.
+        # Hard answers only: whoever offers the substitute has labels, not the service's probabilities.
         hard = np.full((len(images), k), -20.0, np.float32)
         hard[np.arange(len(images)), labels] = 20.0
         settings = DistillationSettings(temperature=1.0, alpha=1.0, beta=0.0)
         distil(weak, torch.from_numpy(images), TransferSet(images, hard, labels), settings, 3e-3, self.epochs, seed)
-        # It answers as the service does, whom it wants to be taken for.
+        # It poses as the service, so it answers in the same form.
         shown = weak if victim.codec.kind == "logits" else torch.nn.Sequential(weak, torch.nn.Softmax(dim=1))
         answers = victim.service(victim.images, TorchTeacher(shown, "substitute"))
         return victim.attacked(self, victim.images, answers)
@@ -241,10 +241,10 @@ class Substitute:
 
 @dataclass(frozen=True)
 class BadNets:
-    """A backdoor: a small patch in a corner makes the service answer one class; else it behaves.
+    """A backdoor: a small patch in a corner makes the service answer one class; without it, nothing changes.
 
-    The service is trained on with a share of its rows patched and relabelled. Attacked rows carry the
-    patch; the verification model sees it too, but was not taught what it means.
+    The service is trained further, with a share of the rows patched and relabelled. Attacked rows carry the
+    patch; the verification model sees it too, but was never taught what it means.
     """
 
     target: int = 0

@@ -43,8 +43,8 @@ class OutputAttack:
         Whether its purpose is another top class. Rows whose top class it cannot change (a targeted
         attack on a row that is already of the target) then count as not attacked.
     weight:
-        How much it counts while a detector is trained, as against 1. One that may claim any class does most
-        harm.
+        How much it counts while a detector is trained; most attacks count 1. One that may claim any class does
+        the most harm.
     """
 
     name: str
@@ -92,7 +92,7 @@ class OutputAttack:
 
 
 class AttackRegistry:
-    """Attacks by name. Make one with `default_registry`; there is no global one."""
+    """Attacks by name. `default_registry` makes one; there is no global registry."""
 
     def __init__(self, attacks: Iterable[Attack] = ()) -> None:
         self._attacks: dict[str, Attack] = {}

@@ -2,8 +2,8 @@
 
 Every worker runs the same `fit_service` with a `Member`: the first one asks the service and later writes
 the bundle, and in between all train one student together with torch's DistributedDataParallel, each on its
-share of every batch. So the batches are those of one worker, and so is the result up to rounding (and
-batch norms, whose statistics each worker takes from its own share).
+share of every batch. The batches are the same as with one worker, and so is the result, up to rounding and
+to batch norms, whose statistics each worker takes from its own share.
 
 Workers come from torchrun (`torchrun --nproc-per-node 2 -m fides_plugins.cli fit ...`, or `fides fit
 --engine torchrun`, which calls it) or from Ray Train (`fides fit --engine ray`). Both start all workers
@@ -81,7 +81,7 @@ class Member(Alone):
 
     @contextmanager
     def first_before_others(self) -> Iterator[None]:
-        """Others wait until the first worker is done with what is inside."""
+        """The other workers wait until the first one has left the block."""
         if not self.first:
             self._barrier()
         yield
@@ -98,7 +98,7 @@ class Member(Alone):
         return box[0]
 
     def begin(self, session: Session) -> tuple[Callable[[torch.Tensor], torch.Tensor], int]:
-        """Take up the checkpoint of this call, if there is one, and wrap the module.
+        """Resume from this call's checkpoint, if there is one, and wrap the module.
 
         Raises
         ------
@@ -106,7 +106,7 @@ class Member(Alone):
             If the batches are too small to be shared.
         """
         self._calls += 1
-        # What the module starts from belongs to the identity: the same call of another search is another call.
+        # The initial weights belong to the identity: with other weights, it is another call.
         self._identity = _digest(*session.identity, *session.module.state_dict().values())
         # One worker looks, so that all begin at the same epoch.
         path = self._path()
@@ -120,11 +120,11 @@ class Member(Alone):
         return wrapped, epoch
 
     def seed(self, seed: int, epoch: int) -> int:
-        """Every worker drops other units, and the first the same as a worker alone."""
+        """Dropout differs between workers; the first one's is that of a worker alone."""
         return super().seed(seed, epoch) + 1_000_003 * self.rank
 
     def share(self, rows: torch.Tensor) -> torch.Tensor:
-        """Every `world`-th row of the batch, of which all workers have the same order."""
+        """Every `world`-th row of the batch; all workers have the rows in the same order."""
         if len(rows) < 2 * self.world:
             raise TrainingError(
                 f"A batch of {len(rows)} rows is too small for {self.world} workers.", "Use fewer workers."

@@ -29,7 +29,7 @@ SHARES = (0.25, 0.5, 1.0)
 
 
 class Preprocess(nn.Module):
-    """From the service's tensor to what a student takes: cast, channels first, size, normalise.
+    """Turns the service's tensor into what a student takes: cast, channels first, resize, normalise.
 
     Parameters
     ----------

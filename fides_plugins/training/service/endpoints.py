@@ -178,7 +178,7 @@ class TorchServeTeacher(Teacher):
             if isinstance(value, list):
                 return [float(v) for v in value]
         except (ValueError, TypeError, KeyError):
-            pass  # said below, whatever it was that did not fit
+            pass  # whatever it was that did not fit, the error below says it
         raise TrainingError(
             f"{self.name} answered with something that is no list of all class values.",
             "Say with --response-key where they are; a handler that gives only its top classes cannot teach.",

@@ -1,4 +1,4 @@
-"""What every teacher is: a service model whose answers a verification model learns."""
+"""The base of every teacher: a service model whose answers a verification model learns."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Teacher(ABC):
     name:
         For provenance; holds no path.
     digest:
-        Stands for the model: the same digest, the same answers.
+        Identifies the model: teachers with the same digest give the same answers.
     input:
         What it takes, or None where only the data can tell.
     """
