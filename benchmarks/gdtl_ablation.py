@@ -103,7 +103,7 @@ class _Study:
                         module.reset_parameters()
             return PretrainedNetwork(body, self.features, 10)
 
-        return Student("letters" if pretrained else "scratch", build, SIZE, pretrained=pretrained)
+        return Student("letters" if pretrained else "scratch", build, SIZE)
 
     def arms(self, n: int, seed: int) -> dict[str, float]:
         transfer, held, held_logits = self.rows(n, seed)

@@ -6,6 +6,7 @@ as is usual when networks are compared.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,16 +27,22 @@ class Cost:
     parameters: int
     macs: int
 
+    def within(self, max_parameters: int | None, max_macs: int | None) -> bool:
+        """Whether both limits hold; None is no limit."""
+        return (max_parameters is None or self.parameters <= max_parameters) and (
+            max_macs is None or self.macs <= max_macs
+        )
 
-def torch_cost(module: torch.nn.Module, example: torch.Tensor) -> Cost:
-    """Cost of a torch or TorchScript module; `example` is one row (1, ...)."""
+
+def torch_cost(module: torch.nn.Module, images: NDArray[Any]) -> Cost:
+    """Cost of a torch or TorchScript module for the first of these rows (N, ...)."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     training = module.training
     module.eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(example)
+        module(torch.from_numpy(np.ascontiguousarray(images[:1])))
     module.train(training)
     parameters = sum(p.numel() for p in module.parameters())
     return Cost(parameters, counter.get_total_flops() // 2)
@@ -70,17 +77,8 @@ def onnx_cost(data: bytes, row_shape: tuple[int, ...]) -> Cost:
         graph = shape_inference.infer_shapes(model, data_prop=True).graph
     except (DecodeError, StopIteration, shape_inference.InferenceError) as error:
         raise TrainingError(f"The cost of the ONNX model cannot be counted: {error}.") from error
-    shapes = _shapes(graph)
-    parameters = sum(int(np.prod(t.dims)) for t in graph.initializer)
-    for node in graph.node:
-        for attribute in node.attribute:
-            if node.op_type == "Constant" and attribute.name == "value" and len(attribute.t.dims):
-                parameters += int(np.prod(attribute.t.dims))
-    return Cost(parameters, sum(_node_macs(node, shapes) for node in graph.node))
-
-
-def _shapes(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {t.name: tuple(t.dims) for t in graph.initializer}
+    shapes = {t.name: tuple(t.dims) for t in graph.initializer}
+    parameters = sum(int(np.prod(dims)) for dims in shapes.values())
     for value in [*graph.input, *graph.value_info, *graph.output]:
         if value.type.tensor_type.HasField("shape"):
             # A free axis left over counts as one: it is the batch.
@@ -89,36 +87,27 @@ def _shapes(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:
         for attribute in node.attribute:
             if node.op_type == "Constant" and attribute.name == "value":
                 shapes[node.output[0]] = tuple(attribute.t.dims)
-    return shapes
+                parameters += _size(attribute.t.dims)
+    return Cost(parameters, sum(_node_macs(node, shapes) for node in graph.node))
 
 
 def _node_macs(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]]) -> int:
     """Multiply-adds of one node; nodes that are neither a convolution nor a product cost nothing here."""
     kind = node.op_type
-    if kind in ("Conv", "ConvInteger", "QLinearConv"):
+    if kind in ("Conv", "ConvInteger", "QLinearConv", "ConvTranspose"):
         weight = shapes.get(node.input[3 if kind == "QLinearConv" else 1], ())
-        # Weight (out, in / groups, *kernel): each output element sums over everything but `out`.
-        return _size(shapes.get(node.output[0], ())) * _size(weight[1:]) if weight else 0
-    if kind == "ConvTranspose":
-        weight = shapes.get(node.input[1], ())
-        return _size(shapes.get(node.input[0], ())) * _size(weight[1:]) if weight else 0
-    if kind in ("MatMul", "MatMulInteger", "Gemm"):
+        # Weight (out, in / groups, *kernel): each output element sums over everything but `out`. Transposed, it is
+        # (in, out / groups, *kernel), and each input element adds to everything but `in`.
+        moved = node.input[0] if kind == "ConvTranspose" else node.output[0]
+        return _size(shapes.get(moved, ())) * _size(weight[1:])
+    if kind in ("MatMul", "MatMulInteger", "Gemm", "QLinearMatMul"):
         left = shapes.get(node.input[0], ())
         transposed = any(a.name == "transA" and a.i for a in node.attribute)
         inner = left[0 if transposed else -1] if left else 0
         return _size(shapes.get(node.output[0], ())) * inner
-    if kind == "QLinearMatMul":
-        left = shapes.get(node.input[0], ())
-        return _size(shapes.get(node.output[0], ())) * (left[-1] if left else 0)
     return 0
 
 
-def _size(shape: tuple[int, ...]) -> int:
+def _size(shape: Sequence[int]) -> int:
+    """Number of elements; 0 for a scalar and for a shape that is not known."""
     return int(np.prod(shape)) if shape else 0
-
-
-def example_row(images: NDArray[Any]) -> torch.Tensor:
-    """The first row of these images, as a batch of one for `torch_cost`."""
-    import torch
-
-    return torch.from_numpy(np.ascontiguousarray(images[:1]))

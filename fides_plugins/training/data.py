@@ -102,11 +102,6 @@ class Dataset:
             )
 
 
-def input_spec(images: Array, name: str = "input") -> InputSpec:
-    """The tensor that these images (N, ...) are: every axis but the first is fixed."""
-    return InputSpec(name=name, dtype=str(images.dtype), shape=(None, *images.shape[1:]))
-
-
 def array_digest(*arrays: Array | None) -> str:
     """SHA-256 (hex) over dtype, shape and bytes of each array; None is skipped."""
     digest = hashlib.sha256()
@@ -164,7 +159,7 @@ def _load_folder(folder: Path, spec: InputSpec | None) -> Dataset:
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     files: list[tuple[Path, int]] = []
     for index, name in enumerate(classes or [""]):
-        inside = sorted((folder / name).iterdir()) if name else sorted(folder.iterdir())
+        inside = sorted((folder / name).iterdir())
         files += [(p, index) for p in inside if p.suffix.lower() in PICTURE_SUFFIXES]
     if not files:
         raise TrainingError(f"There are no pictures in {folder}.", "Use one sub-folder per class, or none at all.")
@@ -173,12 +168,9 @@ def _load_folder(folder: Path, spec: InputSpec | None) -> Dataset:
     for path, _ in files:
         try:
             with Image.open(path) as picture:
-                if layout is None:
-                    decoded = picture.convert("RGB")
-                else:
-                    decoded = picture.convert("L" if layout.channels == 1 else "RGB")
-                    if layout.height and layout.width:
-                        decoded = decoded.resize((layout.width, layout.height), Image.Resampling.BILINEAR)
+                decoded = picture.convert("L" if layout is not None and layout.channels == 1 else "RGB")
+                if layout is not None and layout.height and layout.width:
+                    decoded = decoded.resize((layout.width, layout.height), Image.Resampling.BILINEAR)
                 pixels = np.asarray(decoded, dtype=np.uint8)
         except (UnidentifiedImageError, OSError) as error:
             raise TrainingError(f"{path.name} is not a picture that can be decoded.", "Remove it.") from error
@@ -217,7 +209,7 @@ def image_layout(shape: tuple[int | None, ...]) -> Layout | None:
 
 
 def match_input(data: Dataset, spec: InputSpec, scale: float | None = None) -> tuple[Dataset, float]:
-    """Bring images to the very tensor that the service takes.
+    """Bring images into exactly the dtype and shape that the service takes.
 
     Axes of length one are added or dropped; integers become floats multiplied by `scale`.
 
@@ -233,20 +225,18 @@ def match_input(data: Dataset, spec: InputSpec, scale: float | None = None) -> t
     Raises
     ------
     TrainingError
-        If the shape does not fit, or floats would have to be cut down to integers.
+        If the shape does not fit, or floats would have to be rounded to integers.
     """
     images = data.images
-    wanted = spec.shape[1:]
-    if not _fits(images.shape[1:], wanted):
-        squeezed = tuple(s for s in images.shape[1:] if s != 1)
-        if len(wanted) and squeezed == tuple(s for s in wanted if s != 1):
-            images = images.reshape(len(images), *(int(s) for s in wanted if s is not None))
-        else:
+    given, wanted = images.shape[1:], spec.shape[1:]
+    if not _fits(given, wanted):
+        if not wanted or tuple(s for s in given if s != 1) != tuple(s for s in wanted if s != 1):
             raise TrainingError(
-                f"One image has shape {images.shape[1:]}; the service's input {spec.name!r} takes "
+                f"One image has shape {given}; the service's input {spec.name!r} takes "
                 f"{tuple('any' if s is None else s for s in wanted)}.",
                 "Save the images in the shape that the service takes.",
             )
+        images = images.reshape(len(images), *(int(s) for s in wanted if s is not None))
     dtype = np.dtype(spec.dtype)
     if dtype.kind in "iu" and images.dtype.kind == "f":
         raise TrainingError(
@@ -260,7 +250,7 @@ def match_input(data: Dataset, spec: InputSpec, scale: float | None = None) -> t
             raise TrainingError("A pixel scale needs a service that takes floats.", "Leave the scale out.")
         images = (images.astype(np.float32) * np.float32(scale)).astype(dtype)
     images = np.ascontiguousarray(images, dtype=dtype)
-    return replace(data, images=images, digest=data.digest), float(scale)
+    return replace(data, images=images), float(scale)
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
@@ -286,8 +276,7 @@ def split_rows(images: Array, shares: Mapping[str, float], seed: int) -> dict[st
     """
     if abs(sum(shares.values()) - 1.0) > 1e-9 or min(shares.values()) <= 0:
         raise TrainingError(f"The shares {dict(shares)} must be positive and sum to one.")
-    flat = np.ascontiguousarray(images).reshape(len(images), -1)
-    keys = np.array([hashlib.sha256(row.tobytes()).hexdigest() for row in flat])
+    keys = np.array([hashlib.sha256(row.tobytes()).hexdigest() for row in images])
     _, group = np.unique(keys, return_inverse=True)
     n_groups = int(group.max()) + 1
     if n_groups < len(shares):

@@ -6,17 +6,16 @@ import io
 import logging
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from fides_plugins.errors import TrainingError
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from fides_plugins.onnx_model import OnnxModel
 
 OPSET = 18
 #: Outputs of graph and module may differ by this much, relative to their size.
@@ -38,12 +37,14 @@ def export_onnx(
     Raises
     ------
     TrainingError
-        If the graph computes something else than the module, or not at every batch size.
+        If the graph and the module disagree, at any batch size that was tried.
     """
     module.eval()
     x = torch.from_numpy(np.ascontiguousarray(images[:3]))
-    scripted = any(isinstance(m, torch.jit.ScriptModule) for m in module.modules())
-    model = (_export_traced if scripted else _export)(module, x, input_name, output_name)
+    if any(isinstance(m, torch.jit.ScriptModule) for m in module.modules()):
+        model = _export_traced(module, x, input_name, output_name)
+    else:
+        model = to_onnx(module, (x,), [input_name], [output_name], ({0: torch.export.Dim("batch")},))
     strip(model)
     data: bytes = model.SerializeToString(deterministic=True)
     _check(data, module, x, input_name)
@@ -57,7 +58,7 @@ def to_onnx(
     outputs: Sequence[str],
     dynamic_shapes: Any,
 ) -> onnx.ModelProto:
-    """The graph of a module by torch's exporter, without its remarks on its own internals.
+    """The graph of a module by torch's exporter, without its warnings about its own internals.
 
     Parameters
     ----------
@@ -96,10 +97,6 @@ def to_onnx(
     return program.model_proto
 
 
-def _export(module: nn.Module, x: torch.Tensor, input_name: str, output_name: str) -> onnx.ModelProto:
-    return to_onnx(module, (x,), [input_name], [output_name], ({0: torch.export.Dim("batch")},))
-
-
 def _export_traced(module: nn.Module, x: torch.Tensor, input_name: str, output_name: str) -> onnx.ModelProto:
     """TorchScript modules cannot pass through torch.export; the older exporter still takes them."""
     buffer: Any = io.BytesIO()  # taken by the exporter, though its signature says a path
@@ -134,8 +131,6 @@ def strip(model: onnx.ModelProto) -> None:
 
 
 def _check(data: bytes, module: nn.Module, x: torch.Tensor, input_name: str) -> None:
-    from fides_plugins.onnx_model import OnnxModel
-
     graph = OnnxModel(data, name="the exported graph")
     for n in (1, len(x)):
         with torch.no_grad():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +19,6 @@ from fides_plugins.codec import OutputCodec
 from fides_plugins.errors import TrainingError
 from fides_plugins.training.attacks.model import ServiceAttack, Victim, log_scale
 from fides_plugins.training.predictions import AttackedRows
-
-if TYPE_CHECKING:
-    from fides_plugins.training.attacks import AttackRegistry
 
 
 @dataclass(frozen=True)
@@ -144,18 +141,3 @@ def input_attacks() -> Mapping[str, ServiceAttack]:
         InputAttack("carlini_wagner", "smallest L2 change of the input that changes the class", _carlini_wagner),
     )
     return {attack.name: attack for attack in attacks}
-
-
-def add_service_attacks(registry: AttackRegistry) -> AttackRegistry:
-    """Register every built-in input and model attack; returns the registry.
-
-    Raises
-    ------
-    PluginError
-        If a name is taken.
-    """
-    from fides_plugins.training.attacks.model import model_attacks
-
-    for attack in (*input_attacks().values(), *model_attacks().values()):
-        registry.add(attack)
-    return registry

@@ -1,7 +1,7 @@
 """Attacks on the service model itself: faults in its weights, another model in its place, a backdoor.
 
 The service then answers genuinely, only as another model; the verification model sees the same input.
-Each attack is registered by name beside the output attacks and yields `evaluation.AttackedRows`.
+Each attack has a name, as output attacks have, and yields `predictions.AttackedRows`.
 
 Sources: bit flips, Rakin, He and Fan, "Bit-Flip Attack" (ICCV 2019), here at random places; backdoor,
 Gu, Dolan-Gavitt and Garg, "BadNets" (2017).
@@ -9,6 +9,7 @@ Gu, Dolan-Gavitt and Garg, "BadNets" (2017).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -23,7 +24,7 @@ from fides_plugins.training.data import image_layout
 from fides_plugins.training.predictions import AttackedRows
 from fides_plugins.training.service.teacher import Teacher
 from fides_plugins.training.service.teachers import OnnxTeacher, TorchTeacher
-from fides_plugins.types import IntArray, Prediction
+from fides_plugins.types import Attack, IntArray, Prediction
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -112,15 +113,8 @@ class Victim:
         return AttackedRows(attack.name, attack.summary, lies, references, rows)
 
 
-class ServiceAttack(Protocol):
+class ServiceAttack(Attack, Protocol):
     """An attack on the input or on the model."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def kind(self) -> str: ...
-    @property
-    def summary(self) -> str: ...
 
     def run(self, victim: Victim, seed: int) -> AttackedRows:
         """Attack the victim's rows; only rows whose class the attack changed come back."""
@@ -161,8 +155,6 @@ class BitFlips:
     def tamper(self, teacher: Teacher, rng: np.random.Generator) -> Teacher:
         """A copy of the service with flipped bits."""
         if isinstance(teacher, TorchTeacher):
-            import copy
-
             import torch
 
             module = copy.deepcopy(teacher.module)
@@ -236,12 +228,12 @@ class Substitute:
         k = victim.bundle.n_classes
         student = built_in_students(images, k)[0] if self.build is None else Student("substitute", self.build)
         weak = student.model(images, seed)
-        # Hard answers only: the thief of a contract has labels, not the service.
+        # Hard answers only: whoever offers the substitute has labels, not the service's probabilities.
         hard = np.full((len(images), k), -20.0, np.float32)
         hard[np.arange(len(images)), labels] = 20.0
         settings = DistillationSettings(temperature=1.0, alpha=1.0, beta=0.0)
         distil(weak, torch.from_numpy(images), TransferSet(images, hard, labels), settings, 3e-3, self.epochs, seed)
-        # It answers as the service does, whom it wants to be taken for.
+        # It poses as the service, so it answers in the same form.
         shown = weak if victim.codec.kind == "logits" else torch.nn.Sequential(weak, torch.nn.Softmax(dim=1))
         answers = victim.service(victim.images, TorchTeacher(shown, "substitute"))
         return victim.attacked(self, victim.images, answers)
@@ -249,10 +241,10 @@ class Substitute:
 
 @dataclass(frozen=True)
 class BadNets:
-    """A backdoor: a small patch in a corner makes the service answer one class; else it behaves.
+    """A backdoor: a small patch in a corner makes the service answer one class; without it, nothing changes.
 
-    The service is trained on with a share of its rows patched and relabelled. Attacked rows carry the
-    patch; the verification model sees it too, but was not taught what it means.
+    The service is trained further, with a share of the rows patched and relabelled. Attacked rows carry the
+    patch; the verification model sees it too, but was never taught what it means.
     """
 
     target: int = 0
@@ -288,8 +280,6 @@ class BadNets:
 
     def poison(self, victim: Victim, seed: int) -> nn.Module:
         """A copy of the service with the backdoor trained in."""
-        import copy
-
         import torch
         from torch.nn import functional
 

@@ -1,8 +1,8 @@
 """Attacks by name: what a compromised service does to its answers.
 
-An *output attack* turns the clean class probabilities (N, K) into attacked ones. Input and model
-attacks (see `input_attacks.py`, `model_attacks.py`) need the teacher; they are kept in the same
-`AttackRegistry`, told apart by `kind`. A plug-in adds its own through the hook `fides_attacks`.
+An *output attack* turns the clean class probabilities (N, K) into attacked ones. Attacks on the input and on the
+model (`input.py`, `model.py`) need the service itself. A plug-in adds attacks through the hook `fides_attacks`;
+a registry keeps all kinds, told apart by `kind`.
 
 Sources: Kumar et al., "A Generative Framework for Low-Cost Result Validation of Machine
 Learning-as-a-Service Inference", ASIA CCS 2024, for `switch`, `random` and `average`. The gap of
@@ -43,8 +43,8 @@ class OutputAttack:
         Whether its purpose is another top class. Rows whose top class it cannot change (a targeted
         attack on a row that is already of the target) then count as not attacked.
     weight:
-        How much it counts while a detector is trained, as against 1. One that may claim any class does most
-        harm.
+        How much it counts while a detector is trained; most attacks count 1. One that may claim any class does
+        the most harm.
     """
 
     name: str
@@ -92,7 +92,7 @@ class OutputAttack:
 
 
 class AttackRegistry:
-    """Attacks by name. Make one with `default_registry`; there is no global one."""
+    """Attacks by name. `default_registry` makes one; there is no global registry."""
 
     def __init__(self, attacks: Iterable[Attack] = ()) -> None:
         self._attacks: dict[str, Attack] = {}
@@ -149,9 +149,6 @@ class AttackRegistry:
     def __iter__(self) -> Iterator[Attack]:
         return iter(self._attacks.values())
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._attacks
-
 
 def default_registry(manager: Any = None) -> AttackRegistry:
     """The built-in output attacks, and those of plug-ins.
@@ -172,12 +169,7 @@ def default_registry(manager: Any = None) -> AttackRegistry:
             OutputAttack("random", "top-1 exchanged with a random other class", random_class, weight=2.0),
             OutputAttack("average", "top-1 and top-2 near their mean, order reversed, gap at random", average),
             OutputAttack("targeted", "one chosen class wins, with a confidence drawn at random", targeted),
-            OutputAttack(
-                "confidence",
-                "the winning class scaled down, still winning",
-                confidence,
-                changes_label=False,
-            ),
+            OutputAttack("confidence", "the winning class scaled down, still winning", confidence, changes_label=False),
         )
     )
     for answer in manager.hook.fides_attacks() if manager is not None else ():
@@ -230,22 +222,13 @@ def average(probabilities: Float32Array, rng: np.random.Generator) -> Float32Arr
     return out
 
 
-def targeted(probabilities: Float32Array, rng: np.random.Generator, target: int | None = None) -> Float32Array:
-    """Let one class, the same for the whole batch, win with a confidence drawn uniformly from (0.5, 1).
+def targeted(probabilities: Float32Array, rng: np.random.Generator) -> Float32Array:
+    """Let one class, drawn for the whole batch, win with a confidence drawn uniformly from (0.5, 1).
 
     The other classes share the rest in their own proportions. Rows already of that class stay as they are.
-
-    Parameters
-    ----------
-    probabilities:
-        (N, K).
-    rng:
-        Draws the confidence of each row, and the target where none is given.
-    target:
-        Class index, or None for one drawn at random.
     """
     n, k = probabilities.shape
-    aim = int(rng.integers(k)) if target is None else target
+    aim = int(rng.integers(k))
     wanted = rng.uniform(0.5, 1.0, size=n).astype(np.float32)
     rest = probabilities.copy()
     rest[:, aim] = 0

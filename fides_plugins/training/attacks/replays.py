@@ -16,7 +16,7 @@ from fides_plugins.types import Float32Array, IntArray
 
 #: A replay that keeps the class must move a probability by this much: one that hardly differs is no attack.
 _LEAST_CHANGE = 0.2
-#: A careful liar's answer is drawn from so many of those nearest in confidence, as a share of all that would do.
+#: A careful liar draws from this share of the answers that would do: those nearest in confidence.
 _NEAREST = 0.1
 
 
@@ -42,7 +42,7 @@ _Draw = Callable[[RankedAnswers, np.random.Generator], IntArray]
 
 @dataclass(frozen=True)
 class Replay:
-    """One kind.
+    """One kind of replay.
 
     Attributes
     ----------

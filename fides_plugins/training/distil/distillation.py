@@ -1,7 +1,7 @@
 """Distillation: a transfer set that the teacher has answered, and the training of a student on it.
 
-The teacher labels whatever it is shown, so few rows go a long way: each one is also shown shifted, turned,
-scaled, noisy and mixed with another row.
+The teacher answers whatever it is shown, so a few rows go a long way: each one is also shown shifted, rotated,
+scaled, with noise, and mixed with another row.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ Share = Callable[[float], None]
 
 
 def silent(done: float) -> None:
-    """The progress that tells nobody."""
+    """Report no progress."""
 
 
 @dataclass(frozen=True)
 class Session:
-    """One call of `distil`, for who trains: what a checkpoint holds, and what tells it from another call."""
+    """One call of `distil`: the state that a checkpoint holds, and what identifies the call."""
 
     module: nn.Module
     optimizer: torch.optim.AdamW
@@ -40,7 +40,7 @@ class Session:
 
 
 class Alone:
-    """Who trains: this process, without checkpoints. `distributed.Member` trains with others, and keeps them.
+    """A single process that trains without checkpoints. `distributed.Member` shares the work, and keeps them.
 
     Attributes
     ----------
@@ -51,7 +51,7 @@ class Alone:
     first = True
 
     def first_before_others(self) -> AbstractContextManager[None]:
-        """What is done inside is done by the first process before the others do it."""
+        """The first process runs the block before the others do."""
         return nullcontext()
 
     def agree(self, value: Any) -> Any:
@@ -59,7 +59,7 @@ class Alone:
         return value
 
     def begin(self, session: Session) -> tuple[Callable[[torch.Tensor], torch.Tensor], int]:
-        """How the module is called, and the epoch to begin with (after a checkpoint)."""
+        """The function to call for a forward pass, and the epoch to begin with (later than 0 after a checkpoint)."""
         return session.module, 0
 
     def seed(self, seed: int, epoch: int) -> int:
@@ -70,7 +70,7 @@ class Alone:
         """This process's rows of a batch."""
         return rows
 
-    def after_epoch(self, session: Session, done: int, last: bool) -> None:
+    def after_epoch(self, session: Session, done: int) -> None:
         """Called with the number of finished epochs."""
 
     def end(self, session: Session) -> None:
@@ -87,10 +87,10 @@ class DistillationSettings:
     Attributes
     ----------
     temperature, alpha, beta:
-        Of the loss `alpha * T^2 * CE(softmax(S / T), softmax(V / T)) + beta * CE(label, V)`
+        The loss is `alpha * T^2 * CE(softmax(S / T), softmax(V / T)) + beta * CE(label, V)`
         (Hinton et al. 2015; the values are those of Kumar et al. 2024). Rows without a label have no second term.
     epochs, batch_size, learning_rate, weight_decay:
-        Of AdamW with a one-cycle learning rate.
+        For AdamW with a one-cycle learning rate.
     fine_tune_learning_rate:
         Highest rate for pre-trained layers.
     """
@@ -112,13 +112,13 @@ class Augmentation:
     Attributes
     ----------
     degrees, scale, shift:
-        Largest turn, change of size and move (as a share of the image) of an image.
+        Largest rotation, relative change of size, and shift (as a share of the image's size).
     noise:
         Largest standard deviation of added noise, in standard deviations of the data.
     mix:
         Share of copies that are blends of two rows.
     flip:
-        Mirror images left to right half of the time; wrong for anything written.
+        Mirror half of the images left to right; wrong for anything with writing in it.
     """
 
     degrees: float = 15.0
@@ -193,7 +193,7 @@ def augment(
 
 
 def _move(x: torch.Tensor, generator: torch.Generator, settings: Augmentation) -> torch.Tensor:
-    """Turn, scale and shift each image (N, C, H, W) at random; the border is continued."""
+    """Rotate, scale and shift each image (N, C, H, W) at random; beyond the border, its pixels are repeated."""
     n = len(x)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -245,7 +245,7 @@ def distil(
     on_epoch:
         Called after each epoch with the share done.
     who:
-        This process alone, or as one of several workers.
+        This process, alone or as one of several workers.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     logits, labels = torch.from_numpy(transfer.logits), torch.from_numpy(transfer.labels)
@@ -275,7 +275,7 @@ def distil(
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
-            who.after_epoch(session, epoch + 1, epoch + 1 == epochs)
+            who.after_epoch(session, epoch + 1)
             on_epoch((epoch + 1) / epochs)
     who.end(session)
     module.eval()

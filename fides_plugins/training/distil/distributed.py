@@ -2,8 +2,8 @@
 
 Every worker runs the same `fit_service` with a `Member`: the first one asks the service and later writes
 the bundle, and in between all train one student together with torch's DistributedDataParallel, each on its
-share of every batch. So the batches are those of one worker, and so is the result up to rounding (and
-batch norms, whose statistics each worker takes from its own share).
+share of every batch. The batches are the same as with one worker, and so is the result, up to rounding and
+to batch norms, whose statistics each worker takes from its own share.
 
 Workers come from torchrun (`torchrun --nproc-per-node 2 -m fides_plugins.cli fit ...`, or `fides fit
 --engine torchrun`, which calls it) or from Ray Train (`fides fit --engine ray`). Both start all workers
@@ -58,9 +58,7 @@ class Member(Alone):
     Parameters
     ----------
     checkpoints:
-        Folder on a file system that all workers see; None keeps none.
-    every_epochs:
-        Epochs between two checkpoints.
+        Folder on a file system that all workers see; None keeps none. Each finished epoch is saved.
     store:
         Where workers meet between steps, for as long as it takes; without one they meet in the process group,
         within its time-out.
@@ -71,20 +69,19 @@ class Member(Alone):
         This worker's number, and how many there are; taken from the process group where one is open.
     """
 
-    def __init__(self, checkpoints: Path | None = None, every_epochs: int = 1, store: Any = None) -> None:
+    def __init__(self, checkpoints: Path | None = None, store: Any = None) -> None:
         together = distributed.is_available() and distributed.is_initialized()
         self.rank = distributed.get_rank() if together else 0
         self.world = distributed.get_world_size() if together else 1
         self.first = self.rank == 0
         self._folder = checkpoints
-        self._every = every_epochs
         self._store = store
         self._calls = 0
         self._meetings = 0
 
     @contextmanager
     def first_before_others(self) -> Iterator[None]:
-        """Others wait until the first worker is done with what is inside."""
+        """The other workers wait until the first one has left the block."""
         if not self.first:
             self._barrier()
         yield
@@ -101,7 +98,7 @@ class Member(Alone):
         return box[0]
 
     def begin(self, session: Session) -> tuple[Callable[[torch.Tensor], torch.Tensor], int]:
-        """Take up the checkpoint of this call, if there is one, and wrap the module.
+        """Resume from this call's checkpoint, if there is one, and wrap the module.
 
         Raises
         ------
@@ -109,11 +106,12 @@ class Member(Alone):
             If the batches are too small to be shared.
         """
         self._calls += 1
-        # What the module starts from belongs to the identity: the same call of another search is another call.
+        # The initial weights belong to the identity: with other weights, it is another call.
         self._identity = _digest(*session.identity, *session.module.state_dict().values())
         # One worker looks, so that all begin at the same epoch.
         path = self._path()
-        epoch = self.agree(_stored_epoch(path, self._identity) if path is not None else 0)
+        about = _about(path) if path is not None else {}
+        epoch = self.agree(int(about["epoch"]) if about.get("identity") == self._identity else 0)
         if epoch and path is not None:
             _load(path, session)
         if self.world == 1:
@@ -122,11 +120,11 @@ class Member(Alone):
         return wrapped, epoch
 
     def seed(self, seed: int, epoch: int) -> int:
-        """Every worker drops other units, and the first the same as a worker alone."""
+        """Dropout differs between workers; the first one's is that of a worker alone."""
         return super().seed(seed, epoch) + 1_000_003 * self.rank
 
     def share(self, rows: torch.Tensor) -> torch.Tensor:
-        """Every `world`-th row of the batch, of which all workers have the same order."""
+        """Every `world`-th row of the batch; all workers have the rows in the same order."""
         if len(rows) < 2 * self.world:
             raise TrainingError(
                 f"A batch of {len(rows)} rows is too small for {self.world} workers.", "Use fewer workers."
@@ -134,13 +132,14 @@ class Member(Alone):
         # Equal shares: the mean over workers of their means is then the mean over the rows.
         return rows[: len(rows) // self.world * self.world][self.rank :: self.world]
 
-    def after_epoch(self, session: Session, done: int, last: bool) -> None:
-        """Write a checkpoint where one is due."""
+    def after_epoch(self, session: Session, done: int) -> None:
+        """Write a checkpoint."""
         path = self._path()
-        if self.first and path is not None and (last or done % self._every == 0):
+        if path is None:
+            return
+        if self.first:
             _save(path, session, self._identity, done)
-        if path is not None:
-            self._barrier()
+        self._barrier()
 
     def end(self, session: Session) -> None:
         """The first worker's weights and batch-norm statistics, everywhere."""
@@ -162,12 +161,12 @@ class Member(Alone):
 
 
 @contextmanager
-def member(checkpoints: Path | None = None, every_epochs: int = 1) -> Iterator[Member]:
+def member(checkpoints: Path | None = None) -> Iterator[Member]:
     """This process as one of torchrun's workers, or as the only one where torchrun did not start it."""
     together = is_member() and not distributed.is_initialized()
     store = _connect() if together else None
     try:
-        yield Member(checkpoints, every_epochs, store)
+        yield Member(checkpoints, store)
     finally:
         if together:
             distributed.destroy_process_group()
@@ -228,11 +227,7 @@ def run_torchrun(arguments: Sequence[str], workers: int) -> int:
 
 
 def run_ray(
-    fit: Callable[[Member], Mapping[str, Any]],
-    workers: int,
-    checkpoints: Path,
-    every_epochs: int = 1,
-    address: str = "",
+    fit: Callable[[Member], Mapping[str, Any]], workers: int, checkpoints: Path, address: str = ""
 ) -> dict[str, Any]:
     """Call `fit` on Ray Train workers.
 
@@ -263,10 +258,10 @@ def run_ray(
 
     def loop() -> None:
         torch.set_num_threads(1)
-        who = Member(checkpoints, every_epochs)
+        who = Member(checkpoints)
         report = fit(who)
         if who.first:
-            _write_json(result, report)
+            result.write_text(json.dumps(report), encoding="utf-8")
 
     checkpoints.mkdir(parents=True, exist_ok=True)
     result.unlink(missing_ok=True)
@@ -285,21 +280,16 @@ def run_ray(
                 failure_config=FailureConfig(max_failures=MAX_RESTARTS),
             ),
         ).fit()
-    except ray.exceptions.RayError as error:
-        raise _ray_failure(error) from None
-    except RuntimeError as error:  # TrainingFailedError and ControllerError, whose modules differ by release
-        raise _ray_failure(error) from None
+    # RuntimeError: TrainingFailedError and ControllerError, whose modules differ by release.
+    except (ray.exceptions.RayError, RuntimeError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise TrainingError(f"The Ray workers failed: {lines[-1] if lines else type(error).__name__}") from None
     finally:
         if own:
             ray.shutdown()
     if not result.is_file():
         raise TrainingError("The first worker's report is not there.", "Put the checkpoints on a shared file system.")
     return dict(json.loads(result.read_text(encoding="utf-8")))
-
-
-def _ray_failure(error: BaseException) -> TrainingError:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return TrainingError(f"The Ray workers failed: {lines[-1] if lines else type(error).__name__}")
 
 
 def _digest(*parts: torch.Tensor | str) -> str:
@@ -316,36 +306,21 @@ def _digest(*parts: torch.Tensor | str) -> str:
 def _save(path: Path, session: Session, identity: str, epoch: int) -> None:
     """Weights, optimiser and schedule after `epoch` epochs, in one step."""
     tensors = {f"module.{k}": v.detach().clone() for k, v in session.module.state_dict().items()}
-    state = session.optimizer.state_dict()
-    for index, values in state["state"].items():
+    for index, values in session.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v).clone() for k, v in values.items()}
-    group = state["param_groups"][0]
-    about = {
-        "identity": identity,
-        "epoch": epoch,
-        "steps": session.schedule.last_epoch,
-        "lr": group["lr"],
-        "betas": list(group["betas"]),
-    }
+    about = {"identity": identity, "epoch": str(epoch), "steps": str(session.schedule.last_epoch)}
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_suffix(".tmp")
-    save_file(tensors, staging, metadata={"fides": json.dumps(about)})
+    save_file(tensors, staging, metadata=about)
     os.replace(staging, path)
 
 
-def _stored_epoch(path: Path, identity: str) -> int:
-    """Epochs that a checkpoint holds of this very call; 0 where there is none."""
-    about = _about(path)
-    return int(about["epoch"]) if about.get("identity") == identity else 0
-
-
-def _about(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+def _about(path: Path) -> dict[str, str]:
+    """What `_save` wrote about a checkpoint; nothing where there is none, or a damaged one."""
     try:
         with safe_open(path, framework="pt") as file:
-            return dict(json.loads((file.metadata() or {}).get("fides", "{}")))
-    except (SafetensorError, OSError, ValueError):
+            return file.metadata() or {}
+    except (SafetensorError, OSError):
         return {}
 
 
@@ -373,14 +348,8 @@ def _load(path: Path, session: Session) -> None:
                 index, _, name = rest.partition(".")
                 state.setdefault(int(index), {})[name] = file.get_tensor(key)
     session.module.load_state_dict(module)
-    groups = session.optimizer.state_dict()["param_groups"]
-    groups[0] |= {"lr": about["lr"], "betas": tuple(about["betas"])}
-    session.optimizer.load_state_dict({"state": state, "param_groups": groups})
-    # The schedule's place is all that changes in it; its next step sets the rate from there.
-    session.schedule.load_state_dict({"last_epoch": about["steps"], "_step_count": about["steps"] + 1})
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    staging = path.with_suffix(".tmp")
-    staging.write_text(json.dumps(value), encoding="utf-8")
-    os.replace(staging, path)
+    session.optimizer.load_state_dict({**session.optimizer.state_dict(), "state": state})
+    # The schedule follows from its place alone: the step to where it was sets the optimiser's rate and momentum.
+    steps = int(about["steps"])
+    session.schedule.load_state_dict({"last_epoch": steps - 1, "_step_count": steps})
+    session.schedule.step()

@@ -2,9 +2,9 @@
 
 After Kumar et al. (ASIA CCS 2024). Students are tried in order of cost. A pre-trained one begins with
 everything frozen under a fresh head; then the group of layers nearest the output is unfrozen, batch norms
-excepted, and the step is kept only if agreement on held-out rows rises by more than a tolerance. A larger
+excepted, and so on, as long as each step raises agreement on held-out rows by more than a tolerance. A larger
 student is tried only where the wanted agreement was not reached. Students that are not pre-trained have
-nothing to keep and are trained whole, in one step.
+nothing to keep and are trained as a whole, in one step.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,9 @@ from fides_plugins.training.distil.pretrained import PretrainedNetwork
 from fides_plugins.training.distil.students import Student, VerificationModel
 from fides_plugins.types import Float32Array
 
+#: A backbone is cut into at most this many groups of layers; one is unfrozen at a time.
+MAX_GROUPS = 5
+
 
 @dataclass(frozen=True)
 class GdtlSettings:
@@ -51,22 +54,16 @@ class GdtlSettings:
         Wanted share of held-out rows on which student and service have the same top class. The search stops
         at the first student whose agreement exceeds it by the estimate's own error, see `certain`.
     tolerance:
-        A step must raise held-out agreement by more than this to be kept.
-    max_groups:
-        A backbone is cut into at most this many groups of layers; one is unfrozen at a time.
-    patience:
-        Steps in a row that may fail to pay before a student is done.
+        A step that raises held-out agreement by no more than this is undone, and the student is finished.
     """
 
     agreement: float = 0.98
     tolerance: float = 0.002
-    max_groups: int = 5
-    patience: int = 1
 
 
 @dataclass(frozen=True)
 class SearchStep:
-    """One row of the trade-off table. `kept`: later steps build on it, or it is the student's last word."""
+    """One row of the trade-off table. `kept` is False for a step that did not pay and was undone."""
 
     student: str
     action: str
@@ -119,17 +116,18 @@ def search(
     transfer:
         What they are trained on.
     held_out_images, held_out_logits:
-        (M, ...) and the service's (M, K): rows that no student is trained on; they decide every step.
+        Rows (M, ...) that no student is trained on, and the service's logits (M, K) for them; every step is judged
+        on these.
     max_parameters, max_macs:
-        Dearer students are left out.
+        Students that cost more are left out.
     who:
         Who trains; see `distil`.
 
     Returns
     -------
-    The first student that surely reaches the agreement, or the best one when none does: the highest
-    agreement, and among equals the lowest divergence from the service. Where the held-out rows are too few
-    to be sure of any student, only the dearest is trained.
+    The first student that certainly reaches the agreement (see `certain`). If none does, the one with the highest
+    agreement, and among equals the one with the lowest divergence from the service. Where the held-out rows are
+    too few to be certain of any student, only the most expensive one is trained.
 
     Raises
     ------
@@ -139,11 +137,7 @@ def search(
     wanted = settings or GdtlSettings()
     training = distillation or DistillationSettings()
     priced = sorted(((s.cost(transfer.images), s) for s in students), key=lambda c: (c[0].macs, c[0].parameters))
-    fitting = [
-        (cost, student)
-        for cost, student in priced
-        if (max_parameters is None or cost.parameters <= max_parameters) and (max_macs is None or cost.macs <= max_macs)
-    ]
+    fitting = [(cost, student) for cost, student in priced if cost.within(max_parameters, max_macs)]
     if not fitting:
         cheapest = f"{priced[0][0].parameters} parameters, {priced[0][0].macs} multiply-adds" if priced else "none"
         raise TrainingError(
@@ -185,10 +179,9 @@ def certain(share: float, n_rows: int, wanted: float) -> bool:
 
 
 def divergence(service: Float32Array, student: Float32Array) -> float:
-    """Mean Kullback-Leibler divergence of the students' distributions from the service's, both logits (N, K)."""
-    s, v = torch.from_numpy(service), torch.from_numpy(student)
-    log_s, log_v = functional.log_softmax(s, dim=1), functional.log_softmax(v, dim=1)
-    return float((log_s.exp() * (log_s - log_v)).sum(1).mean())
+    """Mean Kullback-Leibler divergence of the student's distributions from the service's, both logits (N, K)."""
+    log_s, log_v = (functional.log_softmax(torch.from_numpy(logits), dim=1) for logits in (service, student))
+    return float(functional.kl_div(log_v, log_s, reduction="batchmean", log_target=True))
 
 
 @dataclass
@@ -206,9 +199,7 @@ class _Run:
     seed: int
     report: Share
     who: Alone
-
-    def __post_init__(self) -> None:
-        self.steps: list[SearchStep] = []
+    steps: list[SearchStep] = field(default_factory=list)
 
     def whole(self) -> float:
         """Train every layer at once; returns held-out agreement."""
@@ -221,17 +212,16 @@ class _Run:
         assert isinstance(network, PretrainedNetwork)
         for parameter in network.backbone.parameters():
             parameter.requires_grad_(False)
-        groups = layer_groups(network.backbone, self.wanted.max_groups)
+        groups = layer_groups(network.backbone, MAX_GROUPS)
         n_steps = 1 + len(groups)
         # Nothing below the head moves, so its inputs are computed once.
-        body = nn.Sequential(self.model.preprocess, _Features(network))
+        body = nn.Sequential(self.model.preprocess, network.backbone, network.pool)
         features = torch.from_numpy(predict(body, self.transfer.images))
         self._train(network.head, features, self.training.learning_rate, 0, n_steps)
         value = self._note("fresh head", kept=True)
         images = torch.from_numpy(self.transfer.images)
-        failed = 0
         for number, group in enumerate(groups):
-            if certain(value, len(self.images), self.wanted.agreement) or failed > self.wanted.patience - 1:
+            if certain(value, len(self.images), self.wanted.agreement):
                 break
             before = copy.deepcopy(network.state_dict())
             for layer in group:
@@ -241,12 +231,10 @@ class _Run:
             after = agreement(predict(self.model, self.images), self.logits)
             paid = after > value + self.wanted.tolerance
             self._note(f"unfreeze {len(group)} layers", kept=paid, value=after)
-            if paid:
-                value, failed = after, 0
-            else:
-                # The layers stay unfrozen for the next try, but it starts from the last weights that paid.
+            if not paid:
                 network.load_state_dict(before)
-                failed += 1
+                break
+            value = after
         self.model.eval()
         return value
 
@@ -270,17 +258,6 @@ class _Run:
             SearchStep(self.student.name, action, self.cost.parameters, self.cost.macs, trainable, value, kept)
         )
         return value
-
-
-class _Features(nn.Module):
-    """The pooled features of a network, as a module."""
-
-    def __init__(self, network: PretrainedNetwork) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.network.features(x)
 
 
 def layer_groups(backbone: nn.Module, max_groups: int) -> list[list[nn.Module]]:

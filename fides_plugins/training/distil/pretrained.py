@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,14 @@ from torch import nn
 from fides_plugins.errors import TrainingError
 from fides_plugins.training.distil.students import Student
 from fides_plugins.training.service.torch_modules import load_factory, load_torchscript, load_weights
+
+
+class GlobalPool(nn.Module):
+    """Maps (N, F, h, w) to their means (N, F); features (N, F) stay as they are."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, F, ...) to (N, F)."""
+        return x.flatten(2).mean(2) if x.dim() > 2 else x
 
 
 class PretrainedNetwork(nn.Module):
@@ -29,16 +38,12 @@ class PretrainedNetwork(nn.Module):
     def __init__(self, backbone: nn.Module, n_features: int, n_classes: int) -> None:
         super().__init__()
         self.backbone = backbone
+        self.pool = GlobalPool()
         self.head = nn.Sequential(nn.BatchNorm1d(n_features), nn.Dropout(0.2), nn.Linear(n_features, n_classes))
-
-    def features(self, x: torch.Tensor) -> torch.Tensor:
-        """Pooled features (N, F)."""
-        y: torch.Tensor = self.backbone(x)
-        return y.flatten(2).mean(2) if y.dim() > 2 else y
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (N, K)."""
-        logits: torch.Tensor = self.head(self.features(x))
+        logits: torch.Tensor = self.head(self.pool(self.backbone(x)))
         return logits
 
 
@@ -82,7 +87,7 @@ def pretrained_student(
             load_weights(module, Path(weights))
         return without_last_linear(module)
 
-    student = Student(path.stem.partition(":")[2] or path.stem, load, size, channels, mean, std, pretrained=True)
+    student = Student(path.stem.partition(":")[2] or path.stem, load, size, channels, mean, std)
     probe = student.model(images[:2], 0)
     probe.eval()
     try:
@@ -94,11 +99,7 @@ def pretrained_student(
             "State the size and the channels that it takes.",
         ) from error
     n_features = int(y.shape[1])
-
-    def build() -> nn.Module:
-        return PretrainedNetwork(load(), n_features, n_classes)
-
-    return Student(student.name, build, size, channels, mean, std, pretrained=True)
+    return replace(student, build=lambda: PretrainedNetwork(load(), n_features, n_classes))
 
 
 def without_last_linear(module: nn.Module) -> nn.Module:

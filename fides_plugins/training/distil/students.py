@@ -7,7 +7,7 @@ front of it, so that the exported graph takes the very tensor that the service t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,12 @@ from fides_plugins.training.data import image_layout
 LARGEST_SIZE = 64
 #: Channels of the first layer (CNN) or units of a layer (MLP) in the built-in family.
 WIDTHS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128, 192, 256, 384, 512)
+#: Shares of the parameters that may be spent, one built-in student for each.
+SHARES = (0.25, 0.5, 1.0)
 
 
 class Preprocess(nn.Module):
-    """From the service's tensor to what a student takes: cast, channels first, size, normalise.
+    """Turns the service's tensor into what a student takes: cast, channels first, resize, normalise.
 
     Parameters
     ----------
@@ -118,8 +120,6 @@ class Student:
     mean, std:
         The normalisation that a pre-trained network was trained with, one number per channel; None to
         measure it on the data.
-    pretrained:
-        The network is a `PretrainedNetwork`, to be unfrozen step by step.
     """
 
     name: str
@@ -128,7 +128,6 @@ class Student:
     channels: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    pretrained: bool = False
 
     def model(self, images: NDArray[Any], seed: int) -> VerificationModel:
         """The whole verification model, untrained but for pre-trained layers.
@@ -159,8 +158,7 @@ class Student:
 
     def cost(self, images: NDArray[Any]) -> Cost:
         """Parameters and multiply-adds for one row of these images."""
-        model = self.model(images[:2], 0)
-        return torch_cost(model, torch.from_numpy(np.ascontiguousarray(images[:1])))
+        return torch_cost(self.model(images[:2], 0), images)
 
 
 def _conv(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
@@ -196,11 +194,7 @@ def small_mlp(features: int, width: int, n_classes: int) -> nn.Module:
 
 
 def built_in_students(
-    images: NDArray[Any],
-    n_classes: int,
-    max_parameters: int | None = None,
-    max_macs: int | None = None,
-    steps: Sequence[float] = (0.25, 0.5, 1.0),
+    images: NDArray[Any], n_classes: int, max_parameters: int | None = None, max_macs: int | None = None
 ) -> tuple[Student, ...]:
     """Small students within a budget, cheapest first: CNNs for images, MLPs for anything else.
 
@@ -209,44 +203,30 @@ def built_in_students(
     images:
         (N, ...) rows of the service's tensor.
     max_parameters, max_macs:
-        The most that a student may cost; None for no limit.
-    steps:
-        Shares of `max_parameters`; for each one the student that uses it best. Without a limit: the widths
-        8, 16 and 32.
+        The most that a student may cost; None for no limit. Of the students that may have 25%, 50% and 100% of
+        `max_parameters`, the largest of each is taken; without that limit, those of the widths 8, 16 and 32.
 
     Raises
     ------
     TrainingError
         If even the smallest student costs more.
     """
-    fitting: list[tuple[Cost, Student]] = []
-    smallest: Cost | None = None
-    for student in _family(images.shape[1:], n_classes):
-        cost = student.cost(images)
-        smallest = cost if smallest is None or cost.parameters < smallest.parameters else smallest
-        if (max_parameters is None or cost.parameters <= max_parameters) and (
-            max_macs is None or cost.macs <= max_macs
-        ):
-            fitting.append((cost, student))
+    costs = {student: student.cost(images) for student in _family(images.shape[1:], n_classes)}
+    fitting = [student for student, cost in costs.items() if cost.within(max_parameters, max_macs)]
     if not fitting:
+        smallest = min(costs.values(), key=lambda cost: cost.parameters)
         raise TrainingError(
-            f"The smallest built-in student has {smallest.parameters if smallest else 0} parameters and "
-            f"{smallest.macs if smallest else 0} multiply-adds, more than the {max_parameters} and {max_macs} allowed.",
+            f"The smallest built-in student has {smallest.parameters} parameters and {smallest.macs} multiply-adds, "
+            f"more than the {max_parameters} and {max_macs} allowed.",
             "Allow a larger share of the service's cost, or give a student of your own.",
         )
-    chosen: dict[str, tuple[Cost, Student]] = {}
     if max_parameters is None:
-        for cost, student in fitting:
-            if student.name.endswith(("-8", "-16", "-32")):
-                chosen[student.name] = (cost, student)
-    for share in steps if max_parameters is not None else ():
-        under = [c for c in fitting if c[0].parameters <= share * max_parameters] if max_parameters else []
-        if under:
-            best = max(under, key=lambda c: (c[0].parameters, c[0].macs))
-            chosen[best[1].name] = best
-    if not chosen:
-        chosen[fitting[0][1].name] = fitting[0]
-    return tuple(s for _, s in sorted(chosen.values(), key=lambda c: (c[0].macs, c[0].parameters)))
+        chosen = [student for student in fitting if student.name.endswith(("-8", "-16", "-32"))]
+    else:
+        under = [[s for s in fitting if costs[s].parameters <= share * max_parameters] for share in SHARES]
+        largest = [max(some, key=lambda s: (costs[s].parameters, costs[s].macs)) for some in under if some]
+        chosen = list(dict.fromkeys(largest))
+    return tuple(sorted(chosen or fitting[:1], key=lambda s: (costs[s].macs, costs[s].parameters)))
 
 
 def _family(row_shape: tuple[int, ...], n_classes: int) -> Iterator[Student]:
@@ -261,8 +241,6 @@ def _family(row_shape: tuple[int, ...], n_classes: int) -> Iterator[Student]:
         h, w = math.ceil(h / 2), math.ceil(w / 2)
     channels = layout.channels
     for size in {(h, w), (h // 2, w // 2) if min(h, w) >= 16 else (h, w)}:
-        for width in WIDTHS:
-            if width > 128:
-                continue
+        for width in (width for width in WIDTHS if width <= 128):
             name = f"cnn-{size[0]}x{size[1]}-{width}"
             yield Student(name, lambda s=size, v=width: small_cnn(channels, s, v, n_classes), size)  # type: ignore[misc]

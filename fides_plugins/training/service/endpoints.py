@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from fides_plugins.bundle import InputSpec
 from fides_plugins.errors import TrainingError
 from fides_plugins.training.data import image_layout
-from fides_plugins.training.service.teacher import CHUNK_ROWS, Teacher, class_matrix
+from fides_plugins.training.service.teacher import CHUNK_ROWS, Teacher, class_matrix, pick_tensor
 from fides_plugins.types import Float32Array
 
+#: The most that an endpoint may take for one request.
+TIMEOUT_S = 30.0
 _REMEDY = "Start it again and repeat the command: answers received so far are kept and not asked for again."
 
 
@@ -33,32 +35,25 @@ class TritonTeacher(Teacher):
     """
 
     def __init__(
-        self,
-        address: str,
-        model: str,
-        version: str = "",
-        input_name: str = "",
-        output_name: str = "",
-        timeout_s: float = 30.0,
+        self, address: str, model: str, version: str = "", input_name: str = "", output_name: str = ""
     ) -> None:
         import tritonclient.grpc as grpc
         from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
         self.name = f"Triton model {model}"
-        self._grpc, self._failure, self._timeout = grpc, InferenceServerException, timeout_s
+        self._grpc, self._failure = grpc, InferenceServerException
         self._model, self._version = model, version
         try:
             self._client = grpc.InferenceServerClient(address)
-            metadata = self._client.get_model_metadata(model, version, client_timeout=timeout_s)
-            config = self._client.get_model_config(model, version, client_timeout=timeout_s).config
+            metadata = self._client.get_model_metadata(model, version, client_timeout=TIMEOUT_S)
+            config = self._client.get_model_config(model, version, client_timeout=TIMEOUT_S).config
         except InferenceServerException as error:
             raise TrainingError(
                 f"{self.name} at {address} does not answer: {error.message()}.", "Check address, name and version."
             ) from error
-        batched = config.max_batch_size > 0
-        self._batch = config.max_batch_size if batched else CHUNK_ROWS
-        source = _pick_named(metadata.inputs, input_name, "input", self.name)
-        target = _pick_named(metadata.outputs, output_name, "output", self.name)
+        self._batch = config.max_batch_size or CHUNK_ROWS  # 0: the server does not batch
+        source = pick_tensor(metadata.inputs, input_name, "input", self.name)
+        target = pick_tensor(metadata.outputs, output_name, "output", self.name)
         self._input, self._output, self._datatype = source.name, target.name, source.datatype
         shape = [int(s) if int(s) >= 0 else None for s in source.shape]
         dtype = np.dtype(triton_to_np_dtype(source.datatype))
@@ -77,7 +72,7 @@ class TritonTeacher(Teacher):
             wanted = [self._grpc.InferRequestedOutput(self._output)]
             try:
                 answer = self._client.infer(
-                    self._model, [tensor], self._version, outputs=wanted, client_timeout=self._timeout
+                    self._model, [tensor], self._version, outputs=wanted, client_timeout=TIMEOUT_S
                 )
             except self._failure as error:
                 raise TrainingError(f"{self.name} stopped answering: {error.message()}.", _REMEDY) from error
@@ -86,19 +81,6 @@ class TritonTeacher(Teacher):
 
     def close(self) -> None:
         self._client.close()
-
-
-def _pick_named(tensors: Any, name: str, what: str, model: str) -> Any:
-    names = [t.name for t in tensors]
-    if name and name in names:
-        return tensors[names.index(name)]
-    if name or len(names) != 1:
-        raise TrainingError(f"{model} has the {what}s {names}.", f"Name the one that matters with --{what}-name.")
-    return tensors[0]
-
-
-#: How one row becomes the body of an HTTP request, and its content type.
-Encoder = Callable[[NDArray[Any]], tuple[bytes, str]]
 
 
 def _encode_json(row: NDArray[Any]) -> tuple[bytes, str]:
@@ -123,7 +105,12 @@ def _encode_png(row: NDArray[Any]) -> tuple[bytes, str]:
     return buffer.getvalue(), "image/png"
 
 
-ENCODERS: dict[str, Encoder] = {"json": _encode_json, "npy": _encode_npy, "png": _encode_png}
+#: How one row becomes the body of an HTTP request, and its content type.
+ENCODERS: dict[str, Callable[[NDArray[Any]], tuple[bytes, str]]] = {
+    "json": _encode_json,
+    "npy": _encode_npy,
+    "png": _encode_png,
+}
 
 
 class TorchServeTeacher(Teacher):
@@ -143,20 +130,13 @@ class TorchServeTeacher(Teacher):
     key, or an object from class index to number with every class in it.
     """
 
-    def __init__(
-        self,
-        url: str,
-        encoding: str = "json",
-        request_key: str = "",
-        response_key: str = "",
-        timeout_s: float = 30.0,
-    ) -> None:
+    def __init__(self, url: str, encoding: str = "json", request_key: str = "", response_key: str = "") -> None:
         import httpx
 
         if encoding not in ENCODERS:
             raise TrainingError(f"There is no encoding {encoding!r}; choose one of {sorted(ENCODERS)}.")
         self._failure = httpx.HTTPError
-        self._client = httpx.Client(timeout=timeout_s)
+        self._client = httpx.Client(timeout=TIMEOUT_S)
         if request_key and encoding != "json":
             raise TrainingError(f"A request key needs the encoding json, not {encoding}.")
         self._url, self._encode = url, ENCODERS[encoding]
@@ -198,7 +178,7 @@ class TorchServeTeacher(Teacher):
             if isinstance(value, list):
                 return [float(v) for v in value]
         except (ValueError, TypeError, KeyError):
-            pass  # said below, whatever it was that did not fit
+            pass  # whatever it was that did not fit, the error below says it
         raise TrainingError(
             f"{self.name} answered with something that is no list of all class values.",
             "Say with --response-key where they are; a handler that gives only its top classes cannot teach.",

@@ -1,8 +1,9 @@
-"""What every teacher is: a service model whose answers a verification model learns."""
+"""The base of every teacher: a service model whose answers a verification model learns."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ class Teacher(ABC):
     name:
         For provenance; holds no path.
     digest:
-        Stands for the model: the same digest, the same answers.
+        Identifies the model: teachers with the same digest give the same answers.
     input:
         What it takes, or None where only the data can tell.
     """
@@ -51,6 +52,25 @@ class Teacher(ABC):
 
     def close(self) -> None:  # noqa: B027 - most teachers hold nothing open
         """Let go of connections."""
+
+
+def pick_tensor(tensors: Sequence[Any], name: str, what: str, model: str, prefer_rank: int | None = None) -> Any:
+    """The input or output called `name`; without a name, the only one there is, or the only one of that rank.
+
+    Raises
+    ------
+    TrainingError
+        If none has the name, or several could be meant.
+    """
+    names = [t.name for t in tensors]
+    if name:
+        if name not in names:
+            raise TrainingError(f"{model} has no {what} {name!r}; it has {names}.")
+        return tensors[names.index(name)]
+    likely = [t for t in tensors if len(t.shape) == prefer_rank] or tensors
+    if len(likely) != 1:
+        raise TrainingError(f"{model} has the {what}s {names}.", f"Name the one that matters with --{what}-name.")
+    return likely[0]
 
 
 def class_matrix(output: NDArray[Any], n: int, name: str) -> Float32Array:

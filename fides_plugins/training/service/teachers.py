@@ -23,10 +23,10 @@ from fides_plugins.bundle import InputSpec
 from fides_plugins.codec import OutputCodec
 from fides_plugins.errors import BundleError, InputError, TrainingError
 from fides_plugins.onnx_model import OnnxModel
-from fides_plugins.training.costs import Cost, example_row, onnx_cost, torch_cost
+from fides_plugins.training.costs import Cost, onnx_cost, torch_cost
 from fides_plugins.training.data import array_digest
 from fides_plugins.training.service.endpoints import TorchServeTeacher, TritonTeacher
-from fides_plugins.training.service.teacher import CHUNK_ROWS, Teacher, class_matrix
+from fides_plugins.training.service.teacher import CHUNK_ROWS, Teacher, class_matrix, pick_tensor
 from fides_plugins.types import Float32Array, OutputKind
 
 
@@ -49,8 +49,8 @@ class OnnxTeacher(Teacher):
         self.data = data
         self.name = name
         self.digest = hashlib.sha256(data).hexdigest()
-        self._input = _pick(self._model.inputs, input_name, "input", name)
-        self._output = _pick(self._model.outputs, output_name, "output", name, prefer_rank=2)
+        self._input = pick_tensor(self._model.inputs, input_name, "input", name)
+        self._output = pick_tensor(self._model.outputs, output_name, "output", name, prefer_rank=2)
         self.input = InputSpec(
             name=self._input.name, dtype=self._input.dtype.name, shape=(None, *self._input.shape[1:])
         )
@@ -76,19 +76,6 @@ class OnnxTeacher(Teacher):
     def like(self, data: bytes) -> OnnxTeacher:
         """Another model with the same tensors."""
         return OnnxTeacher(data, self.name, self._input.name, self._output.name)
-
-
-def _pick(tensors: Any, name: str, what: str, model: str, prefer_rank: int = 0) -> Any:
-    names = [t.name for t in tensors]
-    if name:
-        if name not in names:
-            raise TrainingError(f"{model} has no {what} {name!r}; it has {names}.")
-        return tensors[names.index(name)]
-    likely = [t for t in tensors if len(t.shape) == prefer_rank] if prefer_rank else list(tensors)
-    chosen = likely if likely else list(tensors)
-    if len(chosen) > 1:
-        raise TrainingError(f"{model} has the {what}s {names}.", f"Name the one that matters with --{what}-name.")
-    return chosen[0]
 
 
 class TorchTeacher(Teacher):
@@ -121,7 +108,7 @@ class TorchTeacher(Teacher):
         return class_matrix(output.detach().numpy(), len(images), self.name)
 
     def cost(self, images: NDArray[Any]) -> Cost | None:
-        return torch_cost(self.module, example_row(images))
+        return torch_cost(self.module, images)
 
 
 def load_teacher(
@@ -221,19 +208,17 @@ class AnswerCache:
             return self.teacher.ask(rows)
         key = hashlib.sha256(f"{self.teacher.digest}{array_digest(rows)}".encode()).hexdigest()
         path = self.folder / f"{key}.npy"
-        if path.is_file():
-            kept = self._read(path, len(rows))
-            if kept is not None:
-                self._check(rows, kept)
-                self.remembered += len(rows)
-                return kept
+        kept = self._read(path, len(rows))
+        if kept is not None:
+            self._check(rows, kept)
+            self.remembered += len(rows)
+            return kept
         answer = self.teacher.ask(rows)
         self.asked += len(rows)
         self.folder.mkdir(parents=True, exist_ok=True)
-        handle, staging = tempfile.mkstemp(dir=self.folder, suffix=".part")
-        with os.fdopen(handle, "wb") as stream:
-            np.save(stream, answer, allow_pickle=False)
-        os.replace(staging, path)
+        with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".part", delete=False) as staging:
+            np.save(staging, answer, allow_pickle=False)
+        os.replace(staging.name, path)
         return answer
 
     @staticmethod
@@ -241,7 +226,7 @@ class AnswerCache:
         try:
             kept = np.load(path, allow_pickle=False)
         except (ValueError, OSError, EOFError):
-            return None  # a damaged file is asked for again
+            return None  # missing or damaged: the teacher is asked
         return kept if kept.ndim == 2 and len(kept) == n and kept.dtype == np.float32 else None
 
     def _check(self, rows: NDArray[Any], kept: Float32Array) -> None:

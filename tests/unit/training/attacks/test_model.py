@@ -10,10 +10,18 @@ import torch
 from torch import nn
 
 from fides_plugins.bundle import Bundle, Manifest, ServiceSpec, VerificationSpec
-from fides_plugins.errors import PluginError, TrainingError
+from fides_plugins.errors import TrainingError
 from fides_plugins.training.attacks import default_registry
-from fides_plugins.training.attacks.input import add_service_attacks
-from fides_plugins.training.attacks.model import BadNets, BitFlips, LabelPermutation, Substitute, Victim, flip_bits
+from fides_plugins.training.attacks.input import input_attacks
+from fides_plugins.training.attacks.model import (
+    BadNets,
+    BitFlips,
+    LabelPermutation,
+    Substitute,
+    Victim,
+    flip_bits,
+    model_attacks,
+)
 from fides_plugins.training.export import export_onnx
 from fides_plugins.training.service.teachers import OnnxTeacher, TorchTeacher
 from fides_plugins.types import OutputKind
@@ -142,10 +150,8 @@ def test_what_an_attack_needs_is_said(victim: Victim) -> None:
         onnx.module("backdoor")
 
 
-def test_all_are_registered_by_name_beside_output_attacks() -> None:
-    registry = add_service_attacks(default_registry())
-    assert set(registry.names("model")) == {"bit_flips", "substitute", "backdoor", "label_permutation"}
-    assert set(registry.names("input")) == {"fgsm", "pgd", "carlini_wagner"}
-    assert "switch" in registry.names("output")
-    with pytest.raises(PluginError, match="two attacks"):
-        add_service_attacks(registry)
+def test_built_in_attacks_have_names_of_their_own() -> None:
+    output, on_inputs, on_models = default_registry().names(), set(input_attacks()), set(model_attacks())
+    assert on_models == {"bit_flips", "substitute", "backdoor", "label_permutation"}
+    assert on_inputs == {"fgsm", "pgd", "carlini_wagner"}
+    assert not (on_inputs | on_models) & set(output)

@@ -63,13 +63,6 @@ def test_a_resumed_training_gives_the_same_weights(tmp_path: Path) -> None:
     assert equal(whole, finished)
 
 
-def test_checkpoints_every_second_epoch(tmp_path: Path) -> None:
-    with pytest.raises(Interrupted):
-        train(Member(tmp_path, every_epochs=2), stop_after=4)
-    _, epochs = train(Member(tmp_path, every_epochs=2))
-    assert epochs == 1
-
-
 def test_a_checkpoint_of_another_training_is_not_taken_up(tmp_path: Path) -> None:
     train(Member(tmp_path))
     for other in ({"seed": 1}, {"data": transfer(seed=1)}):

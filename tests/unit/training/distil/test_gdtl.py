@@ -180,7 +180,7 @@ def pretrained(good: bool) -> Student:
                 backbone[3].weight.mul_(0.0)  # type: ignore[union-attr, operator]
         return PretrainedNetwork(backbone, 16, 3)
 
-    return Student("pretrained", build, pretrained=True)
+    return Student("pretrained", build)
 
 
 def test_greedy_stops_when_the_head_is_enough() -> None:
