@@ -21,6 +21,7 @@ from torch.nn import functional
 from fides_plugins.bundle import Bundle
 from fides_plugins.cli._output import console, print_table, progress
 from fides_plugins.cli.fit import show
+from fides_plugins.codec import OutputCodec
 from fides_plugins.onnx_model import OnnxModel
 from fides_plugins.training.attacks import default_registry
 from fides_plugins.training.attacks.model import Victim
@@ -141,8 +142,8 @@ def pair(service: bytes, bundle: Bundle, rows: Dataset) -> Predictions:
         logits_of(service, rows.images),
         logits_of(bundle.model(spec), rows.images),
         rows.labels,
-        service_kind="logits",
-        verification_kind="logits",
+        service_codec=OutputCodec(),
+        verification_codec=spec.codec,
     )
 
 

@@ -30,11 +30,12 @@ from fides_plugins.batch.records import (
     read_part,
     tensor,
 )
-from fides_plugins.bundle import Bundle
+from fides_plugins.bundle import Bundle, ServiceSpec, VerificationSpec
+from fides_plugins.codec import OutputCodec
 from fides_plugins.errors import InputError, SettingsError
 from fides_plugins.pipeline import Pipeline, VerifyOutcome
 from fides_plugins.settings import Settings
-from fides_plugins.types import BoolArray, Float32Array, IntArray, Prediction, Query, Verification, softmax
+from fides_plugins.types import BoolArray, IntArray, Query, Verification
 
 PLAN_NAME = "plan.json"
 #: A batch after the fact may take its time; this only ends a plug-in that hangs.
@@ -94,11 +95,10 @@ class Auditor:
         """Verdicts of one batch whose first row is row `start` of the recording."""
         recording = self._job.recording
         claimed, lengths = matrix(table.column(recording.service), self._pipeline.n_classes)
-        spec = self._manifest.service
-        kind = "logits" if recording.service.endswith("logits") else "probabilities"
-        service = Prediction.from_output(claimed, kind, spec.temperature)  # type: ignore[arg-type]
+        codec = _codec(recording.service, self._manifest.service)
+        service = codec.read(claimed)
         query, outcome, faults = self._reference(table)
-        if kind == "probabilities":
+        if codec.kind == "probabilities":
             logits = np.isfinite(claimed).all(axis=1) & ~service.valid
             faults[f"{recording.service} does not hold probabilities; are these logits?"] = logits
         faults |= self._wrong_lengths(recording.service, lengths)
@@ -121,7 +121,9 @@ class Auditor:
         service_name = self._job.settings.service_name
         if name != INPUT_COLUMN:
             values, lengths = matrix(table.column(name), k)
-            verification = Verification.single(self._distribution(values, name), "recording", lengths == k)
+            reference = _codec(name, self._manifest.verification).read(values)
+            mask = reference.valid & (lengths == k)
+            verification = Verification.single(reference.probabilities, "recording", mask)
             rows_only = np.empty((table.num_rows, 0), dtype=np.float32)
             query = Query({"recorded": rows_only}, model_name=service_name)
             faults = {f"{name} holds numbers that are not finite": (lengths == k) & ~np.isfinite(values).all(axis=1)}
@@ -138,11 +140,10 @@ class Auditor:
         shape = tuple(s or "any" for s in spec.shape[1:])
         return query, VerifyOutcome(found, outcome.failures), {f"{name} does not fit the shape {shape}": ~good}
 
-    def _distribution(self, values: Float32Array, name: str) -> Float32Array:
-        if not name.endswith("logits"):
-            return values
-        spec = self._manifest.verification
-        return softmax(values / np.float32(spec.temperature if spec is not None else 1.0))
+
+def _codec(column: str, spec: ServiceSpec | VerificationSpec | None) -> OutputCodec:
+    """Reads a column: its name says what it holds, the bundle at what temperature."""
+    return OutputCodec("logits" if column.endswith("logits") else "probabilities", spec.temperature if spec else 1.0)
 
 
 def prepare(

@@ -10,16 +10,15 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from fides_plugins.bundle import Bundle, Manifest, ServiceSpec, VerificationSpec, check_target, write_bundle
+from fides_plugins.bundle import Bundle, Manifest, ServiceSpec, check_target, write_bundle
 from fides_plugins.training.attacks import AttackRegistry
 from fides_plugins.training.costs import Cost
 from fides_plugins.training.data import Dataset
-from fides_plugins.training.distil.distillation import ALONE, Alone, agreement
+from fides_plugins.training.distil.distillation import ALONE, Alone
 from fides_plugins.training.fit_report import FitReport
 from fides_plugins.training.service.teacher import Teacher
 from fides_plugins.training.service.teachers import AnswerCache, load_teacher
 from fides_plugins.training.stages import (
-    OUTPUT_NAME,
     VERIFICATION_FILE,
     AnsweredData,
     DistilledModel,
@@ -28,7 +27,7 @@ from fides_plugins.training.stages import (
     MakeStudents,
     Progress,
     SplitData,
-    ask_service,
+    collect_answers,
     distil_model,
     fit_detection,
     split_data,
@@ -114,7 +113,7 @@ def fit_service(
     try:
         with who.first_before_others(), _timed(seconds, "answers"):
             split = split_data(data, teacher, chosen, seed)
-            answers = ask_service(split, asked, chosen, seed, tell)
+            answers = collect_answers(split, asked, chosen, seed, tell)
         with _timed(seconds, "distillation"):
             distilled = distil_model(split, answers, teacher, chosen, seed, tell, students, who)
         if who.first:
@@ -160,10 +159,6 @@ class _Fit:
         calibration = int(self.detection.artifacts.provenance["calibration_rows"])
         return {**counts, "transfer": self.answers.transfer.n_rows, "calibration": calibration}
 
-    def agreement(self) -> float:
-        """On the detection rows."""
-        return agreement(self.answers.logits["detection"], self.detection.logits)
-
     def manifest(self, name: str, bundle_version: int) -> Manifest:
         """Of the bundle, without its files."""
         split, found, n_classes = self.split, self.distilled.result, self.answers.n_classes
@@ -172,10 +167,8 @@ class _Fit:
             bundle_version=bundle_version,
             class_names=split.data.class_names or tuple(str(i) for i in range(n_classes)),
             input=split.input,
-            service=ServiceSpec(output_kind=self.answers.kind),
-            verification=VerificationSpec(
-                file=VERIFICATION_FILE, input_name=split.input.name, output_name=OUTPUT_NAME, output_kind="logits"
-            ),
+            service=ServiceSpec(output_kind=self.answers.codec.kind),
+            verification=self.detection.spec,
             provenance={
                 "service": {
                     "name": self.teacher.name,
@@ -189,7 +182,7 @@ class _Fit:
                 "verification": {
                     "student": found.student,
                     "cost": _plain(self.detection.cost),
-                    "agreement": round(self.agreement(), 6),
+                    "agreement": round(self.detection.rows.agreement, 6),
                     "wanted_agreement_reached": found.reached,
                     "steps": [s.as_dict() for s in found.steps],
                 },
@@ -203,7 +196,7 @@ class _Fit:
 
     def report(self, out: str | Path, bundle: Bundle, asked: AnswerCache, seconds: dict[str, float]) -> FitReport:
         """What was made, and how well it does."""
-        found, labels = self.distilled.result, self.split.labels("detection")
+        found, rows = self.distilled.result, self.detection.rows
         return FitReport(
             bundle=str(out),
             digest=bundle.digest,
@@ -213,9 +206,9 @@ class _Fit:
             student=found.student,
             steps=found.steps,
             reached=found.reached,
-            agreement=self.agreement(),
-            service_accuracy=_accuracy(self.answers.logits["detection"], labels),
-            verification_accuracy=_accuracy(self.detection.logits, labels),
+            agreement=rows.agreement,
+            service_accuracy=_accuracy(rows.service, rows.labels),
+            verification_accuracy=_accuracy(rows.verification, rows.labels),
             rows=self.rows(),
             asked=asked.asked,
             remembered=asked.remembered,
@@ -228,5 +221,5 @@ def _plain(cost: Cost | None) -> dict[str, int] | None:
     return None if cost is None else asdict(cost)
 
 
-def _accuracy(logits: Float32Array, labels: IntArray | None) -> float | None:
-    return None if labels is None else float((logits.argmax(axis=1) == labels).mean())
+def _accuracy(answers: Float32Array, labels: IntArray | None) -> float | None:
+    return None if labels is None else float((answers.argmax(axis=1) == labels).mean())

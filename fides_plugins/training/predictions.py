@@ -16,8 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fides_plugins.codec import OutputCodec
 from fides_plugins.errors import InputError, TrainingError
 from fides_plugins.types import BoolArray, Float32Array, IntArray, OutputKind, Prediction
+
+#: Reads what is a distribution already.
+PROBABILITIES = OutputCodec("probabilities")
 
 _ARRAYS = (
     "`service_logits` or `service_probabilities`, `verification_logits` or `verification_probabilities`, "
@@ -35,15 +39,14 @@ class Predictions:
         (N, K) float32, rows sum to one. `service` is clean: what the un-attacked service answered.
     labels:
         (N,) int64 in [0, K), or None.
-    service_kind, verification_kind:
-        What the source held.
+    service_codec:
+        What the service's answers were read with.
     """
 
     service: Float32Array
     verification: Float32Array
     labels: IntArray | None = None
-    service_kind: OutputKind = "probabilities"
-    verification_kind: OutputKind = "probabilities"
+    service_codec: OutputCodec = PROBABILITIES
 
     @classmethod
     def check(
@@ -52,12 +55,10 @@ class Predictions:
         verification: ArrayLike,
         labels: ArrayLike | None = None,
         *,
-        service_kind: OutputKind = "probabilities",
-        verification_kind: OutputKind = "probabilities",
-        service_temperature: float = 1.0,
-        verification_temperature: float = 1.0,
+        service_codec: OutputCodec = PROBABILITIES,
+        verification_codec: OutputCodec = PROBABILITIES,
     ) -> Predictions:
-        """Predictions from raw outputs.
+        """Predictions from raw outputs, (N, K) or what else the codecs read.
 
         Raises
         ------
@@ -65,10 +66,21 @@ class Predictions:
             If shapes differ, a row is not finite or no distribution, or a label is out of range; the
             message names the array and the first bad row.
         """
-        s = _distribution(service, service_kind, service_temperature, f"service_{service_kind}")
-        v = _distribution(
-            verification, verification_kind, verification_temperature, f"verification_{verification_kind}"
-        )
+        names = (f"service_{service_codec.kind}", f"verification_{verification_codec.kind}")
+        pair = _read(service, service_codec, names[0]), _read(verification, verification_codec, names[1])
+        return cls.of(*pair, labels, service_codec, names)
+
+    @classmethod
+    def of(
+        cls,
+        service: Prediction,
+        verification: Prediction,
+        labels: ArrayLike | None = None,
+        service_codec: OutputCodec = PROBABILITIES,
+        names: tuple[str, str] = ("service", "verification"),
+    ) -> Predictions:
+        """Predictions from answers that are read already; raises as `check` does, with these names."""
+        s, v = _valid(service, names[0]), _valid(verification, names[1])
         if s.shape[1] != v.shape[1]:
             raise TrainingError(
                 f"The service has {s.shape[1]} classes, the verification model {v.shape[1]}.",
@@ -80,7 +92,7 @@ class Predictions:
             )
         if not len(s):
             raise TrainingError("There are no rows.", "Give predictions for at least a few hundred inputs.")
-        return cls(s, v, _labels(labels, *s.shape), service_kind, verification_kind)
+        return cls(s, v, _labels(labels, *s.shape), service_codec)
 
     @property
     def n_rows(self) -> int:
@@ -100,13 +112,8 @@ class Predictions:
     def take(self, rows: IntArray | BoolArray) -> Predictions:
         """The chosen rows."""
         labels = None if self.labels is None else self.labels[rows]
-        return Predictions(
-            np.ascontiguousarray(self.service[rows]),
-            np.ascontiguousarray(self.verification[rows]),
-            labels,
-            self.service_kind,
-            self.verification_kind,
-        )
+        service, verification = (np.ascontiguousarray(p[rows]) for p in (self.service, self.verification))
+        return Predictions(service, verification, labels, self.service_codec)
 
     def split(self, fraction: float, seed: int) -> tuple[Predictions, Predictions]:
         """Two disjoint parts at random; the first has ceil((1 - fraction) N) rows."""
@@ -148,23 +155,19 @@ def load_predictions(
     """
     name = Path(path).name
     arrays = _read_npz(Path(path), name)
-    outputs: dict[str, tuple[NDArray[Any], OutputKind]] = {}
-    for side in ("service", "verification"):
+    outputs: list[NDArray[Any]] = []
+    codecs: list[OutputCodec] = []
+    for side, temperature in (("service", service_temperature), ("verification", verification_temperature)):
         kinds: list[OutputKind] = [k for k in ("logits", "probabilities") if f"{side}_{k}" in arrays]
         if not kinds:
             raise TrainingError(
                 f"{name} has neither `{side}_logits` nor `{side}_probabilities`; it has {sorted(arrays)}.",
                 f"A predictions file holds {_ARRAYS}.",
             )
-        outputs[side] = (arrays[f"{side}_{kinds[0]}"], kinds[0])
+        outputs.append(arrays[f"{side}_{kinds[0]}"])
+        codecs.append(OutputCodec(kinds[0], temperature))
     return Predictions.check(
-        outputs["service"][0],
-        outputs["verification"][0],
-        arrays.get("labels"),
-        service_kind=outputs["service"][1],
-        verification_kind=outputs["verification"][1],
-        service_temperature=service_temperature,
-        verification_temperature=verification_temperature,
+        outputs[0], outputs[1], arrays.get("labels"), service_codec=codecs[0], verification_codec=codecs[1]
     )
 
 
@@ -185,11 +188,14 @@ def _read_npz(path: Path, name: str) -> Mapping[str, NDArray[Any]]:
         ) from None
 
 
-def _distribution(values: ArrayLike, kind: OutputKind, temperature: float, what: str) -> Float32Array:
+def _read(values: ArrayLike, codec: OutputCodec, what: str) -> Prediction:
     try:
-        prediction = Prediction.from_output(values, kind, temperature)
+        return codec.read(values)
     except InputError as error:
         raise TrainingError(f"`{what}`: {error.cause_text}", error.remedy) from None
+
+
+def _valid(prediction: Prediction, what: str) -> Float32Array:
     bad = np.flatnonzero(~prediction.valid)
     if len(bad):
         raise TrainingError(

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fides_plugins.bundle import InputSpec
+from fides_plugins.bundle import InputSpec, VerificationSpec
+from fides_plugins.codec import OutputCodec
 from fides_plugins.onnx_model import OnnxModel
 from fides_plugins.training.attacks import AttackRegistry
 from fides_plugins.training.costs import Cost, onnx_cost
 from fides_plugins.training.data import Dataset, load_data, match_input, split_rows
-from fides_plugins.training.detector.calibration import require_rows
-from fides_plugins.training.detector.detection import DetectionArtifacts, train_detection
+from fides_plugins.training.detector.calibration import require_rows, run_graph
+from fides_plugins.training.detector.detection import DetectionArtifacts, train_on
 from fides_plugins.training.distil.distillation import (
     Alone,
     Augmentation,
@@ -32,9 +33,10 @@ from fides_plugins.training.distil.distillation import (
 from fides_plugins.training.distil.gdtl import GdtlResult, GdtlSettings, search
 from fides_plugins.training.distil.students import Student, built_in_students
 from fides_plugins.training.export import export_onnx
+from fides_plugins.training.predictions import Predictions
 from fides_plugins.training.service.teacher import Teacher
-from fides_plugins.training.service.teachers import AnswerCache, as_logits, output_kind
-from fides_plugins.types import Float32Array, IntArray, OutputKind, softmax
+from fides_plugins.training.service.teachers import AnswerCache, output_kind
+from fides_plugins.types import Float32Array, IntArray, OutputKind
 
 VERIFICATION_FILE = "verification.onnx"
 OUTPUT_NAME = "logits"
@@ -139,16 +141,16 @@ class AnsweredData:
 
     Attributes
     ----------
-    kind:
-        What its raw outputs are.
-    logits:
-        (n, K) by part, of "selection" and "detection".
+    codec:
+        Reads its outputs, here and in every host.
+    outputs:
+        (n, K) as it gave them, of "selection" and "detection".
     transfer:
         The distillation rows and changed copies of them, answered.
     """
 
-    kind: OutputKind
-    logits: Mapping[str, Float32Array]
+    codec: OutputCodec
+    outputs: Mapping[str, Float32Array]
     transfer: TransferSet
 
     @property
@@ -171,17 +173,18 @@ class FittedDetection:
 
     Attributes
     ----------
-    graph, cost:
-        The verification model's ONNX bytes, and what it costs.
-    logits:
-        (n, K) its answers to the detection rows.
+    graph, spec, cost:
+        The verification model's ONNX bytes, how it is called and read, and what it costs.
+    rows:
+        What both models answered to the detection rows.
     artifacts:
         Detector, re-classifier and calibration.
     """
 
     graph: bytes
+    spec: VerificationSpec
     cost: Cost
-    logits: Float32Array
+    rows: Predictions
     artifacts: DetectionArtifacts
 
 
@@ -211,7 +214,7 @@ def _spec(teacher: Teacher, data: Dataset) -> InputSpec:
     return InputSpec(name=name, dtype=dtype, shape=(None, *data.images.shape[1:]))
 
 
-def ask_service(
+def collect_answers(
     split: SplitData, cache: AnswerCache, options: FitOptions, seed: int, progress: Progress
 ) -> AnsweredData:
     """The service's answers to every part, and to changed copies of the distillation rows.
@@ -238,9 +241,8 @@ def ask_service(
     outputs = {part: ask(rows) for part, rows in held.items()}
     split.data.check_labels(outputs["detection"].shape[1])
     raw = ask(shown)
-    kind: OutputKind = options.output_kind or output_kind(np.concatenate([raw, *outputs.values()]))
-    logits = {part: as_logits(output, kind) for part, output in outputs.items()}
-    return AnsweredData(kind, logits, TransferSet(shown, as_logits(raw, kind), labels))
+    codec = OutputCodec(options.output_kind or output_kind(np.concatenate([raw, *outputs.values()])))
+    return AnsweredData(codec, outputs, TransferSet(shown, codec.logits(raw), labels))
 
 
 def _copies(images: NDArray[Any], transfer_rows: int) -> int:
@@ -281,7 +283,7 @@ def distil_model(
         candidates,
         answers.transfer,
         split.images("selection"),
-        answers.logits["selection"],
+        answers.codec.logits(answers.outputs["selection"]),
         settings=GdtlSettings(agreement=options.agreement, tolerance=options.tolerance),
         distillation=options.distillation(),
         max_parameters=parameters,
@@ -317,16 +319,19 @@ def fit_detection(
         If an attack is unknown.
     """
     images = split.images("detection")
-    graph = export_onnx(distilled.result.model, images, split.input.name, OUTPUT_NAME)
-    model = OnnxModel(graph, name=VERIFICATION_FILE)
-    logits = np.concatenate(
-        [model.run({split.input.name: images[i : i + 512]})[OUTPUT_NAME] for i in range(0, len(images), 512)]
+    spec = VerificationSpec(file=VERIFICATION_FILE, input_name=split.input.name, output_name=OUTPUT_NAME)
+    graph = export_onnx(distilled.result.model, images, spec.input_name, spec.output_name)
+    output = run_graph(OnnxModel(graph, name=spec.file), spec.output_name, **{spec.input_name: images})
+    rows = Predictions.check(
+        answers.outputs["detection"],
+        output,
+        split.labels("detection"),
+        service_codec=answers.codec,
+        verification_codec=spec.codec,
     )
     chosen: dict[str, Any] = {} if attacks is None else {"attacks": tuple(attacks)}
-    artifacts = train_detection(
-        softmax(answers.logits["detection"]),
-        softmax(logits),
-        split.labels("detection"),
+    artifacts = train_on(
+        rows,
         registry=registry,
         false_alarm_rate=options.false_alarm_rate,
         calibration_fraction=CALIBRATION_FRACTION,
@@ -334,4 +339,4 @@ def fit_detection(
         progress=lambda share: progress("train detection", round(100 * share), 100),
         **chosen,
     )
-    return FittedDetection(graph, onnx_cost(graph, images.shape[1:]), logits, artifacts)
+    return FittedDetection(graph, spec, onnx_cost(graph, images.shape[1:]), rows, artifacts)

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fides_plugins.codec import OutputCodec
 from fides_plugins.errors import TrainingError
-from fides_plugins.training.attacks.model import ServiceAttack, Victim
+from fides_plugins.training.attacks.model import ServiceAttack, Victim, log_scale
 from fides_plugins.training.predictions import AttackedRows
 
 if TYPE_CHECKING:
@@ -69,12 +70,11 @@ class InputAttack:
         module = victim.module(self.name)
         honest = victim.service(clean)
         low, high = float(clean.min()), float(clean.max())
-        network = module if victim.output_kind == "logits" else _log_of(module)
         classifier = PyTorchClassifier(
-            model=network,
+            model=_logits_of(module, victim.codec),
             loss=nn.CrossEntropyLoss(),
             input_shape=clean.shape[1:],
-            nb_classes=honest.shape[1],
+            nb_classes=honest.n_classes,
             clip_values=(low, high),
             device_type="cpu",
         )
@@ -85,22 +85,22 @@ class InputAttack:
                 torch.manual_seed(seed)
                 attack = self.make(classifier, self.strength * (high - low))
                 # The service's own answer is what the attack leads away from: no labels are needed.
-                perturbed = attack.generate(x=clean, y=np.eye(honest.shape[1], dtype=np.float32)[honest.argmax(1)])
+                perturbed = attack.generate(x=clean, y=np.eye(honest.n_classes, dtype=np.float32)[honest.label])
         finally:
             np.random.set_state(state)
             module.eval()
         return np.ascontiguousarray(np.clip(perturbed, low, high), dtype=np.float32)
 
 
-def _log_of(module: Any) -> Any:
-    """A module whose probabilities are answered as logarithms."""
+def _logits_of(module: Any, codec: OutputCodec) -> Any:
+    """The module with its output as logits, which the toolbox's gradients need."""
     from torch import Tensor, nn
 
-    class Log(nn.Module):
+    class Logits(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return x.clamp_min(1e-7).log()
+            return log_scale(x, codec)
 
-    return nn.Sequential(module, Log())
+    return nn.Sequential(module, Logits())
 
 
 def _fgsm(classifier: Any, strength: float) -> Any:

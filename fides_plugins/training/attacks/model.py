@@ -17,15 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fides_plugins.bundle import Bundle
+from fides_plugins.codec import SMALLEST_PROBABILITY, OutputCodec
 from fides_plugins.errors import TrainingError
 from fides_plugins.training.data import image_layout
 from fides_plugins.training.predictions import AttackedRows
 from fides_plugins.training.service.teacher import Teacher
-from fides_plugins.training.service.teachers import OnnxTeacher, TorchTeacher, as_logits
-from fides_plugins.types import Float32Array, IntArray, OutputKind, softmax
+from fides_plugins.training.service.teachers import OnnxTeacher, TorchTeacher
+from fides_plugins.types import IntArray, Prediction
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,8 @@ class Victim:
     ----------
     teacher:
         The service. Attacks that look inside need a `TorchTeacher`, bit flips also take an `OnnxTeacher`.
-    output_kind:
-        What it answers.
     bundle:
-        Whose verification model answers beside it.
+        Whose verification model answers beside it, and whose manifest says how the service's output is read.
     images:
         (N, ...) held-out rows in the service's dtype.
     training_images, training_labels:
@@ -47,20 +46,24 @@ class Victim:
     """
 
     teacher: Teacher
-    output_kind: OutputKind
     bundle: Bundle
     images: NDArray[Any]
     training_images: NDArray[Any] | None = None
     training_labels: IntArray | None = None
 
-    def service(self, images: NDArray[Any], teacher: Teacher | None = None) -> Float32Array:
-        """Class probabilities (n, K) of the service, or of what stands in its place."""
+    @property
+    def codec(self) -> OutputCodec:
+        """Reads the service's output."""
+        return self.bundle.manifest.service.codec
+
+    def service(self, images: NDArray[Any], teacher: Teacher | None = None) -> Prediction:
+        """What the service, or what stands in its place, answers to the rows (n, ...)."""
         asked = teacher or self.teacher
         raw = np.concatenate([asked.ask(images[i : i + 256]) for i in range(0, len(images), 256)])
-        return softmax(as_logits(raw, self.output_kind))
+        return self.codec.read(raw)
 
-    def verification(self, images: NDArray[Any]) -> Float32Array:
-        """Class probabilities (n, K) of the bundle's verification model.
+    def verification(self, images: NDArray[Any]) -> Prediction:
+        """What the bundle's verification model answers to the rows (n, ...).
 
         Raises
         ------
@@ -75,7 +78,7 @@ class Victim:
             model.run({spec.input_name: np.ascontiguousarray(images[i : i + 256])})[spec.output_name]
             for i in range(0, len(images), 256)
         ]
-        return softmax(as_logits(np.concatenate(parts), spec.output_kind) / np.float32(spec.temperature))
+        return spec.codec.read(np.concatenate(parts))
 
     def module(self, needed_by: str) -> nn.Module:
         """The service's torch module.
@@ -93,7 +96,7 @@ class Victim:
         module: nn.Module = self.teacher.module
         return module
 
-    def attacked(self, attack: Any, images: NDArray[Any], service: Float32Array) -> AttackedRows:
+    def attacked(self, attack: Any, images: NDArray[Any], service: Prediction) -> AttackedRows:
         """Rows whose class differs from what the honest service says of the clean row.
 
         Parameters
@@ -101,11 +104,12 @@ class Victim:
         images:
             (N, ...) what was sent: clean, perturbed or triggered.
         service:
-            (N, K) what the attacked service answered to it.
+            What the attacked service answered to it. Rows that are no distribution are left out: every host refuses
+            them without a detector.
         """
-        honest = self.service(self.images).argmax(axis=1)
-        rows = np.flatnonzero(service.argmax(axis=1) != honest)
-        return AttackedRows(attack.name, attack.summary, service[rows], self.verification(images)[rows], rows)
+        rows = np.flatnonzero(service.valid & (service.label != self.service(self.images).label))
+        lies, references = service.probabilities[rows], self.verification(images).probabilities[rows]
+        return AttackedRows(attack.name, attack.summary, lies, references, rows)
 
 
 class ServiceAttack(Protocol):
@@ -199,12 +203,13 @@ class LabelPermutation:
     def run(self, victim: Victim, seed: int) -> AttackedRows:
         """See `ServiceAttack`."""
         answers = victim.service(victim.images)
-        k = answers.shape[1]
+        k = answers.n_classes
         # A cycle through a random order moves every class; a random permutation would leave some in place.
         order = np.random.default_rng(seed).permutation(k)
         source = np.empty(k, np.int64)
         source[order] = np.roll(order, 1)
-        return victim.attacked(self, victim.images, np.ascontiguousarray(answers[:, source]))
+        renamed = Prediction(answers.probabilities[:, source], answers.valid)
+        return victim.attacked(self, victim.images, renamed)
 
 
 @dataclass(frozen=True)
@@ -228,7 +233,7 @@ class Substitute:
         from fides_plugins.training.distil.students import Student, built_in_students
 
         images, labels = _training_rows(victim, self.name)
-        k = victim.service(images[:2]).shape[1]
+        k = victim.bundle.n_classes
         student = built_in_students(images, k)[0] if self.build is None else Student("substitute", self.build)
         weak = student.model(images, seed)
         # Hard answers only: the thief of a contract has labels, not the service.
@@ -236,7 +241,9 @@ class Substitute:
         hard[np.arange(len(images)), labels] = 20.0
         settings = DistillationSettings(temperature=1.0, alpha=1.0, beta=0.0)
         distil(weak, torch.from_numpy(images), TransferSet(images, hard, labels), settings, 3e-3, self.epochs, seed)
-        answers = victim.service(victim.images, TorchTeacher(weak, "substitute"))
+        # It answers as the service does, whom it wants to be taken for.
+        shown = weak if victim.codec.kind == "logits" else torch.nn.Sequential(weak, torch.nn.Softmax(dim=1))
+        answers = victim.service(victim.images, TorchTeacher(shown, "substitute"))
         return victim.attacked(self, victim.images, answers)
 
 
@@ -301,9 +308,7 @@ class BadNets:
                 for batch in torch.split(torch.randperm(len(x), generator=generator), 64):
                     if len(batch) < 2:
                         continue  # batch norm cannot take one row
-                    output = module(x[batch])
-                    log = output if victim.output_kind == "logits" else output.clamp_min(1e-7).log()
-                    loss = functional.cross_entropy(log, y[batch])
+                    loss = functional.cross_entropy(log_scale(module(x[batch]), victim.codec), y[batch])
                     optimizer.zero_grad()
                     loss.backward()  # type: ignore[no-untyped-call]
                     optimizer.step()
@@ -317,7 +322,13 @@ def _training_rows(victim: Victim, name: str) -> tuple[NDArray[Any], IntArray]:
     images = victim.training_images
     if victim.training_labels is not None:
         return images, victim.training_labels
-    return images, victim.service(images).argmax(axis=1)
+    return images, victim.service(images).label
+
+
+def log_scale(output: Tensor, codec: OutputCodec) -> Tensor:
+    """A service's output as logits (N, K), with its gradient: what `OutputCodec.logits` is to numbers, but for T."""
+    rows = output.flatten(1)
+    return rows if codec.kind == "logits" else rows.clamp_min(SMALLEST_PROBABILITY).log()
 
 
 def model_attacks() -> Mapping[str, ServiceAttack]:

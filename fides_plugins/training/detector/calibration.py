@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from fides_plugins.errors import TrainingError
 from fides_plugins.onnx_model import OnnxModel
@@ -100,7 +101,7 @@ def _smooth(values: Float64Array) -> Float64Array:
     return np.asarray(np.convolve(padded, np.full(width, 1.0 / width), mode="valid"))
 
 
-def run_graph(model: OnnxModel, output: str, **inputs: Float32Array) -> Float32Array:
+def run_graph(model: OnnxModel, output: str, **inputs: NDArray[Any]) -> Float32Array:
     """One output of a graph over many rows, in chunks."""
     n = len(next(iter(inputs.values())))
     parts = [

@@ -252,7 +252,7 @@ def fit_predictions(
     manifest = Manifest(
         name=name,
         class_names=names,
-        service=ServiceSpec(output_kind=rows.service_kind),
+        service=ServiceSpec(output_kind=rows.service_codec.kind, temperature=rows.service_codec.temperature),
         provenance={"predictions": Path(path).name, "detection": artifacts.provenance},
         **artifacts.manifest_parts(),
     )

@@ -97,14 +97,8 @@ def ask_service(
     answers = AnswerCache(teacher, cache)
     total = len(dataset.images)
     raw = answers.answers(dataset.images, lambda done: tell("asking the service", done / total))
-    victim = Victim(teacher, manifest.service.output_kind, bundle, dataset.images)
-    rows = Predictions.check(
-        raw,
-        victim.verification(dataset.images),
-        dataset.labels,
-        service_kind=manifest.service.output_kind,
-        service_temperature=manifest.service.temperature,
-    )
+    victim = Victim(teacher, bundle, dataset.images)
+    rows = Predictions.of(victim.codec.read(raw), victim.verification(dataset.images), dataset.labels)
     attacked, skipped = _attack(victim, seed, tell) if attack_model else ([], {})
     return ServiceRows(rows, dataset.images, attacked, skipped)
 

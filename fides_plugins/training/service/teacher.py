@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fides_plugins.bundle import InputSpec
-from fides_plugins.errors import TrainingError
+from fides_plugins.codec import class_rows
+from fides_plugins.errors import InputError, TrainingError
 from fides_plugins.training.costs import Cost
 from fides_plugins.types import Float32Array
 
@@ -53,19 +54,19 @@ class Teacher(ABC):
 
 
 def class_matrix(output: NDArray[Any], n: int, name: str) -> Float32Array:
-    """The answer to `n` rows as (n, K) float32.
+    """The answer to `n` rows, of any shape that `codec.class_rows` takes, as (n, K) float32.
 
     Raises
     ------
     TrainingError
         If it has another shape, or is not finite.
     """
-    array = np.asarray(output, dtype=np.float32)
-    if array.ndim != 2 or len(array) != n or array.shape[1] < 2:
-        raise TrainingError(
-            f"{name} answered {n} images with an array of shape {array.shape}; expected ({n}, classes).",
-            "Name the output that holds the classes.",
-        )
+    try:
+        array = np.asarray(class_rows(output), dtype=np.float32)
+    except InputError as error:
+        raise TrainingError(f"{name}: {error.cause_text}", error.remedy) from None
+    if len(array) != n:
+        raise TrainingError(f"{name} answered {n} images with {len(array)} rows.", "Name the output of the classes.")
     if not np.isfinite(array).all():
         raise TrainingError(f"{name} answered with NaN or infinity.", "Check the scale of the images.")
     return array

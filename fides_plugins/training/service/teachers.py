@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fides_plugins.bundle import InputSpec
+from fides_plugins.codec import OutputCodec
 from fides_plugins.errors import BundleError, InputError, TrainingError
 from fides_plugins.onnx_model import OnnxModel
 from fides_plugins.training.costs import Cost, example_row, onnx_cost, torch_cost
@@ -27,9 +28,6 @@ from fides_plugins.training.data import array_digest
 from fides_plugins.training.service.endpoints import TorchServeTeacher, TritonTeacher
 from fides_plugins.training.service.teacher import CHUNK_ROWS, Teacher, class_matrix
 from fides_plugins.types import Float32Array, OutputKind
-
-#: Probabilities are raised to this before a logarithm turns them into logits.
-SMALLEST_PROBABILITY = 1e-7
 
 
 class OnnxTeacher(Teacher):
@@ -261,13 +259,5 @@ class AnswerCache:
 
 def output_kind(outputs: Float32Array) -> OutputKind:
     """What raw outputs (N, K) are: "probabilities" if every row is non-negative and sums to one, else "logits"."""
-    sums = outputs.sum(axis=1, dtype=np.float64)
-    is_distribution = bool((outputs >= 0).all()) and bool((np.abs(sums - 1.0) < 1e-2).all())
-    return "probabilities" if is_distribution else "logits"
-
-
-def as_logits(outputs: Float32Array, kind: OutputKind) -> Float32Array:
-    """Logits (N, K); the logarithm of probabilities, which a softmax turns back."""
-    if kind == "logits":
-        return outputs
-    return np.log(np.clip(outputs, SMALLEST_PROBABILITY, None)).astype(np.float32)
+    distributions = (outputs >= 0).all() and OutputCodec("probabilities").read(outputs).valid.all()
+    return "probabilities" if distributions else "logits"

@@ -15,11 +15,15 @@ from fides_plugins.bundle import Bundle
 from fides_plugins.cli import app
 from fides_plugins.errors import BundleError, FidesError, TrainingError
 from fides_plugins.onnx_model import OnnxModel
-from fides_plugins.training.data import Dataset
+from fides_plugins.pipeline import Pipeline
+from fides_plugins.settings import Settings
+from fides_plugins.training.data import Dataset, split_rows
 from fides_plugins.training.export import export_onnx
 from fides_plugins.training.fit import FitOptions, fit_service
 from fides_plugins.training.fit_report import FitReport
 from fides_plugins.training.service.teachers import OnnxTeacher
+from fides_plugins.training.stages import CALIBRATION_FRACTION, SHARES
+from fides_plugins.types import Query
 
 QUICK = FitOptions(agreement=0.9, epochs=6, transfer_rows=3000, false_alarm_rate=0.05)
 CENTRES = np.random.default_rng(5).normal(0, 1.2, (4, 10)).astype(np.float32)
@@ -70,6 +74,35 @@ def test_bundle_serves_and_keeps_its_limits(fitted: tuple[Path, FitReport], serv
     assert agreed > 0.88
     assert abs(agreed - report.agreement) < 0.08
     assert bundle.model(spec).run({"features": test[:1]})[spec.output_name].shape == (1, 4)
+
+
+def unsure_and_sure(n: int, seed: int) -> Dataset:
+    """Rows for a linear service of 60 classes: the longer a row, the surer its answer."""
+    rng = np.random.default_rng(seed)
+    lengths = np.exp(rng.uniform(-2.5, 2.5, (n, 1)))
+    return Dataset((lengths * rng.normal(size=(n, 12))).astype(np.float32))
+
+
+def test_hosts_see_the_very_scores_that_calibration_saw(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 60), nn.Softmax(dim=1), nn.Unflatten(1, (60, 1, 1)))
+    data = unsure_and_sure(480, 2)
+    service = OnnxTeacher(export_onnx(net, data.images, "features", "classes"), "s.onnx")
+    options = FitOptions(epochs=2, transfer_rows=480, false_alarm_rate=0.05, max_cost=9, max_size=9)
+    fit_service(service, data, tmp_path / "b", seed=3, options=options, attacks=("switch",))
+    bundle = Bundle.load(tmp_path / "b")
+    assert bundle.manifest.service.output_kind == "probabilities"
+    # The rows that calibrated, as fit chose them.
+    rows = split_rows(data.images, SHARES, 3)["detection"]
+    order = np.random.default_rng(3).permutation(len(rows))
+    rows = rows[np.sort(order[len(rows) - int(CALIBRATION_FRACTION * len(rows)) :])]
+    output = OnnxModel(service.data).run({"features": data.images[rows]})["classes"]
+    assert output.shape == (len(rows), 60, 1, 1)
+    settings = Settings(bundle=str(tmp_path / "b"), false_alarm_rate=0.05, timeout_ms=60_000)
+    pipeline = Pipeline.from_settings(settings)
+    verdict = pipeline.run(Query({"features": data.images[rows]}), bundle.manifest.service.codec.read(output))
+    calibrated = json.loads(bundle.file("calibration.json"))["learned"]
+    np.testing.assert_array_equal(np.sort(verdict.score), np.array(calibrated, np.float32))
 
 
 def test_parts_are_disjoint_and_counted(fitted: tuple[Path, FitReport]) -> None:

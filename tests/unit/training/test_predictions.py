@@ -31,8 +31,8 @@ def test_logits_and_probabilities_mean_the_same(tmp_path: Path):
     second = load_predictions(saved(tmp_path, **arrays))
     np.testing.assert_allclose(first.service, second.service, atol=1e-6)
     np.testing.assert_allclose(first.verification, second.verification, atol=1e-6)
-    assert first.service_kind == "logits"
-    assert second.service_kind == "probabilities"
+    assert first.service_codec.kind == "logits"
+    assert second.service_codec.kind == "probabilities"
     assert first.labels is not None
     assert second.labels is None
 
@@ -53,8 +53,8 @@ def test_temperatures_divide_logits(tmp_path: Path):
         ({"verification_logits": logits(n=39)}, "The service has 40 rows, the verification model 39"),
         ({"service_logits": np.where(np.arange(40)[:, None] == 7, np.nan, logits())}, "first is row 7"),
         ({"verification_logits": np.where(np.arange(40)[:, None] == 3, np.inf, logits())}, "`verification_logits`"),
-        ({"service_logits": logits()[:, 0]}, "`service_logits`.*two dimensions"),
-        ({"service_logits": logits(k=1), "verification_logits": logits(k=1)}, "at least 2"),
+        ({"service_logits": logits()[:, 0]}, "`service_logits`.*one row of classes"),
+        ({"service_logits": logits(k=1), "verification_logits": logits(k=1)}, "one row of classes"),
         ({"service_logits": logits(n=0), "verification_logits": logits(n=0), "labels": np.zeros(0, int)}, "no rows"),
         ({"service_logits": logits().astype(str)}, "expected numbers"),
     ],

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from fides_plugins.bundle import Bundle, Manifest, VerificationSpec
+from fides_plugins.bundle import Bundle, Manifest, ServiceSpec, VerificationSpec
 from fides_plugins.errors import TrainingError
 from fides_plugins.training.attacks.input import InputAttack, input_attacks
 from fides_plugins.training.attacks.model import Victim
 from fides_plugins.training.export import export_onnx
 from fides_plugins.training.service.teachers import OnnxTeacher, TorchTeacher
+from fides_plugins.types import OutputKind
 
 pytest.importorskip("art", reason="the extra `attacks` is not installed")
 
@@ -27,12 +28,21 @@ def linear() -> nn.Module:
     return net.eval()
 
 
+X = np.random.default_rng(0).random((60, 1, 3, 3)).astype(np.float32)
+
+
+def bundle(kind: OutputKind = "logits") -> Bundle:
+    manifest = Manifest(
+        class_names=tuple("abc"),
+        service=ServiceSpec(output_kind=kind),
+        verification=VerificationSpec(file="v.onnx", input_name="input"),
+    )
+    return Bundle.in_memory(manifest, {"v.onnx": export_onnx(linear(), X)}, "test")
+
+
 @pytest.fixture(scope="module")
 def victim() -> Victim:
-    x = np.random.default_rng(0).random((60, 1, 3, 3)).astype(np.float32)
-    manifest = Manifest(class_names=tuple("abc"), verification=VerificationSpec(file="v.onnx", input_name="input"))
-    bundle = Bundle.in_memory(manifest, {"v.onnx": export_onnx(linear(), x)}, "test")
-    return Victim(TorchTeacher(linear(), "service"), "logits", bundle, x)
+    return Victim(TorchTeacher(linear(), "service"), bundle(), X)
 
 
 @pytest.mark.parametrize("name", ["fgsm", "pgd", "carlini_wagner"])
@@ -48,7 +58,7 @@ def test_rows_change_class_by_a_small_change(victim: Victim, name: str) -> None:
     if name != "carlini_wagner":
         assert change.max() <= attack.strength * span + 1e-6
     found = attack.run(victim, 0)
-    honest = victim.service(victim.images).argmax(1)
+    honest = victim.service(victim.images).label
     assert len(found.rows) >= 15
     assert (found.service.argmax(1) != honest[found.rows]).all()
     # Both models saw the perturbed input, and here they are one and the same.
@@ -58,7 +68,7 @@ def test_rows_change_class_by_a_small_change(victim: Victim, name: str) -> None:
 
 def test_probability_services_are_attacked_too(victim: Victim) -> None:
     module = nn.Sequential(linear(), nn.Softmax(dim=1)).eval()
-    other = replace(victim, teacher=TorchTeacher(module, "service"), output_kind="probabilities")
+    other = replace(victim, teacher=TorchTeacher(module, "service"), bundle=bundle("probabilities"))
     assert len(input_attacks()["fgsm"].run(other, 0).rows) >= 15
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from fides_plugins.bundle import Bundle, Manifest, VerificationSpec
+from fides_plugins.bundle import Bundle, Manifest, ServiceSpec, VerificationSpec
 from fides_plugins.errors import PluginError, TrainingError
 from fides_plugins.training.attacks import default_registry
 from fides_plugins.training.attacks.input import add_service_attacks
 from fides_plugins.training.attacks.model import BadNets, BitFlips, LabelPermutation, Substitute, Victim, flip_bits
 from fides_plugins.training.export import export_onnx
 from fides_plugins.training.service.teachers import OnnxTeacher, TorchTeacher
+from fides_plugins.types import OutputKind
 
 PROTOTYPES = (np.random.default_rng(3).random((4, 8, 8)) > 0.5).astype(np.float32)
 
@@ -41,10 +44,14 @@ def trained(width: int, seed: int) -> nn.Module:
     return net.eval()
 
 
-def bundle() -> Bundle:
+def bundle(kind: OutputKind = "logits") -> Bundle:
     """A bundle that holds nothing but a verification model."""
     x, _ = images(4, 0)
-    manifest = Manifest(class_names=tuple("abcd"), verification=VerificationSpec(file="v.onnx", input_name="input"))
+    manifest = Manifest(
+        class_names=tuple("abcd"),
+        service=ServiceSpec(output_kind=kind),
+        verification=VerificationSpec(file="v.onnx", input_name="input"),
+    )
     return Bundle.in_memory(manifest, {"v.onnx": export_onnx(trained(8, 5), x)}, "test")
 
 
@@ -52,7 +59,7 @@ def bundle() -> Bundle:
 def victim() -> Victim:
     x, _ = images(200, 2)
     more, labels = images(300, 4)
-    return Victim(TorchTeacher(trained(32, 0), "service"), "logits", bundle(), x, more, labels)
+    return Victim(TorchTeacher(trained(32, 0), "service"), bundle(), x, more, labels)
 
 
 def test_bits_are_flipped_and_flipped_back() -> None:
@@ -72,13 +79,13 @@ def test_bits_are_flipped_and_flipped_back() -> None:
 def test_bit_flips_change_answers_but_not_the_service(victim: Victim, form: str) -> None:
     module = victim.module("test")
     teacher = victim.teacher if form == "torch" else OnnxTeacher(export_onnx(module, victim.images))
-    attacked = Victim(teacher, "logits", victim.bundle, victim.images)
-    before = attacked.service(victim.images)
+    attacked = Victim(teacher, victim.bundle, victim.images)
+    before = attacked.service(victim.images).probabilities
     found = BitFlips(flips=60).run(attacked, 1)
-    assert np.array_equal(attacked.service(victim.images), before)
+    assert np.array_equal(attacked.service(victim.images).probabilities, before)
     assert 0 < len(found.rows) <= 200
     assert (found.service.argmax(1) != before.argmax(1)[found.rows]).all()
-    assert np.allclose(found.verification, victim.verification(victim.images)[found.rows])
+    assert np.allclose(found.verification, victim.verification(victim.images).probabilities[found.rows])
     again = BitFlips(flips=60).run(attacked, 1)
     assert np.array_equal(found.rows, again.rows)
 
@@ -86,7 +93,7 @@ def test_bit_flips_change_answers_but_not_the_service(victim: Victim, form: str)
 def test_permutation_moves_every_class(victim: Victim) -> None:
     found = LabelPermutation().run(victim, 0)
     assert len(found.rows) == len(victim.images)
-    honest = victim.service(victim.images)
+    honest = victim.service(victim.images).probabilities
     assert np.allclose(np.sort(found.service, 1), np.sort(honest, 1))
     pairs = set(zip(honest.argmax(1).tolist(), found.service.argmax(1).tolist(), strict=True))
     assert len(pairs) == 4
@@ -96,14 +103,18 @@ def test_substitute_is_another_weaker_model(victim: Victim) -> None:
     weak = Substitute(epochs=1, build=lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 1), nn.Linear(1, 4)))
     found = weak.run(victim, 0)
     assert 0 < len(found.rows) < 200
+    # A substitute of a service that answers probabilities answers them as well.
+    module = nn.Sequential(victim.module("test"), nn.Softmax(dim=1)).eval()
+    other = replace(victim, teacher=TorchTeacher(module, "service"), bundle=bundle("probabilities"))
+    np.testing.assert_array_equal(weak.run(other, 0).rows, found.rows)
 
 
 def test_backdoor_answers_the_target_under_the_trigger_only(victim: Victim) -> None:
     attack = BadNets(target=2, epochs=25, learning_rate=5e-3)
     assert not np.array_equal(attack.trigger(victim.images), victim.images)
-    honest = victim.service(victim.images).argmax(1)
+    honest = victim.service(victim.images).label
     poisoned = TorchTeacher(attack.poison(victim, 0), "poisoned")
-    clean = victim.service(victim.images, poisoned).argmax(1)
+    clean = victim.service(victim.images, poisoned).label
     assert (clean == honest).mean() > 0.9
     found = attack.run(victim, 0)
     assert (found.service.argmax(1) == 2).mean() > 0.9
@@ -122,7 +133,7 @@ def test_trigger_is_one_pixel_off_the_last_corner(shape: tuple[int, ...]) -> Non
 
 
 def test_what_an_attack_needs_is_said(victim: Victim) -> None:
-    onnx = Victim(OnnxTeacher(export_onnx(victim.module("t"), victim.images)), "logits", victim.bundle, victim.images)
+    onnx = Victim(OnnxTeacher(export_onnx(victim.module("t"), victim.images)), victim.bundle, victim.images)
     with pytest.raises(TrainingError, match="rows to train on"):
         Substitute().run(onnx, 0)
     with pytest.raises(TrainingError, match="needs images"):
