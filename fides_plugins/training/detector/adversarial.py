@@ -29,7 +29,7 @@ from torch.nn import functional
 
 from fides_plugins.training.attacks import OutputAttack
 from fides_plugins.training.detector.calibration import fit_temperature
-from fides_plugins.training.detector.features import DIVERGENCES, Pair, TemperatureScaling
+from fides_plugins.training.detector.features import DIVERGENCES, FLOORS, Pair, TemperatureScaling
 from fides_plugins.training.detector.networks import Detector, Generator, Reclassifier, agreement_of, to_be_ordered
 from fides_plugins.training.detector.pools import Pool, Pools
 from fides_plugins.training.detector.strata import LEARNED_ALONE, SCORE_WEIGHTS, ScoreWeights
@@ -158,8 +158,8 @@ class _Trainer:
         self.options = options
         # Each model's temperature from the other's choice: certainty then tells how likely they agree.
         self.scaling = TemperatureScaling(
-            max(MIN_TEMPERATURE, fit_temperature(rows.service, rows.verification.argmax(axis=1))),
-            max(MIN_TEMPERATURE, fit_temperature(rows.verification, rows.service.argmax(axis=1))),
+            max(MIN_TEMPERATURE, fit_temperature(rows.service, rows.verification.argmax(axis=1), FLOORS[0])),
+            max(MIN_TEMPERATURE, fit_temperature(rows.verification, rows.service.argmax(axis=1), FLOORS[1])),
         )
         self.importance: dict[str, float] = {}
         self.difficulty: dict[str, float] = {}

@@ -26,8 +26,8 @@ _TEMPERATURES = (0.1, 20.0)
 _CHUNK = 1024
 
 
-def fit_temperature(probabilities: ArrayLike, labels: IntArray) -> float:
-    """The temperature T that makes softmax(log p / T) most likely to have given `labels`.
+def fit_temperature(probabilities: ArrayLike, labels: IntArray, floor: float = 1e-30) -> float:
+    """The temperature T that makes softmax(log(p + floor) / T) most likely to have given `labels`.
 
     Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017), with probabilities in place of
     logits, which differ from their logarithm by a constant per row only.
@@ -38,12 +38,14 @@ def fit_temperature(probabilities: ArrayLike, labels: IntArray) -> float:
         (N, K).
     labels:
         (N,) class indices.
+    floor:
+        As `TemperatureScaling` adds it.
 
     Returns
     -------
     T in [0.1, 20].
     """
-    logs = np.log(np.maximum(np.asarray(probabilities, np.float32), np.float32(1e-30)))
+    logs = np.log(np.asarray(probabilities, np.float32) + np.float32(floor))
     rows = np.arange(len(logs))
 
     def loss(log_t: float) -> float:

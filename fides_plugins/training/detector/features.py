@@ -5,6 +5,11 @@ scaling; Guo et al., "On Calibration of Modern Neural Networks", ICML 2017). Dis
 certain to many digits; in float32 probabilities the digits are still there, and a temperature brings them back to a
 scale on which certainty tells how likely the two are to agree.
 
+How the service writes its answer must not matter: as float16, with six decimals, or with a floor of its own. So its
+probabilities are raised by `SERVICE_FLOOR` before a logarithm is taken, and its classes enter by how likely they are,
+not by their order, which is chance among classes that are equally near nothing. The verification model's answer comes
+from the bundle's own graph in float32, and is used to its last digit.
+
 No feature depends on the number or on the order of the classes' columns, so one network serves any K.
 The divergences are those of `fides_plugins.statistics.divergences`; a test holds the two to 1e-5 of each other.
 """
@@ -15,10 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fides_plugins.statistics.divergences import EPSILON
+from fides_plugins.statistics.divergences import EPSILON, SERVICE_FLOOR
 
 #: Stands for a class that is not there; below every scaled log-probability.
 LOG_PAD = -1e4
+#: Added to the probabilities of the service and of the verification model.
+FLOORS = (SERVICE_FLOOR, 1e-30)
 #: Log-ratios are clipped here before they enter a network.
 LOG_RATIO_LIMIT = 20.0
 #: The highest classes looked at one by one. A K of 2 is padded.
@@ -43,9 +50,9 @@ FEATURE_NAMES: tuple[str, ...] = (
     "verification_margin12",
     "verification_margin23",
     "verification_of_claimed1",
-    "verification_of_claimed2",
+    "verification_of_other_claims",
     "service_of_verified1",
-    "service_of_verified2",
+    "service_of_other_verified",
     "exchange_gain",
 )
 #: So many of them, from the first on, are KL.
@@ -71,7 +78,7 @@ _FROM_SUMS = (
     (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0),
 )
 _ADDED = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
-# Columns: each model's first three log-probabilities and the other's at its first two, the service's before the
+# Columns: each model's first three log-probabilities and the other's at its first and others, the service's before the
 # verification model's. To: the first, the two margins, and how far the other's stay below the other's own first.
 _FROM_TOP = (
     (1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0, -1.0),
@@ -105,8 +112,8 @@ class TemperatureScaling(nn.Module):
         return service, verification
 
     def forward(self, both: Tensor) -> Tensor:
-        """log_softmax(log p / T)."""
-        return functional.log_softmax(torch.log(torch.clamp_min(both, 1e-30)) * self.scale, dim=2)
+        """log_softmax(log(p + floor) / T)."""
+        return functional.log_softmax(torch.log(both + torch.tensor(FLOORS)[:, None]) * self.scale, dim=2)
 
 
 class Pair:
@@ -129,10 +136,13 @@ class Pair:
         top = torch.topk(functional.pad(logs, (0, max(0, TOP - 2)), value=LOG_PAD), TOP, dim=2)
         self.top = top.values
         crossed = _pick(logs, _OTHER_WAY)
-        # Only two are gathered, so that the padding's index is never used.
-        self.other = crossed.gather(2, top.indices[:, :, :2])
-        # Classes that the other model finds likelier than this one's choice; 0: the same choice (or a tie).
-        self.rank = (crossed > self.other[:, :, :1]).to(logs.dtype).sum(dim=2)
+        # What the other model thinks of this one's choice, and of its other classes on average, weighted by this one.
+        chosen = crossed.gather(2, top.indices[:, :, :1])
+        others = torch.softmax(logs + LOG_PAD * (logs >= self.top[:, :, :1]).to(logs.dtype), dim=2)
+        self.other = torch.cat((chosen, (others * crossed).sum(dim=2, keepdim=True)), dim=2)
+        # Classes that the other model finds likelier than this one's choice, each counted by how much likelier: 1 minus
+        # the ratio. 0: the same choice (or a tie).
+        self.rank = torch.clamp_min(1.0 - torch.exp(chosen - crossed), 0.0).sum(dim=2)
         self.agrees = self.rank[:, :1] == 0.0
 
     @property

@@ -14,7 +14,7 @@ from fides_plugins.statistics import divergences
 from fides_plugins.training.attacks import default_registry
 from fides_plugins.training.detector.adversarial import GanOptions, by_precedence, close_to_least, train_gan
 from fides_plugins.training.detector.detection import DetectionArtifacts, train_detection
-from fides_plugins.training.detector.features import FEATURE_NAMES, Pair, TemperatureScaling
+from fides_plugins.training.detector.features import FEATURE_NAMES, FLOORS, Pair, TemperatureScaling
 from fides_plugins.training.detector.networks import Detector, DetectorGraph, export
 from fides_plugins.training.detector.pools import Pools
 from fides_plugins.training.evaluation.synthetic import synthetic_pair
@@ -54,10 +54,13 @@ def test_features_in_the_graph_are_those_of_divergences(k: int):
     answer = graph.run(pair)
     found = dict(zip(FEATURE_NAMES, answer["features"].T, strict=True))
     s, v = answer["scaled"][:, 0], answer["scaled"][:, 1]
-    for name, mine, temperature in zip(pair, (s, v), TEMPERATURES, strict=True):
-        powers = np.maximum(pair[name].astype(np.float64), 1e-30) ** (1 / temperature)
+    for name, mine, temperature, floor in zip(pair, (s, v), TEMPERATURES, FLOORS, strict=True):
+        powers = (pair[name].astype(np.float64) + floor) ** (1 / temperature)
         np.testing.assert_allclose(mine, powers / powers.sum(axis=1, keepdims=True), rtol=1e-4, atol=1e-12)
-    wanted = {name: divergences.divergence(name)(s, v) for name in ("kl", "kl_reverse", "js", "total_variation")}
+    wanted = {name: divergences.divergence(name)(s, v) for name in ("kl", "js", "total_variation")}
+    # Under s lies the service's floor already.
+    wanted["kl_reverse"] = divergences.kl(v, s)
+    wanted["kl_unscaled"] = divergences.kl(pair["service"], pair["verification"])
     wanted["cross_entropy"] = divergences.cross_entropy(s, v)
     wanted["entropy_service"], wanted["entropy_verification"] = divergences.entropy(s), divergences.entropy(v)
     wanted["agreement"] = (s.argmax(axis=1) == v.argmax(axis=1)).astype(np.float64)
