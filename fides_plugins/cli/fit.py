@@ -258,6 +258,19 @@ def show(report: FitReport) -> None:
         )
     counts = ", ".join(f"{part} {n:,}" for part, n in report.rows.items())
     screen.print(f"Rows: {counts}. The service answered {report.asked:,}, {report.remembered:,} came from the cache.")
+    plain = report.forms[0].caught if report.forms else {}
+    print_table(
+        "Lies caught at the budget, were answers written so",
+        ("answers", *plain, "honest rows that are no distribution"),
+        [
+            (f.form, *(f"{f.caught[a]:.3f}" if a in f.caught else "n/a" for a in plain), f"{f.errors:.1%}")
+            for f in report.forms
+        ],
+    )
+    if report.told_form:
+        screen.print(
+            f"The service answers so already: {report.told_form}. What was trained has learned from such answers."
+        )
     if report.scale != 1.0:
         screen.print(f"Pixel values were multiplied by {report.scale:.6g}.")
     screen.print(f"Bundle {report.bundle}, digest {report.digest[:16]}..., {sum(report.seconds.values()):.0f} s.")

@@ -213,6 +213,8 @@ class _Fit:
             asked=asked.asked,
             remembered=asked.remembered,
             scale=self.split.scale,
+            told_form=self.detection.told_form,
+            forms=self.detection.forms,
             seconds=seconds,
         )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from fides_plugins.training.costs import Cost
 from fides_plugins.training.distil.gdtl import SearchStep
+from fides_plugins.training.evaluation.forms import FormCost
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class FitReport:
         Rows the service answered, and rows found in the cache of an earlier run.
     scale:
         Factor that was applied to the pixel values.
+    told_form, forms:
+        The coarse form that the service answers in (empty: none), and what share of lies would be caught in others.
     seconds:
         By stage.
     """
@@ -52,6 +55,8 @@ class FitReport:
     asked: int
     remembered: int
     scale: float
+    told_form: str = ""
+    forms: tuple[FormCost, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -66,5 +71,6 @@ class FitReport:
             "service_cost": None if service is None else Cost(**service),
             "verification_cost": Cost(**values["verification_cost"]),
             "steps": tuple(SearchStep(**s) for s in values["steps"]),
+            "forms": tuple(FormCost(**f) for f in values["forms"]),
         }
         return cls(**{**values, **parts})

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from fides_plugins.bundle import InputSpec, VerificationSpec
 from fides_plugins.codec import OutputCodec
 from fides_plugins.onnx_model import OnnxModel
-from fides_plugins.training.attacks import AttackRegistry
+from fides_plugins.training.attacks import AttackRegistry, default_registry
 from fides_plugins.training.costs import Cost, onnx_cost
 from fides_plugins.training.data import Dataset, load_data, match_input, split_rows
 from fides_plugins.training.detector.calibration import require_rows, run_graph
-from fides_plugins.training.detector.detection import DetectionArtifacts, train_on
+from fides_plugins.training.detector.detection import DETECTOR_FILE, DetectionArtifacts, train_on
 from fides_plugins.training.distil.distillation import (
     Alone,
     Augmentation,
@@ -32,6 +32,7 @@ from fides_plugins.training.distil.distillation import (
 )
 from fides_plugins.training.distil.gdtl import GdtlResult, GdtlSettings, search
 from fides_plugins.training.distil.students import Student, built_in_students
+from fides_plugins.training.evaluation.forms import FormCost, form_costs, told_form
 from fides_plugins.training.export import export_onnx
 from fides_plugins.training.predictions import Predictions
 from fides_plugins.training.service.teacher import Teacher
@@ -179,6 +180,8 @@ class FittedDetection:
         What both models answered to the detection rows.
     artifacts:
         Detector, re-classifier and calibration.
+    told_form, forms:
+        The coarse form that the service answers in (empty: none), and what coarse forms would cost.
     """
 
     graph: bytes
@@ -186,6 +189,8 @@ class FittedDetection:
     cost: Cost
     rows: Predictions
     artifacts: DetectionArtifacts
+    told_form: str
+    forms: tuple[FormCost, ...]
 
 
 def split_data(source: str | Path | Dataset, teacher: Teacher, options: FitOptions, seed: int) -> SplitData:
@@ -339,4 +344,9 @@ def fit_detection(
         progress=lambda share: progress("train detection", round(100 * share), 100),
         **chosen,
     )
-    return FittedDetection(graph, spec, onnx_cost(graph, images.shape[1:]), rows, artifacts)
+    _, held_out = rows.split(CALIBRATION_FRACTION, seed)
+    lies = [(registry or default_registry()).output(name) for name in ("switch", "random")]
+    detector = OnnxModel(artifacts.detector_onnx, name=DETECTOR_FILE)
+    forms = form_costs(detector, held_out, lies, options.false_alarm_rate, seed)
+    told = told_form(answers.outputs["detection"], answers.codec)
+    return FittedDetection(graph, spec, onnx_cost(graph, images.shape[1:]), rows, artifacts, told, forms)
