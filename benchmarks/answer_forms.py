@@ -33,7 +33,7 @@ from fides_plugins.training.fit import FitOptions, fit_service
 from fides_plugins.training.service.teachers import OnnxTeacher
 
 FEATURES, HIDDEN = 16, 48
-FIT_ROWS, TEST_ROWS = 2000, 2000
+FIT_ROWS, TEST_ROWS = 1600, 2000
 BUDGET = 0.01
 #: Few, because what is measured is the reading of answers and not the detector: a fit then takes half the time.
 ATTACKS = ("switch", "random")
