@@ -297,10 +297,10 @@ def test_the_command_needs_one_source(arguments: list[str], folder: Path):
 
 def test_attacks_left_out_of_training_are_trained_without(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """The real training, with every call recorded."""
-    from fides_plugins.training.evaluation import evaluation
+    from fides_plugins.training.evaluation import evaluate as module
 
     asked: list[tuple[str, ...]] = []
-    real = evaluation.train_on
+    real = module.train_on
 
     def recorded(rows: Predictions, **options: Any) -> Any:
         asked.append(tuple(options["attacks"]))
@@ -313,7 +313,7 @@ def test_attacks_left_out_of_training_are_trained_without(folder: Path, monkeypa
         first[:] = [made]
         return made
 
-    monkeypatch.setattr(evaluation, "train_on", once)
+    monkeypatch.setattr(module, "train_on", once)
     rows = synthetic_pair(400, K, signal=3.0, seed=2)
     fit = synthetic_pair(600, K, signal=3.0, seed=3)
     result = evaluate(Bundle.load(folder / "bundle"), rows, registry=default_registry(), fit_rows=fit).result
