@@ -92,19 +92,23 @@ def test_the_order_of_the_classes_means_nothing(artifacts: DetectionArtifacts):
 
 
 def test_it_tells_lies_from_honest_rows_and_recovers_the_answer(artifacts: DetectionArtifacts):
-    rows = synthetic_pair(2000, 6, signal=3.5, seed=9)
-    detector, reclassifier = OnnxModel(artifacts.detector_onnx), OnnxModel(artifacts.reclassifier_onnx)
-    honest = detector.run({"service": rows.service, "verification": rows.verification})["score"]
+    """Beside plain disagreement, in the mean over three trainings: one alone moves by two points with its seed."""
+    fitted, rows = synthetic_pair(1500, 6, signal=3.5), synthetic_pair(2000, 6, signal=3.5, seed=9)
+    more = [train_detection(fitted.service, fitted.verification, fitted.labels, seed=seed) for seed in (4, 5)]
     own = rows.service.argmax(axis=1)
     for name in ("switch", "random"):
         lies, _ = default_registry().output(name).apply(rows.service, np.random.default_rng(0))
         pair = {"service": lies, "verification": rows.verification}
-        right = 0.5 * ((honest <= 0.5).mean() + (detector.run(pair)["score"] > 0.5).mean())
         rule = 0.5 * (rows.agreement + (lies.argmax(axis=1) != rows.verification.argmax(axis=1)).mean())
-        # By the training's seed 0.4 to 2 points behind it on `switch`, see the made-up pairs of the docs.
-        assert right > rule - 0.025
-        recovered = (reclassifier.run(pair)["probabilities"].argmax(axis=1) == own).mean()
-        assert recovered > 0.9
+        ahead = []
+        for made in (artifacts, *more):
+            detector, reclassifier = OnnxModel(made.detector_onnx), OnnxModel(made.reclassifier_onnx)
+            honest = detector.run({"service": rows.service, "verification": rows.verification})["score"]
+            right = 0.5 * ((honest <= 0.5).mean() + (detector.run(pair)["score"] > 0.5).mean())
+            ahead.append(right - rule)
+            recovered = (reclassifier.run(pair)["probabilities"].argmax(axis=1) == own).mean()
+            assert recovered > 0.9
+        assert np.mean(ahead) > -0.015
 
 
 def test_the_generator_always_changes_the_class(artifacts: DetectionArtifacts):
