@@ -17,6 +17,9 @@ from fides_plugins.types import Float32Array, OutputKind, Prediction, Verdict
 
 #: Smallest probability of which a logarithm is taken: log(1e-7) is -16.1, which float16 holds well.
 SMALLEST_PROBABILITY = 1e-7
+#: Numbers of decimals that cost detection something, and how many numbers must have as few to tell.
+COARSE_DECIMALS = (4, 3, 2)
+_ENOUGH = 20
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,24 @@ class OutputCodec:
         if self.kind == "logits":
             return np.asarray(class_rows(output), dtype=np.float32) / np.float32(self.temperature)
         return np.asarray(np.log(np.maximum(self.read(output).probabilities, np.float32(SMALLEST_PROBABILITY))))
+
+    def coarse_form(self, output: ArrayLike) -> str:
+        """How coarsely probabilities are written: "3 decimals", "top 5", both, or empty where no such form shows.
+
+        Raises `InputError` as `read` does.
+        """
+        values = class_rows(output)
+        inside = (values > 0) & (values < 1)
+        if self.kind == "logits" or inside.sum() < _ENOUGH:
+            return ""
+        # Relative, so that the tiny probabilities of a sure service do not pass for zeros.
+        whole = np.asarray(values, dtype=np.float64)
+        few = [d for d in COARSE_DECIMALS if (np.abs(whole - np.round(whole, d)) <= 1e-6 * np.abs(whole)).all()]
+        listed = np.bincount((whole != 0).sum(axis=1), minlength=whole.shape[1] + 1)
+        k = int(listed.argmax())
+        # Nearly every row has as many: digits that are left out leave zeros too, but not in such order.
+        parts = [f"top {k}"] if 1 < k < whole.shape[1] and listed[k] > 0.9 * len(whole) else []
+        return ", ".join(parts + [f"{d} decimals" for d in few[-1:]])
 
     def write(self, output: NDArray[Any], verdict: Verdict) -> NDArray[Any]:
         """The output with the corrected rows of a verdict in it, of the same shape and dtype.

@@ -32,7 +32,7 @@ from fides_plugins.training.distil.distillation import (
 )
 from fides_plugins.training.distil.gdtl import GdtlResult, GdtlSettings, search
 from fides_plugins.training.distil.students import Student, built_in_students
-from fides_plugins.training.evaluation.forms import FormCost, form_costs, told_form
+from fides_plugins.training.evaluation.forms import FormCost, form_costs
 from fides_plugins.training.export import export_onnx
 from fides_plugins.training.predictions import Predictions
 from fides_plugins.training.service.teacher import Teacher
@@ -348,5 +348,5 @@ def fit_detection(
     lies = [(registry or default_registry()).output(name) for name in ("switch", "random")]
     detector = OnnxModel(artifacts.detector_onnx, name=DETECTOR_FILE)
     forms = form_costs(detector, held_out, lies, options.false_alarm_rate, seed)
-    told = told_form(answers.outputs["detection"], answers.codec)
+    told = answers.codec.coarse_form(answers.outputs["detection"])
     return FittedDetection(graph, spec, onnx_cost(graph, images.shape[1:]), rows, artifacts, told, forms)

@@ -62,6 +62,13 @@ KINDS: dict[str, tuple[int, str, str, Any, dict[str, Any]]] = {
     ),
     "one_row": (0, pixels("FP32"), SCORES, FLOATS[0], {}),
     "several": (8, pixels("FP32") + ", " + MASK, TWO, FLOATS, {"input": "pixels_in", "output_kind": "probabilities"}),
+    "coarse": (
+        8,
+        pixels("FP32"),
+        '{ name: "coarse_shares" data_type: TYPE_FP32 dims: [ 10 ] }',
+        FLOATS,
+        {"output_kind": "probabilities"},
+    ),
     "half_scores": (8, pixels("FP32"), '{ name: "half_scores" data_type: TYPE_FP16 dims: [ 10 ] }', FLOATS, {}),
 }
 
@@ -118,3 +125,10 @@ def test_check_finds_nothing_wrong(server: TritonServer, kind: str) -> None:
     findings = check(server.api, f"{kind}__fides")
     assert [f.what for f in findings if not f.good] == []
     assert {"verification", "validation", "service model", "/dev/shm"} <= {f.what for f in findings}
+
+
+def test_check_tells_that_answers_are_written_coarsely(server: TritonServer) -> None:
+    rows = images(fake_logits(8, seed=2, margin=0.5))
+    findings = check(server.api, "coarse__fides", {"pixels_in": rows})
+    assert "written coarsely: 3 decimals" in [f.detail for f in findings]
+    assert all(f.what != "answers" for f in check(server.api, "several__fides", {"pixels_in": rows}))

@@ -242,6 +242,7 @@ class TritonPythonModel:
             found = {
                 "scores": logits,
                 "shares": exponent / exponent.sum(axis=1, keepdims=True),
+                "coarse_shares": np.round(exponent / exponent.sum(axis=1, keepdims=True), 3),
                 "embedding": logits[:, :3],
                 "half_scores": logits.astype(np.float16),
             }

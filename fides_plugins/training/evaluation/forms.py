@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from fides_plugins.codec import OutputCodec
+from fides_plugins.codec import COARSE_DECIMALS
 from fides_plugins.onnx_model import OnnxModel
 from fides_plugins.statistics.conformal import Calibration
 from fides_plugins.training.attacks import OutputAttack
@@ -18,7 +18,6 @@ from fides_plugins.types import Float32Array
 
 #: The answers as they are, beside which the coarse ones are told.
 AS_ANSWERED = "as answered"
-DECIMALS = (4, 3, 2)
 TOPS = (5, 3)
 
 
@@ -36,7 +35,7 @@ def top(probabilities: Float32Array, k: int) -> Float32Array:
 def ways_to_write(n_classes: int) -> dict[str, Callable[[Float32Array], Float32Array]]:
     """Ways to write K probabilities, by name: as they are, and coarser."""
     ways: dict[str, Callable[[Float32Array], Float32Array]] = {AS_ANSWERED: lambda probabilities: probabilities}
-    ways |= {f"{d} decimals": partial(rounded, decimals=d) for d in DECIMALS}
+    ways |= {f"{d} decimals": partial(rounded, decimals=d) for d in COARSE_DECIMALS}
     return ways | {f"top {k}": partial(top, k=k) for k in TOPS if k < n_classes}
 
 
@@ -95,16 +94,3 @@ def _scores(detector: OnnxModel, written: Float32Array, verification: Float32Arr
     service = PROBABILITIES.read(written)
     good = service.valid
     return run_graph(detector, "score", service=service.probabilities[good], verification=verification[good])
-
-
-def told_form(outputs: Float32Array, codec: OutputCodec) -> str:
-    """The coarse form that a service answers in, told by its raw outputs (N, K); empty where there is none."""
-    if codec.kind == "logits":
-        return ""
-    # Relative, so that the tiny probabilities of a sure service do not pass for zeros.
-    few = [d for d in DECIMALS if (np.abs(outputs - rounded(outputs, d)) <= 1e-6 * np.abs(outputs)).all()]
-    listed = np.bincount((outputs != 0).sum(axis=1), minlength=outputs.shape[1] + 1)
-    k = int(listed.argmax())
-    # Nearly every row has as many: digits that are left out leave zeros too, but not in such order.
-    parts = [f"top {k}"] if 1 < k < outputs.shape[1] and listed[k] > 0.9 * len(outputs) else []
-    return ", ".join(parts + [f"{d} decimals" for d in few[-1:]])

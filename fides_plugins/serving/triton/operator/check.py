@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fides_plugins.errors import ServerError
+from fides_plugins.codec import OutputCodec
+from fides_plugins.errors import InputError, ServerError
 from fides_plugins.serving.finding import CheckFinding
 from fides_plugins.serving.triton import wire
 from fides_plugins.serving.triton.config import parse_json
@@ -90,7 +91,7 @@ def check(
         return [*findings, CheckFinding("service model", False, f"{item.base!r} {problem}", remedy)]
     inputs = sample_inputs(api.config(model), data)
     base = probe(api, item.base, inputs, timeout_s)
-    findings.append(_finding("service model", base))
+    findings += [_finding("service model", base), *_coarse(api.config(item.validate), base)]
     verified = probe(api, item.verify, inputs, timeout_s)
     findings.append(_finding("verification", verified, _verification_detail(verified)))
     judged, harmful = _judge(api, item, inputs, base, verified, timeout_s)
@@ -130,6 +131,19 @@ def _finding(what: str, result: InferenceProbe, problem: str = "") -> CheckFindi
         problem = result.detail
     remedy = next((text for sign, text in REMEDIES if problem and sign in problem), "")
     return CheckFinding(what, not problem, problem, remedy, result.seconds)
+
+
+def _coarse(config: Mapping[str, Any], base: InferenceProbe) -> list[CheckFinding]:
+    """What there is to say about answers of few digits or classes."""
+    given = {key: str(value.get("string_value", "")) for key, value in config.get("parameters", {}).items()}
+    output = (base.outputs or {}).get(given.get("fides.output", ""))
+    try:
+        codec = OutputCodec("logits" if given.get("fides.output_kind") == "logits" else "probabilities")
+        form = "" if output is None else codec.coarse_form(output)
+    except InputError:  # the verdict says what is wrong with such an output
+        form = ""
+    remedy = "See what `fides fit` reports for this form, and fit on answers that are written so."
+    return [CheckFinding("answers", None, f"written coarsely: {form}", remedy)] if form else []
 
 
 def _verification_detail(result: InferenceProbe) -> str:

@@ -9,7 +9,7 @@ from fides_plugins.codec import OutputCodec
 from fides_plugins.onnx_model import OnnxModel
 from fides_plugins.training.attacks import default_registry
 from fides_plugins.training.detector.detection import train_on
-from fides_plugins.training.evaluation.forms import AS_ANSWERED, form_costs, rounded, told_form, top, ways_to_write
+from fides_plugins.training.evaluation.forms import AS_ANSWERED, form_costs, rounded, top, ways_to_write
 from fides_plugins.training.evaluation.synthetic import synthetic_pair
 from fides_plugins.training.predictions import PROBABILITIES
 
@@ -30,8 +30,8 @@ UNSURE = synthetic_pair(300, 8, service_scale=0.5).service
     ],
 )
 def test_a_coarse_service_is_known_by_its_outputs(outputs: np.ndarray, form: str) -> None:
-    assert told_form(outputs, PROBABILITIES) == form
-    assert told_form(outputs, OutputCodec("logits")) == ""
+    assert PROBABILITIES.coarse_form(outputs) == form
+    assert OutputCodec("logits").coarse_form(outputs) == ""
 
 
 def test_lists_of_top_classes_keep_what_they_keep() -> None:
