@@ -149,7 +149,7 @@ def test_the_command_line_says_what_the_next_start_needs_and_that_detach_switche
         again = run(app, ["attach", *names, "--bundle", str(bundle), *live])
         assert "already serves 'flowers' protected" in str(again.exception)
         assert "restart the server" in str(again.exception)
-        assert "to be restarted" in str(run(app, ["detach", *names, *live]).exception)
+        assert "Restart a server" in str(run(app, ["detach", *names, *live]).exception)
     with TritonServer(repository, explicit=True, auto_complete=False, grace_s=1.0) as server:
         attached = run(app, ["attach", *names, "--bundle", str(bundle), "--live", server.http_address, "--json"])
         assert json.loads(attached.output)["flag"] == "--model-config-name=fides"
