@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from fides_plugins.types import Status, Verdict
@@ -84,7 +84,9 @@ def per_request(
 
     Rows and requests that are one to one, in order, need no rule. Otherwise nothing is guessed: with
     `rows_per_request` declared each request has its own block of rows; without it every request of the
-    batch answers for all rows of the batch; and under `refuse` no request is judged.
+    batch answers for all rows of the batch; and under `refuse` no request is judged. Where the rows of a
+    request cannot be told and one of the batch was attacked, every request counts as attacked: one client's
+    odd request must not open the door for lies to all others.
 
     Parameters
     ----------
@@ -98,16 +100,24 @@ def per_request(
     calls = [call for call in calls if call]
     rows = [row for call in calls for row in call]
     declared = rows_per_request or 1
+
+    def undecided(why: str) -> list[RowVerdict]:
+        verdict = unjudged(why)
+        if any(row.status is Status.ATTACKED for row in rows):
+            worst = _combined([*rows, verdict], "worst")
+            verdict = worst if worst is verdict else replace(worst, reason=f"{why}; {worst.reason}")
+        return [verdict] * n_requests
+
     if n_requests and len(rows) == n_requests * declared and (declared == 1 or rule != "refuse"):
         passes = _are_passes([len(call) for call in calls], n_requests, declared, layout)
         if passes is None:
-            return [unjudged(NO_PASSES if layout else AMBIGUOUS)] * n_requests
+            return undecided(NO_PASSES if layout else AMBIGUOUS)
         blocks = [
             [r for part in (calls if passes else [rows]) for r in _share(part, i, n_requests)]
             for i in range(n_requests)
         ]
     elif rule == "refuse" or not rows or rows_per_request is not None:
-        return [unjudged(NOT_ONE_TO_ONE)] * n_requests
+        return undecided(NOT_ONE_TO_ONE)
     else:
         blocks = [rows] * n_requests
     return [block[0] if len(block) == 1 else _combined(block, rule) for block in blocks]

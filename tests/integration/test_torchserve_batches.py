@@ -38,6 +38,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServeServe
     protected_archive(store, "open", bundle, mode="flag", on_error="open", **FAULTS)
     protected_archive(store, "closed", bundle, mode="flag", on_error="closed", **FAULTS)
     protected_archive(store, "unruled", bundle, "crops", mode="flag")
+    protected_archive(store, "ambiguous", bundle, "crops", mode="reject", config=CONFIG)
     two = {"rows": "any", "rows_per_request": 2}
     protected_archive(store, "ruled", bundle, "crops", mode="reject", config=CONFIG, **two)
     protected_archive(store, "mixed", bundle, "mixed", mode="reject", config=CONFIG.replace("8", "4"))
@@ -115,6 +116,15 @@ def test_rows_that_are_not_requests_follow_the_rule(server: TorchServeServer) ->
     assert "one to one" in unruled.headers["x-fides-reason"]
     answers = together(server, "ruled", rows(BATCH, seed=15, attacked=(2, 3)))
     assert [a.status_code for a in answers] == [409 if i in (2, 3) else 200 for i in range(BATCH)]
+
+
+def test_a_batch_whose_rows_cannot_be_told_lets_no_lie_through(server: TorchServeServer) -> None:
+    """The door of `on_error: open` is for honest batches: one attacked row shuts it for all requests of its batch."""
+    honest = together(server, "ambiguous", rows(BATCH, seed=16))
+    assert {(a.status_code, a.headers["x-fides-status"]) for a in honest} == {(200, "error")}
+    attacked = together(server, "ambiguous", rows(BATCH, seed=16, attacked=(5,)))
+    assert {(a.status_code, a.headers["x-fides-status"]) for a in attacked} == {(409, "attacked")}
+    assert all("one to one" in a.headers["x-fides-reason"] for a in attacked)
 
 
 def test_explanations_pass_marked(server: TorchServeServer) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fides_plugins.serving.http import (
@@ -137,11 +137,13 @@ def test_calls_that_can_be_read_in_two_ways_are_not_guessed() -> None:
     # Two requests with two rows each: two passes, or one call per request. Four in two calls: likewise.
     for n in (2, 4):
         calls = [[A, *[T] * (n - 1)]] * 2
-        assert per_request(calls, n, "worst", 2, unjudged) == [NOT] * n
+        assert {v.status for v in per_request(calls, n, "worst", 2, unjudged)} == {Status.ATTACKED}
+        assert per_request([[T] * n] * 2, n, "worst", 2, unjudged) == [NOT] * n
         assert per_request(calls, n, "worst", 2, unjudged, "passes") == [A, *[T] * (n - 1)]
     assert per_request([[A, T], [T, T]], 2, "worst", 2, unjudged, "parts") == [A, T]
     # Declared, but not true for this batch.
-    assert per_request([[A, T, T], [T]], 2, "worst", 2, unjudged, "passes") == [NOT] * 2
+    assert per_request([[T, T, T], [T]], 2, "worst", 2, unjudged, "passes") == [NOT] * 2
+    assert {v.status for v in per_request([[A, T, T], [T]], 2, "worst", 2, unjudged, "passes")} == {Status.ATTACKED}
     assert all("`calls`" in why for why in reasons)
     assert reasons[0] != reasons[-1]
     # One request has all the rows, however they came.
@@ -165,7 +167,7 @@ def test_an_attacked_row_is_never_lost(rows: list[RowVerdict], n: int, declared:
         verdicts = per_request([rows], n, rule, declared, lambda why: NOT)  # type: ignore[arg-type]
         assert len(verdicts) == n
         if A in rows:
-            assert A in verdicts or verdicts == [NOT] * n
+            assert Status.ATTACKED in {v.status for v in verdicts}
         if not rows:
             assert Status.TRUSTED not in {v.status for v in verdicts}
 
@@ -183,3 +185,60 @@ def test_a_refused_row_outranks_a_corrected_one() -> None:
         (verdict,) = per_request([rows], 1, "worst", 2, unjudged=lambda why: RowVerdict(Status.ERROR, reason=why))
         assert verdict.refused
         assert verdict.http_status == 503
+
+
+REFUSED = RowVerdict(Status.ATTACKED, score=1.0, refused=True, reason="suspicious")
+TRUSTED = RowVerdict(Status.TRUSTED, score=0.1)
+
+
+def open_door(why: str) -> RowVerdict:
+    """The verdict of an undecided request where `on_error` is open."""
+    return RowVerdict(Status.ERROR, reason=why)
+
+
+@pytest.mark.parametrize(
+    ("calls", "n_requests", "declared"),
+    [
+        # Eight clients, one of whom sent two instances.
+        ([[TRUSTED] * 4 + [REFUSED] + [TRUSTED] * 4], 8, None),
+        ([[TRUSTED, REFUSED]], 3, 2),
+        # Two calls that may be passes over both requests or parts of the batch.
+        ([[TRUSTED, REFUSED], [TRUSTED, TRUSTED]], 2, 2),
+    ],
+)
+def test_an_ambiguous_batch_with_an_attacked_row_is_attacked(
+    calls: list[list[RowVerdict]], n_requests: int, declared: int | None
+) -> None:
+    rule = "refuse" if declared is None else "worst"
+    verdicts = per_request(calls, n_requests, rule, declared, open_door)
+    assert len(verdicts) == n_requests
+    assert all(v.refused and v.http_status == 409 for v in verdicts)
+    assert all("suspicious" in v.reason for v in verdicts)
+    honest = [[TRUSTED for _ in call] for call in calls]
+    assert {v.status for v in per_request(honest, n_requests, rule, declared, open_door)} == {Status.ERROR}
+
+
+def test_an_undecided_request_is_refused_where_errors_are_though_its_rows_were_corrected() -> None:
+    corrected = RowVerdict(Status.ATTACKED, score=1.0, corrected=True)
+    shut = RowVerdict(Status.ERROR, refused=True)
+    for verdict in per_request([[corrected, TRUSTED]], 3, "refuse", None, lambda why: shut):
+        assert verdict.refused
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(st.lists(st.booleans(), max_size=6), min_size=1, max_size=4),
+    st.integers(1, 6),
+    st.sampled_from([("worst", None), ("worst", 1), ("worst", 2), ("refuse", None), ("refuse", 1)]),
+    st.sampled_from([None, "parts", "passes"]),
+)
+def test_no_mix_of_rows_hides_an_attacked_one(calls, n_requests, rules, layout):
+    """An attacked row makes a request refused; where rows are not one to one, all of them."""
+    rule, declared = rules
+    rows = [[REFUSED if bad else TRUSTED for bad in call] for call in calls]
+    verdicts = per_request(rows, n_requests, rule, declared, open_door, layout)
+    flat = [bad for call in calls for bad in call]
+    if any(flat):
+        assert any(v.refused for v in verdicts)
+        if len(flat) != n_requests * (declared or 1):
+            assert all(v.refused for v in verdicts)

@@ -299,10 +299,12 @@ def test_inference_called_twice_on_the_batch(work: Callable[..., Worker]) -> Non
     worker = work(PASSES, mode="reject", rows="worst", rows_per_request=2)
     worker.send(items(3, attacked=(1,)))
     assert [worker.status(i) for i in range(3)] == [200, 409, 200]
-    # Four rows twice are as well two requests at a time: that is not guessed.
-    worker.send(items(4, attacked=(1,)))
+    # Four rows twice are as well two requests at a time: that is not guessed, and an attack lets nobody through.
+    worker.send(items(4))
     assert {worker.headers(i)["x-fides-status"] for i in range(4)} == {"error"}
     assert "set `calls`" in worker.headers(0)["x-fides-reason"]
+    worker.send(items(4, attacked=(1,)))
+    assert [worker.status(i) for i in range(4)] == [409] * 4
     worker = work(PASSES, mode="reject", rows="worst", rows_per_request=2, calls="passes")
     worker.send(items(4, attacked=(1,)))
     assert [worker.status(i) for i in range(4)] == [200, 409, 200, 200]
