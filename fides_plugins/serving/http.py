@@ -163,11 +163,11 @@ def printable(value: object, limit: int = MAX_HEADER_LENGTH) -> str:
 
 
 def headers(verdict: RowVerdict) -> dict[str, str]:
-    """Response headers of one request; an unknown value has no header."""
+    """Response headers of one request; an unknown value has no header, and a refusal tells no label."""
     values = {HEADER_STATUS: verdict.status.text}
     if not math.isnan(verdict.score):
         values[HEADER_SCORE] = f"{verdict.score:.6f}"
-    if verdict.label >= 0:
+    if verdict.label >= 0 and not verdict.refused:
         values[HEADER_LABEL] = str(verdict.label)
     if not math.isnan(verdict.p_value):
         values[HEADER_P_VALUE] = f"{verdict.p_value:.6g}"
@@ -192,10 +192,10 @@ def as_json(verdict: RowVerdict, class_names: Sequence[str] = ()) -> dict[str, A
 
 
 def refusal(verdict: RowVerdict) -> dict[str, Any]:
-    """JSON body of a refused request: `code`, `type`, `message`, and the verdict without its label."""
+    """JSON body of a refused request: `code`, `type`, `message`, and a verdict that tells nothing of a correction."""
     attacked = verdict.status is Status.ATTACKED
     detail = as_json(verdict)
-    for name in ("label", "class_name"):
+    for name in ("label", "class_name", "corrected"):
         del detail[name]
     return {
         "code": verdict.http_status,

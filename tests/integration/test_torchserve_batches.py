@@ -39,6 +39,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServeServe
     protected_archive(store, "closed", bundle, mode="flag", on_error="closed", **FAULTS)
     protected_archive(store, "unruled", bundle, "crops", mode="flag")
     protected_archive(store, "ambiguous", bundle, "crops", mode="reject", config=CONFIG)
+    protected_archive(store, "predicts", bundle, "functions", mode="reject")
     two = {"rows": "any", "rows_per_request": 2}
     protected_archive(store, "ruled", bundle, "crops", mode="reject", config=CONFIG, **two)
     protected_archive(store, "mixed", bundle, "mixed", mode="reject", config=CONFIG.replace("8", "4"))
@@ -125,6 +126,14 @@ def test_a_batch_whose_rows_cannot_be_told_lets_no_lie_through(server: TorchServ
     attacked = together(server, "ambiguous", rows(BATCH, seed=16, attacked=(5,)))
     assert {(a.status_code, a.headers["x-fides-status"]) for a in attacked} == {(409, "attacked")}
     assert all("one to one" in a.headers["x-fides-reason"] for a in attacked)
+
+
+@pytest.mark.parametrize("header", ["describe", "explain"])
+def test_a_clients_header_switches_no_verification_off(server: TorchServeServer, header: str) -> None:
+    (attacked,) = rows(1, seed=17, attacked=(0,))
+    answer = post(server, "predicts", attacked, **{header: "True"})
+    assert answer.status_code == 409
+    assert "x-fides-label" not in answer.headers
 
 
 def test_explanations_pass_marked(server: TorchServeServer) -> None:

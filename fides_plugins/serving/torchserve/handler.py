@@ -96,7 +96,6 @@ class FidesHandler:
         visible = self.settings.mode != "observe"
         wanted = [self._wants_envelope(data, context, i) for i in range(n_requests)] if visible else []
         explained = {i: EXPLAINED for i in range(n_requests) if _asks(context, i)}
-        predicts = len(explained) < n_requests
         if visible:
             # Before the handler runs, because a streamed answer leaves while it runs. Nothing is trusted yet.
             for index in range(n_requests):
@@ -107,9 +106,9 @@ class FidesHandler:
         self._request_ids = tuple(str(context.get_request_id(i)) for i in range(n_requests))
         self._receipts = Receipts(context, n_requests) if REMOTE in self.settings.plugins.options else None
         try:
-            if self._parser is not None and predicts:
+            if self._parser is not None and len(explained) < n_requests:
                 bodies = Bodies(self.judge, self._parser, data, self._request_ids, explained)
-            self._collecting = self._parser is None and predicts
+            self._collecting = self._parser is None
             answer = self.original.handle(data, context)
         finally:
             self._collecting = False
@@ -175,8 +174,10 @@ class FidesHandler:
         verdicts = dict(zip(judged, made, strict=True))
         for index, why in exempt.items():
             if whole:
-                # Its row is counted and logged already, with the others.
-                verdicts[index] = RowVerdict(Status.INDETERMINATE, reason=why)
+                # Its row is counted and logged already, with the others. Any client may ask for an explanation by a
+                # header, whether the handler knows such a thing or not: that hides no attack.
+                if why != EXPLAINED or verdicts[index].status is not Status.ATTACKED:
+                    verdicts[index] = RowVerdict(Status.INDETERMINATE, reason=why)
             else:
                 (verdicts[index],) = self.judge.unjudged(1, why, [self._request_ids[index]], exempt=True)
         return [verdicts[i] for i in range(n_requests)]

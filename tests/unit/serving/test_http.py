@@ -242,3 +242,10 @@ def test_no_mix_of_rows_hides_an_attacked_one(calls, n_requests, rules, layout):
         assert any(v.refused for v in verdicts)
         if len(flat) != n_requests * (declared or 1):
             assert all(v.refused for v in verdicts)
+
+
+def test_a_refusal_tells_neither_the_label_nor_that_there_is_one() -> None:
+    refused = RowVerdict(Status.ATTACKED, score=0.9, label=3, corrected=True, refused=True, reason="suspicious")
+    assert "x-fides-label" not in headers(refused)
+    assert not {"label", "class_name", "corrected"} & refusal(refused)["fides"].keys()
+    assert headers(RowVerdict(Status.ATTACKED, label=3, corrected=True))["x-fides-label"] == "3"

@@ -285,6 +285,18 @@ def test_explanations_and_streams_are_counted(work: Callable[..., Worker], tmp_p
     ]
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_asking_for_an_explanation_hides_no_attack(work: Callable[..., Worker], n: int) -> None:
+    """Any client may send the header, and this handler predicts all the same."""
+    source = CLASS + (
+        "    def handle(self, data, context):\n        return self.postprocess(self.inference(self.preprocess(data)))\n"
+    )
+    worker = work(source, mode="reject")
+    worker.send(items(n, attacked=(0,)), explain=tuple(range(n)))
+    assert [worker.status(i) for i in range(n)] == [409] + [200] * (n - 1)
+    assert "x-fides-label" not in worker.headers(0)
+
+
 def test_inference_called_once_per_request(work: Callable[..., Worker]) -> None:
     source = CLASS + (
         "    def handle(self, data, context):\n"
