@@ -73,7 +73,7 @@ def fit_service(
     students:
         (rows of the service's tensor, K) -> candidates; the built-in family by default.
     attacks, registry:
-        For `train_detection`.
+        For `train_on`.
     cache:
         Folder for the service's answers, kept. By default they lie beside `out` until the fit has succeeded.
     input_name, output_name, encoding, request_key, response_key:

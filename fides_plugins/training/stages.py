@@ -1,7 +1,7 @@
 """The stages of a fit: each is a frozen result, made by one function from the results before it.
 
 split -> answers -> distilled -> detection. The rows are cut into three disjoint parts: for distillation, for choosing
-among students, and for detection, of which `train_detection` again keeps a part that only calibrates. No part sees
+among students, and for detection, of which `train_on` again keeps a part that only calibrates. No part sees
 another's rows, so what is reported as agreement and as false-alarm budget holds for rows that nothing was trained on.
 """
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import ArrayLike
-
 from fides_plugins.bundle import (
     Bundle,
     CalibrationSpec,
@@ -44,7 +42,7 @@ MIN_TRAINING_ROWS = 64
 
 @dataclass(frozen=True)
 class DetectionArtifacts:
-    """What `train_detection` gives; `manifest_parts()` and `files()` go into a bundle as they are.
+    """What `train_on` gives; `manifest_parts()` and `files()` go into a bundle as they are.
 
     Attributes
     ----------
@@ -94,10 +92,8 @@ class DetectionArtifacts:
         }
 
 
-def train_detection(
-    service_probabilities: ArrayLike,
-    verification_probabilities: ArrayLike,
-    labels: ArrayLike | None = None,
+def train_on(
+    rows: Predictions,
     *,
     attacks: Sequence[str] = (*DEFAULT_OUTPUT_ATTACKS, GENERATOR),
     registry: AttackRegistry | None = None,
@@ -110,11 +106,9 @@ def train_detection(
 
     Parameters
     ----------
-    service_probabilities, verification_probabilities:
-        (N, K), as the pipeline will see them (the bundle's temperatures applied), on rows that neither
-        model was trained on: agreement on training rows is too good, and the calibration with it.
-    labels:
-        (N,) true classes, or None. With them the re-classifier also learns the truth.
+    rows:
+        Both models' answers as the pipeline will see them, on rows that neither model was trained on: agreement on
+        training rows is too good, and the calibration with it. With labels the re-classifier also learns the truth.
     attacks:
         Names to train on. `generator` among them or not decides about the GAN's generator.
     registry:
@@ -135,29 +129,6 @@ def train_detection(
     SettingsError
         If an attack is unknown.
     """
-    rows = Predictions.check(service_probabilities, verification_probabilities, labels)
-    return train_on(
-        rows,
-        attacks=attacks,
-        registry=registry,
-        false_alarm_rate=false_alarm_rate,
-        calibration_fraction=calibration_fraction,
-        seed=seed,
-        progress=progress,
-    )
-
-
-def train_on(
-    rows: Predictions,
-    *,
-    attacks: Sequence[str] = (*DEFAULT_OUTPUT_ATTACKS, GENERATOR),
-    registry: AttackRegistry | None = None,
-    false_alarm_rate: float = 0.01,
-    calibration_fraction: float = CALIBRATION_FRACTION,
-    seed: int = 0,
-    progress: Callable[[float], None] | None = None,
-) -> DetectionArtifacts:
-    """`train_detection` on rows that are checked already."""
     import numpy as np
     import torch
 

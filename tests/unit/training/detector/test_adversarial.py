@@ -13,7 +13,7 @@ from fides_plugins.onnx_model import OnnxModel
 from fides_plugins.statistics import divergences
 from fides_plugins.training.attacks import default_registry
 from fides_plugins.training.detector.adversarial import GanOptions, by_precedence, close_to_least, train_gan
-from fides_plugins.training.detector.detection import DetectionArtifacts, train_detection
+from fides_plugins.training.detector.detection import DetectionArtifacts, train_on
 from fides_plugins.training.detector.features import FEATURE_NAMES, FLOORS, Pair, TemperatureScaling
 from fides_plugins.training.detector.networks import Detector, DetectorGraph, export
 from fides_plugins.training.detector.pools import Pools
@@ -27,7 +27,7 @@ SLACK = 8.0
 @pytest.fixture(scope="module")
 def artifacts() -> DetectionArtifacts:
     rows = synthetic_pair(1500, 6, signal=3.5)
-    return train_detection(rows.service, rows.verification, rows.labels, seed=3)
+    return train_on(rows, seed=3)
 
 
 def feeds(n: int, k: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -94,7 +94,7 @@ def test_the_order_of_the_classes_means_nothing(artifacts: DetectionArtifacts):
 def test_it_tells_lies_from_honest_rows_and_recovers_the_answer(artifacts: DetectionArtifacts):
     """Beside plain disagreement, in the mean over three trainings: one alone moves by two points with its seed."""
     fitted, rows = synthetic_pair(1500, 6, signal=3.5), synthetic_pair(2000, 6, signal=3.5, seed=9)
-    more = [train_detection(fitted.service, fitted.verification, fitted.labels, seed=seed) for seed in (4, 5)]
+    more = [train_on(fitted, seed=seed) for seed in (4, 5)]
     own = rows.service.argmax(axis=1)
     for name in ("switch", "random"):
         lies, _ = default_registry().output(name).apply(rows.service, np.random.default_rng(0))
@@ -150,7 +150,7 @@ def test_the_merged_network_is_the_mean_of_its_members():
 
 def test_without_labels_the_truth_is_the_scaled_reference():
     rows = synthetic_pair(600, 4, with_labels=False)
-    made = train_detection(rows.service, rows.verification, attacks=("switch",))
+    made = train_on(rows, attacks=("switch",))
     truth = OnnxModel(made.reclassifier_onnx).run(feeds(50, 4))["truth"]
     np.testing.assert_array_equal(truth.argmax(axis=1), feeds(50, 4)["verification"].argmax(axis=1))
     assert made.provenance["labels"] is False

@@ -10,7 +10,7 @@ import pytest
 from fides_plugins.errors import TrainingError
 from fides_plugins.statistics.conformal import Calibration
 from fides_plugins.training.detector.calibration import balanced_threshold, fit_temperature, require_rows
-from fides_plugins.training.detector.detection import train_detection
+from fides_plugins.training.detector.detection import train_on
 from fides_plugins.training.evaluation.synthetic import synthetic_pair
 from fides_plugins.types import softmax
 
@@ -91,10 +91,10 @@ def test_scores_are_free_of_ties_where_a_threshold_may_lie(stored_scores: np.nda
 def test_too_few_rows_say_how_many_are_needed():
     rows = synthetic_pair(300, 4)
     with pytest.raises(TrainingError, match=r"needs at least 999 calibration rows; this split leaves 60.*4995 rows"):
-        train_detection(rows.service, rows.verification, false_alarm_rate=0.001)
+        train_on(rows, false_alarm_rate=0.001)
     require_rows(99, 0.2, 0.01)
     with pytest.raises(TrainingError, match="at least 99 calibration rows"):
         require_rows(98, 0.2, 0.01)
     rows = synthetic_pair(60, 4)
     with pytest.raises(TrainingError, match="48 rows are left for training; at least 64"):
-        train_detection(rows.service, rows.verification, false_alarm_rate=0.1)
+        train_on(rows, false_alarm_rate=0.1)

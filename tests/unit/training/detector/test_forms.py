@@ -12,7 +12,7 @@ from fides_plugins.onnx_model import OnnxModel
 from fides_plugins.statistics import divergences
 from fides_plugins.training.attacks import default_registry
 from fides_plugins.training.detector.calibration import run_graph
-from fides_plugins.training.detector.detection import train_detection
+from fides_plugins.training.detector.detection import train_on
 from fides_plugins.training.evaluation.synthetic import synthetic_pair
 
 #: A rewritten answer may move no score by more.
@@ -36,8 +36,8 @@ def scorers(
 ) -> tuple[dict[str, Callable[..., Answers]], dict[str, tuple[Answers, Answers]]]:
     """The learned detector and every divergence; benign and attacked pairs, none of which training saw."""
     k, scale = request.param
-    rows = synthetic_pair(900, k, signal=3.5, service_scale=scale)
-    made = train_detection(rows.service, rows.verification, attacks=("switch", "random"), false_alarm_rate=0.05)
+    rows = synthetic_pair(900, k, signal=3.5, service_scale=scale, with_labels=False)
+    made = train_on(rows, attacks=("switch", "random"), false_alarm_rate=0.05)
     graph = OnnxModel(made.detector_onnx)
     scorers = {name: lambda s, v, n=name: divergences.score(n, s, v) for name in divergences.DIVERGENCES}
     scorers["learned"] = lambda s, v: run_graph(graph, "score", service=s, verification=v)
