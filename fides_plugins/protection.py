@@ -283,7 +283,8 @@ class Protection:
         cause, and every claim is judged alone.
         """
         verdicts: dict[int, Verdict] = {}
-        read = [self._mergeable(claim) for claim in claims]
+        # One claim has nothing to be judged with, and `judge` reads it.
+        read = [self._mergeable(claim) for claim in claims] if len(claims) > 1 else [(None, None)] * len(claims)
         for group in _grouped([key for key, _ in read]):
             services = [s for i in group if (s := read[i][1]) is not None]
             together = self._judge_together([claims[i] for i in group], services) if len(group) > 1 else None
