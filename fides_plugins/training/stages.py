@@ -345,7 +345,8 @@ def fit_detection(
         **chosen,
     )
     _, held_out = rows.split(CALIBRATION_FRACTION, seed)
-    lies = [(registry or default_registry()).output(name) for name in ("switch", "random")]
+    # The built-in ones: a registry of the caller's own need not have them.
+    lies = [default_registry().output(name) for name in ("switch", "random")]
     detector = OnnxModel(artifacts.detector_onnx, name=DETECTOR_FILE)
     forms = form_costs(detector, held_out, lies, options.false_alarm_rate, seed)
     told = answers.codec.coarse_form(answers.outputs["detection"])
