@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fides_plugins.cli._output import console, print_json, print_table, progress
-from fides_plugins.cli._service import ACCESS, SERVICE_PANEL, Encoding, InputName, RequestKey, ResponseKey
+from fides_plugins.cli._service import Encoding, InputName, RequestKey, ResponseKey, ask, service_option
 from fides_plugins.errors import SettingsError, TrainingError
 
 if TYPE_CHECKING:
@@ -30,21 +29,14 @@ def evaluate(
         Path | None,
         typer.Option(help="An .npz file with both models' answers on rows that the bundle was not fitted on."),
     ] = None,
-    service: Annotated[
-        str, typer.Option(help="The honest service, in any form that `fides fit` takes.", rich_help_panel=SERVICE_PANEL)
-    ] = "",
+    service: Annotated[str, service_option(help="The honest service, in any form that `fides fit` takes.")] = "",
     data: Annotated[
         Path | None,
-        typer.Option(
-            help="Its inputs: an .npz file with `images` and optionally `labels`, or a folder by class.",
-            rich_help_panel=SERVICE_PANEL,
-        ),
+        service_option(help="Its inputs: an .npz file with `images` and optionally `labels`, or a folder by class."),
     ] = None,
     fit_predictions: Annotated[
         Path | None,
-        typer.Option(
-            help="Rows to train on again without each attack. Default: a half of the rows is spent on it.",
-        ),
+        typer.Option(help="Rows to train on again without each attack. Default: a half of the rows is spent on it."),
     ] = None,
     unseen: Annotated[
         bool, typer.Option("--unseen/--no-unseen", help="Train again without each attack (the slow part).")
@@ -61,13 +53,11 @@ def evaluate(
     report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML page here.")] = None,
     seed: Annotated[int, typer.Option(help="Of attacks, bootstrap and training.")] = 0,
     input_name: InputName = "",
-    output_name: Annotated[str, typer.Option(help="Name of its class output.", rich_help_panel=SERVICE_PANEL)] = "",
+    output_name: Annotated[str, service_option(help="Name of its class output.")] = "",
     encoding: Encoding = "json",
     request_key: RequestKey = "",
     response_key: ResponseKey = "",
-    cache: Annotated[
-        Path | None, typer.Option(help="Keep the service's answers here.", rich_help_panel=SERVICE_PANEL)
-    ] = None,
+    cache: Annotated[Path | None, service_option(help="Keep the service's answers here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Attack a bundle's detection and measure what it catches, each figure with a 95% interval."""
@@ -94,10 +84,8 @@ def evaluate(
             rows = load_predictions(predictions, **temperatures)
         else:
             from fides_plugins.training.evaluation.service_attacks import ask_service
-            from fides_plugins.training.service.teachers import load_teacher
 
-            teacher = load_teacher(service, **{option: given[option] for option in ACCESS})
-            with contextlib.closing(teacher):
+            with ask(service, given) as teacher:
                 asked = ask_service(loaded, teacher, str(data), cache=cache, seed=seed, progress=tell)
             rows, images, extra, skipped = asked.rows, asked.images, list(asked.attacked), asked.skipped
         found = run(

@@ -5,14 +5,15 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fides_plugins.cli._output import console, print_json, print_table, progress
-from fides_plugins.cli._service import ACCESS, SERVICE_PANEL, Encoding, InputName, RequestKey, ResponseKey
+from fides_plugins.cli._service import Encoding, InputName, RequestKey, ResponseKey, ask, service_option
 from fides_plugins.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -22,9 +23,12 @@ if TYPE_CHECKING:
     from fides_plugins.training.distil.students import Student
     from fides_plugins.training.fit_report import FitReport
 
-_MODEL = "The verification model"
-_OWN = "A student of your own"
-_WORKERS = "Several workers"
+# Options by their panel in `--help`.
+_model = partial(typer.Option, rich_help_panel="The verification model")
+_own = partial(typer.Option, rich_help_panel="A student of your own")
+_workers = partial(typer.Option, rich_help_panel="Several workers")
+#: As `stages.Progress`.
+Tick = Callable[[str, int, int], None]
 
 
 def register(app: typer.Typer) -> None:
@@ -36,22 +40,17 @@ def fit(
     out: Annotated[Path, typer.Option(help="Folder of the bundle.")],
     service: Annotated[
         str,
-        typer.Option(
+        service_option(
             help="ONNX file, TorchScript file, package.module:factory, grpc://host:port/model (Triton) "
-            "or http://host:port/predictions/model (TorchServe).",
-            rich_help_panel=SERVICE_PANEL,
+            "or http://host:port/predictions/model (TorchServe)."
         ),
     ] = "",
     data: Annotated[
         Path | None,
-        typer.Option(
-            help="An .npz file with `images` and optionally `labels`, or a folder of images by class.",
-            rich_help_panel=SERVICE_PANEL,
-        ),
+        service_option(help="An .npz file with `images` and optionally `labels`, or a folder of images by class."),
     ] = None,
     predictions: Annotated[
-        Path | None,
-        typer.Option(help="Instead of service and data: an .npz file with both models' answers."),
+        Path | None, typer.Option(help="Instead of service and data: an .npz file with both models' answers.")
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same graphs on the same machine.")] = 0,
     false_alarm_rate: Annotated[
@@ -60,107 +59,56 @@ def fit(
     name: Annotated[str, typer.Option(help="Name of the bundle.")] = "fides",
     bundle_version: Annotated[int, typer.Option(min=1, help="Version of the bundle; grows with each release.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    agreement: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Wanted agreement with the service.", rich_help_panel=_MODEL)
-    ] = 0.99,
-    max_cost: Annotated[
-        float, typer.Option(min=0.0, help="Largest share of the service's multiply-adds.", rich_help_panel=_MODEL)
-    ] = 0.125,
-    max_size: Annotated[
-        float, typer.Option(min=0.0, help="Largest share of the service's parameters.", rich_help_panel=_MODEL)
-    ] = 0.1,
-    max_macs: Annotated[
-        int | None, typer.Option(min=1, help="Largest number of multiply-adds.", rich_help_panel=_MODEL)
-    ] = None,
-    max_parameters: Annotated[
-        int | None, typer.Option(min=1, help="Largest number of parameters.", rich_help_panel=_MODEL)
-    ] = None,
-    tolerance: Annotated[
-        float, typer.Option(min=0.0, help="What an unfreezing step must add to be kept.", rich_help_panel=_MODEL)
-    ] = 0.002,
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs per step.", rich_help_panel=_MODEL)] = 20,
-    transfer_rows: Annotated[
-        int, typer.Option(min=1, help="About how many rows the service is asked.", rich_help_panel=_MODEL)
-    ] = 16_000,
-    temperature: Annotated[
-        float, typer.Option(min=0.1, help="Temperature of the distillation.", rich_help_panel=_MODEL)
-    ] = 5.0,
-    alpha: Annotated[
-        float, typer.Option(min=0.0, help="Weight of the service's answer.", rich_help_panel=_MODEL)
-    ] = 0.8,
-    beta: Annotated[float, typer.Option(min=0.0, help="Weight of the labels.", rich_help_panel=_MODEL)] = 0.2,
+    agreement: Annotated[float, _model(min=0.0, max=1.0, help="Wanted agreement with the service.")] = 0.99,
+    max_cost: Annotated[float, _model(min=0.0, help="Largest share of the service's multiply-adds.")] = 0.125,
+    max_size: Annotated[float, _model(min=0.0, help="Largest share of the service's parameters.")] = 0.1,
+    max_macs: Annotated[int | None, _model(min=1, help="Largest number of multiply-adds.")] = None,
+    max_parameters: Annotated[int | None, _model(min=1, help="Largest number of parameters.")] = None,
+    tolerance: Annotated[float, _model(min=0.0, help="What an unfreezing step must add to be kept.")] = 0.002,
+    epochs: Annotated[int, _model(min=1, help="Epochs per step.")] = 20,
+    transfer_rows: Annotated[int, _model(min=1, help="About how many rows the service is asked.")] = 16_000,
+    temperature: Annotated[float, _model(min=0.1, help="Temperature of the distillation.")] = 5.0,
+    alpha: Annotated[float, _model(min=0.0, help="Weight of the service's answer.")] = 0.8,
+    beta: Annotated[float, _model(min=0.0, help="Weight of the labels.")] = 0.2,
     flip: Annotated[
-        bool,
-        typer.Option(
-            "--flip",
-            help="A mirrored image has the same class, so train on mirrored copies too.",
-            rich_help_panel=_MODEL,
-        ),
+        bool, _model("--flip", help="A mirrored image has the same class, so train on mirrored copies too.")
     ] = False,
     scale: Annotated[
         float | None,
-        typer.Option(
-            help="Factor for the pixel values. Default: 1/255 where uint8 images meet a service that takes floats.",
-            rich_help_panel=SERVICE_PANEL,
+        service_option(
+            help="Factor for the pixel values. Default: 1/255 where uint8 images meet a service that takes floats."
         ),
     ] = None,
     output_kind: Annotated[
-        str,
-        typer.Option(
-            help="logits or probabilities. Default: inferred from the answers.", rich_help_panel=SERVICE_PANEL
-        ),
+        str, service_option(help="logits or probabilities. Default: inferred from the answers.")
     ] = "",
     input_name: InputName = "",
-    output_name: Annotated[
-        str, typer.Option(help="Name of the service's class output.", rich_help_panel=SERVICE_PANEL)
-    ] = "",
+    output_name: Annotated[str, service_option(help="Name of the service's class output.")] = "",
     encoding: Encoding = "json",
     request_key: RequestKey = "",
     response_key: ResponseKey = "",
     cache: Annotated[
         Path | None,
-        typer.Option(
-            help="Keep the service's answers here. Default: beside the bundle until the fit succeeds.",
-            rich_help_panel=SERVICE_PANEL,
-        ),
+        service_option(help="Keep the service's answers here. Default: beside the bundle until the fit succeeds."),
     ] = None,
     student: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Pre-trained network: package.module:factory or a TorchScript file. Can be repeated.",
-            rich_help_panel=_OWN,
-        ),
+        _own(help="Pre-trained network: package.module:factory or a TorchScript file. Can be repeated."),
     ] = None,
     student_weights: Annotated[
-        list[Path] | None,
-        typer.Option(help="State dict (.safetensors), one for each --student or none.", rich_help_panel=_OWN),
+        list[Path] | None, _own(help="State dict (.safetensors), one for each --student or none.")
     ] = None,
-    student_size: Annotated[
-        str, typer.Option(help="Height x width of the images it takes, such as 32x32.", rich_help_panel=_OWN)
-    ] = "",
-    student_channels: Annotated[
-        int | None, typer.Option(help="Channels of the images it takes.", rich_help_panel=_OWN)
-    ] = None,
-    student_mean: Annotated[
-        str, typer.Option(help="Mean of its normalisation, one number per channel: 0.5,0.5,0.5.", rich_help_panel=_OWN)
-    ] = "",
-    fine_tune_rate: Annotated[
-        float, typer.Option(min=1e-7, help="Highest learning rate of its unfrozen layers.", rich_help_panel=_OWN)
-    ] = 4e-3,
-    student_std: Annotated[str, typer.Option(help="Standard deviation, likewise.", rich_help_panel=_OWN)] = "",
-    engine: Annotated[
-        str, typer.Option(help="What runs the distillation: local, torchrun or ray.", rich_help_panel=_WORKERS)
-    ] = "local",
-    workers: Annotated[int, typer.Option(min=1, help="Workers, for torchrun and ray.", rich_help_panel=_WORKERS)] = 2,
-    address: Annotated[
-        str, typer.Option(help="Ray cluster; a local one is started where none is given.", rich_help_panel=_WORKERS)
-    ] = "",
+    student_size: Annotated[str, _own(help="Height x width of the images it takes, such as 32x32.")] = "",
+    student_channels: Annotated[int | None, _own(help="Channels of the images it takes.")] = None,
+    student_mean: Annotated[str, _own(help="Mean of its normalisation, one number per channel: 0.5,0.5,0.5.")] = "",
+    fine_tune_rate: Annotated[float, _own(min=1e-7, help="Highest learning rate of its unfrozen layers.")] = 4e-3,
+    student_std: Annotated[str, _own(help="Standard deviation, likewise.")] = "",
+    engine: Annotated[str, _workers(help="What runs the distillation: local, torchrun or ray.")] = "local",
+    workers: Annotated[int, _workers(min=1, help="Workers, for torchrun and ray.")] = 2,
+    address: Annotated[str, _workers(help="Ray cluster; a local one is started where none is given.")] = "",
     checkpoints: Annotated[
         Path | None,
-        typer.Option(
-            help="Keep every epoch here, and go on from it. Default for several workers: beside the bundle.",
-            rich_help_panel=_WORKERS,
-        ),
+        _workers(help="Keep every epoch here, and go on from it. Default for several workers: beside the bundle."),
     ] = None,
 ) -> None:
     """Make a bundle: verification model, detector, re-classifier and calibration."""
@@ -176,7 +124,9 @@ def fit(
         raise SettingsError(f"Unknown output kind {output_kind!r}.", "Choose logits or probabilities.")
     if engine not in ("local", "torchrun", "ray"):
         raise SettingsError(f"There is no engine {engine!r}.", "Choose local, torchrun or ray.")
-    from fides_plugins.training.distil.distributed import is_member, member, run_ray, run_torchrun
+    from pydantic import TypeAdapter
+
+    from fides_plugins.training.distil.distributed import Member, is_member, member, run_ray, run_torchrun
     from fides_plugins.training.fit import FitOptions, fit_service
     from fides_plugins.training.fit_report import FitReport
 
@@ -194,33 +144,35 @@ def fit(
         mean=_numbers(student_mean, "--student-mean"),
         std=_numbers(student_std, "--student-std"),
     )
-    rest = {option: given[option] for option in ("seed", "cache", "name", "bundle_version", *ACCESS)}
+    rest = {option: given[option] for option in ("seed", "cache", "name", "bundle_version")}
     rest |= {"options": options, "students": students}
+
+    def run(model: str, source: Path, target: Path, who: Member, tell: Tick | None = None) -> FitReport:
+        with ask(model, given) as teacher:
+            return fit_service(teacher, source, target, progress=tell, who=who, **rest)
+
     if engine == "ray":
         # Workers have folders of their own as working directories.
-        source, target = str(data.resolve()), str(out.resolve())
+        source, target = data.resolve(), out.resolve()
         model = str(Path(service).resolve()) if Path(service).is_file() else service
         found = run_ray(
-            lambda who: fit_service(model, source, target, who=who, **rest).as_dict(),
-            workers,
-            kept.resolve() if kept is not None else out.resolve(),
-            address=address,
+            lambda who: asdict(run(model, source, target, who)), workers, (kept or out).resolve(), address=address
         )
-        report, first = FitReport.from_dict(found), True
+        report, first = TypeAdapter(FitReport).validate_python(found), True
     else:
         with member(kept) as who, progress(as_json or not who.first) as bar:
-            report, first = fit_service(service, data, out, progress=_ticks(bar), who=who, **rest), who.first
+            report, first = run(service, data, out, who, _ticks(bar)), who.first
     if first and kept is not None and checkpoints is None:
         shutil.rmtree(kept, ignore_errors=True)
     if not first:
         return
     if as_json:
-        print_json(report.as_dict())
+        print_json(asdict(report))
     else:
         show(report)
 
 
-def _ticks(bar: Progress) -> Callable[[str, int, int], None]:
+def _ticks(bar: Progress) -> Tick:
     """Progress of a fit: one bar for each stage."""
     tasks: dict[str, Any] = {}
 

@@ -11,17 +11,17 @@ from importlib import metadata
 from pathlib import Path
 
 from fides_plugins.bundle import Bundle, Manifest, ServiceSpec, check_target, write_bundle
-from fides_plugins.training.attacks import AttackRegistry
-from fides_plugins.training.costs import Cost
+from fides_plugins.training.attacks import DEFAULT_OUTPUT_ATTACKS, GENERATOR, AttackRegistry
 from fides_plugins.training.data import Dataset
 from fides_plugins.training.distil.distillation import ALONE, Alone
+from fides_plugins.training.distil.gdtl import GdtlResult
 from fides_plugins.training.fit_report import FitReport
 from fides_plugins.training.service.teacher import Teacher
 from fides_plugins.training.service.teachers import AnswerCache, load_teacher
 from fides_plugins.training.stages import (
     VERIFICATION_FILE,
     AnsweredData,
-    DistilledModel,
+    Fit,
     FitOptions,
     FittedDetection,
     MakeStudents,
@@ -45,16 +45,11 @@ def fit_service(
     seed: int = 0,
     options: FitOptions | None = None,
     students: MakeStudents | None = None,
-    attacks: Sequence[str] | None = None,
+    attacks: Sequence[str] = (*DEFAULT_OUTPUT_ATTACKS, GENERATOR),
     registry: AttackRegistry | None = None,
     cache: str | Path | None = None,
     name: str = "fides",
     bundle_version: int = 1,
-    input_name: str = "",
-    output_name: str = "",
-    encoding: str = "json",
-    request_key: str = "",
-    response_key: str = "",
     progress: Progress | None = None,
     who: Alone = ALONE,
 ) -> FitReport:
@@ -63,7 +58,7 @@ def fit_service(
     Parameters
     ----------
     service:
-        What `load_teacher` understands, or a teacher. One that was loaded here is closed again.
+        What `load_teacher` understands without more being said, or a teacher. One that was loaded here is closed again.
     data:
         What `load_data` understands, or a dataset. Labels are used where they are there.
     out:
@@ -76,8 +71,6 @@ def fit_service(
         For `train_on`.
     cache:
         Folder for the service's answers, kept. By default they lie beside `out` until the fit has succeeded.
-    input_name, output_name, encoding, request_key, response_key:
-        For `load_teacher`.
     progress:
         See `Progress`.
     who:
@@ -92,38 +85,25 @@ def fit_service(
         If something that is no bundle is in the way.
     """
     check_target(out)
-    chosen = options or FitOptions()
-    teacher = (
-        load_teacher(
-            service,
-            input_name=input_name,
-            output_name=output_name,
-            encoding=encoding,
-            request_key=request_key,
-            response_key=response_key,
-        )
-        if isinstance(service, str)
-        else service
-    )
+    teacher = load_teacher(service) if isinstance(service, str) else service
     kept = Path(cache) if cache is not None else Path(out).parent / f".{Path(out).name}.answers"
-    asked = AnswerCache(teacher, kept)
-    tell = progress or (lambda stage, done, total: None)
+    fit = Fit(AnswerCache(teacher, kept), options or FitOptions(), seed, progress or (lambda stage, done, total: None))
     seconds: dict[str, float] = {}
     report: FitReport | None = None
     try:
         with who.first_before_others(), _timed(seconds, "answers"):
-            split = split_data(data, teacher, chosen, seed)
-            answers = collect_answers(split, asked, chosen, seed, tell)
+            split = split_data(fit, data)
+            answers = collect_answers(fit, split)
         with _timed(seconds, "distillation"):
-            distilled = distil_model(split, answers, teacher, chosen, seed, tell, students, who)
+            found = distil_model(fit, split, answers, students, who)
         if who.first:
             with _timed(seconds, "detection"):
-                detection = fit_detection(split, answers, distilled, chosen, seed, tell, attacks, registry)
-            fit = _Fit(teacher, chosen, seed, split, answers, distilled, detection)
+                detection = fit_detection(fit, split, answers, found.model, attacks, registry)
+            made = _Made(fit, split, answers, found, detection)
             files = {VERIFICATION_FILE: detection.graph, **detection.artifacts.files()}
-            bundle = write_bundle(out, fit.manifest(name, bundle_version), files)
-            tell("write the bundle", 1, 1)
-            report = fit.report(out, bundle, asked, seconds)
+            bundle = write_bundle(out, made.manifest(name, bundle_version), files)
+            fit.tell("write the bundle", 1, 1)
+            report = made.report(out, bundle, seconds)
         agreed: FitReport = who.agree(report)
     finally:
         if isinstance(service, str):
@@ -142,15 +122,13 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Fit:
+class _Made:
     """All stages of one fit, and what is told about them."""
 
-    teacher: Teacher
-    options: FitOptions
-    seed: int
+    fit: Fit
     split: SplitData
     answers: AnsweredData
-    distilled: DistilledModel
+    found: GdtlResult
     detection: FittedDetection
 
     def rows(self) -> dict[str, int]:
@@ -161,7 +139,7 @@ class _Fit:
 
     def manifest(self, name: str, bundle_version: int) -> Manifest:
         """Of the bundle, without its files."""
-        split, found, n_classes = self.split, self.distilled.result, self.answers.n_classes
+        split, found, n_classes = self.split, self.found, self.answers.n_classes
         return Manifest(
             name=name,
             bundle_version=bundle_version,
@@ -171,20 +149,20 @@ class _Fit:
             verification=self.detection.spec,
             provenance={
                 "service": {
-                    "name": self.teacher.name,
-                    "sha256": self.teacher.digest,
-                    "cost": _plain(self.distilled.service_cost),
+                    "name": self.fit.teacher.name,
+                    "sha256": self.fit.teacher.digest,
+                    "cost": self.answers.cost and asdict(self.answers.cost),
                 },
                 "data": {"sha256": split.data.digest, "rows": split.data.n_rows, "scale": split.scale},
                 "rows": self.rows(),
-                "seed": self.seed,
-                "options": asdict(self.options),
+                "seed": self.fit.seed,
+                "options": asdict(self.fit.options),
                 "verification": {
                     "student": found.student,
-                    "cost": _plain(self.detection.cost),
+                    "cost": asdict(self.detection.cost),
                     "agreement": round(self.detection.rows.agreement, 6),
                     "wanted_agreement_reached": found.reached,
-                    "steps": [s.as_dict() for s in found.steps],
+                    "steps": [asdict(s) for s in found.steps],
                 },
                 "detection": self.detection.artifacts.provenance,
                 "versions": {
@@ -194,14 +172,14 @@ class _Fit:
             **self.detection.artifacts.manifest_parts(),
         )
 
-    def report(self, out: str | Path, bundle: Bundle, asked: AnswerCache, seconds: dict[str, float]) -> FitReport:
+    def report(self, out: str | Path, bundle: Bundle, seconds: dict[str, float]) -> FitReport:
         """What was made, and how well it does."""
-        found, rows = self.distilled.result, self.detection.rows
+        asked, found, rows = self.fit.asked, self.found, self.detection.rows
         return FitReport(
             bundle=str(out),
             digest=bundle.digest,
-            service=self.teacher.name,
-            service_cost=self.distilled.service_cost,
+            service=self.fit.teacher.name,
+            service_cost=self.answers.cost,
             verification_cost=self.detection.cost,
             student=found.student,
             steps=found.steps,
@@ -217,10 +195,6 @@ class _Fit:
             forms=self.detection.forms,
             seconds=seconds,
         )
-
-
-def _plain(cost: Cost | None) -> dict[str, int] | None:
-    return None if cost is None else asdict(cost)
 
 
 def _accuracy(answers: Float32Array, labels: IntArray | None) -> float | None:

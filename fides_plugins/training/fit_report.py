@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from fides_plugins.training.costs import Cost
 from fides_plugins.training.distil.gdtl import SearchStep
@@ -58,19 +56,3 @@ class FitReport:
     told_form: str = ""
     forms: tuple[FormCost, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> FitReport:
-        """What `as_dict` gave, perhaps by way of JSON."""
-        service = values["service_cost"]
-        parts = {
-            "service_cost": None if service is None else Cost(**service),
-            "verification_cost": Cost(**values["verification_cost"]),
-            "steps": tuple(SearchStep(**s) for s in values["steps"]),
-            "forms": tuple(FormCost(**f) for f in values["forms"]),
-        }
-        return cls(**{**values, **parts})

@@ -1,7 +1,7 @@
 """The stages of a fit: each is a frozen result, made by one function from the results before it.
 
-split -> answers -> distilled -> detection. The rows are cut into three disjoint parts: for distillation, for choosing
-among students, and for detection, of which `train_on` again keeps a part that only calibrates. No part sees
+split -> answers -> verification model -> detection. The rows are cut into three disjoint parts: for distillation, for
+choosing among students, and for detection, of which `train_on` again keeps a part that only calibrates. No part sees
 another's rows, so what is reported as agreement and as false-alarm budget holds for rows that nothing was trained on.
 """
 
@@ -31,7 +31,7 @@ from fides_plugins.training.distil.distillation import (
     augment,
 )
 from fides_plugins.training.distil.gdtl import GdtlResult, GdtlSettings, search
-from fides_plugins.training.distil.students import Student, built_in_students
+from fides_plugins.training.distil.students import Student, VerificationModel, built_in_students
 from fides_plugins.training.evaluation.forms import FormCost, form_costs
 from fides_plugins.training.export import export_onnx
 from fides_plugins.training.predictions import Predictions
@@ -107,6 +107,21 @@ class FitOptions:
 
 
 @dataclass(frozen=True, eq=False)
+class Fit:
+    """What every stage of one fit works with: who is asked, what was chosen, and who is told of the progress."""
+
+    asked: AnswerCache
+    options: FitOptions
+    seed: int
+    tell: Progress
+
+    @property
+    def teacher(self) -> Teacher:
+        """The service."""
+        return self.asked.teacher
+
+
+@dataclass(frozen=True, eq=False)
 class SplitData:
     """The data as the service takes them, and which rows belong to which part.
 
@@ -138,7 +153,7 @@ class SplitData:
 
 @dataclass(frozen=True, eq=False)
 class AnsweredData:
-    """What the service answered.
+    """What the service answered, and what it costs.
 
     Attributes
     ----------
@@ -148,24 +163,19 @@ class AnsweredData:
         (n, K) as it gave them, of "selection" and "detection".
     transfer:
         The distillation rows and changed copies of them, answered.
+    cost:
+        Of the service for one row; None where it cannot be counted.
     """
 
     codec: OutputCodec
     outputs: Mapping[str, Float32Array]
     transfer: TransferSet
+    cost: Cost | None
 
     @property
     def n_classes(self) -> int:
         """K, the number of classes."""
         return int(self.transfer.logits.shape[1])
-
-
-@dataclass(frozen=True, eq=False)
-class DistilledModel:
-    """The verification model, how it was found, and the service's cost (None where it cannot be counted)."""
-
-    result: GdtlResult
-    service_cost: Cost | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +203,7 @@ class FittedDetection:
     forms: tuple[FormCost, ...]
 
 
-def split_data(source: str | Path | Dataset, teacher: Teacher, options: FitOptions, seed: int) -> SplitData:
+def split_data(fit: Fit, source: str | Path | Dataset) -> SplitData:
     """Read the data, bring them to the service's tensor, and split them.
 
     Raises
@@ -201,13 +211,13 @@ def split_data(source: str | Path | Dataset, teacher: Teacher, options: FitOptio
     TrainingError
         If the data do not fit the service, or are too few for the false-alarm budget.
     """
-    data = source if isinstance(source, Dataset) else load_data(source, teacher.input)
-    spec = _spec(teacher, data)
-    data, scale = match_input(data, spec, options.scale)
+    data = source if isinstance(source, Dataset) else load_data(source, fit.teacher.input)
+    spec = _spec(fit.teacher, data)
+    data, scale = match_input(data, spec, fit.options.scale)
     given = InputSpec(name=spec.name, dtype=data.images.dtype.name, shape=(None, *data.images.shape[1:]))
-    parts = split_rows(data.images, SHARES, seed)
+    parts = split_rows(data.images, SHARES, fit.seed)
     calibration = int(CALIBRATION_FRACTION * len(parts["detection"]))
-    require_rows(calibration, CALIBRATION_FRACTION * SHARES["detection"], options.false_alarm_rate)
+    require_rows(calibration, CALIBRATION_FRACTION * SHARES["detection"], fit.options.false_alarm_rate)
     return SplitData(data, given, scale, parts)
 
 
@@ -219,9 +229,7 @@ def _spec(teacher: Teacher, data: Dataset) -> InputSpec:
     return InputSpec(name=name, dtype=dtype, shape=(None, *data.images.shape[1:]))
 
 
-def collect_answers(
-    split: SplitData, cache: AnswerCache, options: FitOptions, seed: int, progress: Progress
-) -> AnsweredData:
+def collect_answers(fit: Fit, split: SplitData) -> AnsweredData:
     """The service's answers to every part, and to changed copies of the distillation rows.
 
     Raises
@@ -229,16 +237,16 @@ def collect_answers(
     TrainingError
         If the service stops answering, or a label is none of its classes.
     """
-    images = split.images("distillation")
+    options, images = fit.options, split.images("distillation")
     copies = _copies(images, options.transfer_rows)
-    shown, labels = augment(images, split.labels("distillation"), copies, seed, Augmentation(flip=options.flip))
+    shown, labels = augment(images, split.labels("distillation"), copies, fit.seed, Augmentation(flip=options.flip))
     held = {part: split.images(part) for part in ("selection", "detection")}
     total = len(shown) + sum(map(len, held.values()))
     done = 0
 
     def ask(rows: NDArray[Any]) -> Float32Array:
         nonlocal done
-        raw = cache.answers(rows, lambda n: progress("ask the service", done + n, total))
+        raw = fit.asked.answers(rows, lambda n: fit.tell("ask the service", done + n, total))
         done += len(rows)
         return raw
 
@@ -247,7 +255,7 @@ def collect_answers(
     split.data.check_labels(outputs["detection"].shape[1])
     raw = ask(shown)
     codec = OutputCodec(options.output_kind or output_kind(np.concatenate([raw, *outputs.values()])))
-    return AnsweredData(codec, outputs, TransferSet(shown, codec.logits(raw), labels))
+    return AnsweredData(codec, outputs, TransferSet(shown, codec.logits(raw), labels), fit.teacher.cost(shown))
 
 
 def _copies(images: NDArray[Any], transfer_rows: int) -> int:
@@ -258,15 +266,8 @@ def _copies(images: NDArray[Any], transfer_rows: int) -> int:
 
 
 def distil_model(
-    split: SplitData,
-    answers: AnsweredData,
-    teacher: Teacher,
-    options: FitOptions,
-    seed: int,
-    progress: Progress,
-    students: MakeStudents | None,
-    who: Alone,
-) -> DistilledModel:
+    fit: Fit, split: SplitData, answers: AnsweredData, students: MakeStudents | None, who: Alone
+) -> GdtlResult:
     """The greedy search for a verification model.
 
     Raises
@@ -274,8 +275,7 @@ def distil_model(
     TrainingError
         If no student is within the limits of cost.
     """
-    rows = answers.transfer.images
-    cost = teacher.cost(rows)
+    options, cost, rows = fit.options, answers.cost, answers.transfer.images
     macs, parameters = options.max_macs, options.max_parameters
     if cost is not None:
         macs = _least(macs, options.max_cost * cost.macs)
@@ -284,7 +284,7 @@ def distil_model(
         candidates: Sequence[Student] = built_in_students(rows, answers.n_classes, parameters, macs)
     else:
         candidates = students(rows, answers.n_classes)
-    result = search(
+    return search(
         candidates,
         answers.transfer,
         split.images("selection"),
@@ -293,11 +293,10 @@ def distil_model(
         distillation=options.distillation(),
         max_parameters=parameters,
         max_macs=macs,
-        seed=seed,
-        progress=lambda share: progress("distil", round(100 * share), 100),
+        seed=fit.seed,
+        progress=lambda share: fit.tell("distil", round(100 * share), 100),
         who=who,
     )
-    return DistilledModel(result, cost)
 
 
 def _least(limit: int | None, other: float) -> int:
@@ -305,13 +304,11 @@ def _least(limit: int | None, other: float) -> int:
 
 
 def fit_detection(
+    fit: Fit,
     split: SplitData,
     answers: AnsweredData,
-    distilled: DistilledModel,
-    options: FitOptions,
-    seed: int,
-    progress: Progress,
-    attacks: Sequence[str] | None,
+    model: VerificationModel,
+    attacks: Sequence[str],
     registry: AttackRegistry | None,
 ) -> FittedDetection:
     """Export the verification model, and train and calibrate detection on the graph's own answers.
@@ -325,7 +322,7 @@ def fit_detection(
     """
     images = split.images("detection")
     spec = VerificationSpec(file=VERIFICATION_FILE, input_name=split.input.name, output_name=OUTPUT_NAME)
-    graph = export_onnx(distilled.result.model, images, spec.input_name, spec.output_name)
+    graph = export_onnx(model, images, spec.input_name, spec.output_name)
     output = run_graph(OnnxModel(graph, name=spec.file), spec.output_name, **{spec.input_name: images})
     rows = Predictions.check(
         answers.outputs["detection"],
@@ -334,20 +331,19 @@ def fit_detection(
         service_codec=answers.codec,
         verification_codec=spec.codec,
     )
-    chosen: dict[str, Any] = {} if attacks is None else {"attacks": tuple(attacks)}
     artifacts = train_on(
         rows,
+        attacks=attacks,
         registry=registry,
-        false_alarm_rate=options.false_alarm_rate,
+        false_alarm_rate=fit.options.false_alarm_rate,
         calibration_fraction=CALIBRATION_FRACTION,
-        seed=seed,
-        progress=lambda share: progress("train detection", round(100 * share), 100),
-        **chosen,
+        seed=fit.seed,
+        progress=lambda share: fit.tell("train detection", round(100 * share), 100),
     )
-    _, held_out = rows.split(CALIBRATION_FRACTION, seed)
+    _, held_out = rows.split(CALIBRATION_FRACTION, fit.seed)
     # The built-in ones: a registry of the caller's own need not have them.
     lies = [default_registry().output(name) for name in ("switch", "random")]
     detector = OnnxModel(artifacts.detector_onnx, name=DETECTOR_FILE)
-    forms = form_costs(detector, held_out, lies, options.false_alarm_rate, seed)
+    forms = form_costs(detector, held_out, lies, fit.options.false_alarm_rate, fit.seed)
     told = answers.codec.coarse_form(answers.outputs["detection"])
     return FittedDetection(graph, spec, onnx_cost(graph, images.shape[1:]), rows, artifacts, told, forms)
