@@ -32,7 +32,7 @@ from fides_plugins.training.distil.distillation import (
     distil,
     predict,
 )
-from fides_plugins.training.distil.gdtl import GdtlSettings, search
+from fides_plugins.training.distil.gdtl import Search
 from fides_plugins.training.distil.pretrained import PretrainedNetwork, without_last_linear
 from fides_plugins.training.distil.students import Student, small_cnn
 from fides_plugins.types import Float32Array
@@ -108,15 +108,8 @@ class _Study:
     def arms(self, n: int, seed: int) -> dict[str, float]:
         transfer, held, held_logits = self.rows(n, seed)
         settings = DistillationSettings(epochs=STEP_EPOCHS)
-        greedy = search(
-            [self.student(True)],
-            transfer,
-            held,
-            held_logits,
-            settings=GdtlSettings(agreement=0.999),
-            distillation=settings,
-            seed=seed,
-        )
+        search = Search(transfer, held, held_logits, agreement=0.999, distillation=settings, seed=seed)
+        greedy = search.run([self.student(True)])
         epochs = STEP_EPOCHS * len(greedy.steps)
         result = {"epochs": float(epochs), "GDTL": agreement(predict(greedy.model, self.test), self.test_logits)}
         hard = np.full_like(transfer.logits, -20.0)

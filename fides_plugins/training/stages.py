@@ -30,7 +30,7 @@ from fides_plugins.training.distil.distillation import (
     TransferSet,
     augment,
 )
-from fides_plugins.training.distil.gdtl import GdtlResult, GdtlSettings, search
+from fides_plugins.training.distil.gdtl import GdtlResult, Search
 from fides_plugins.training.distil.students import Student, VerificationModel, built_in_students
 from fides_plugins.training.evaluation.forms import FormCost, form_costs
 from fides_plugins.training.export import export_onnx
@@ -284,19 +284,17 @@ def distil_model(
         candidates: Sequence[Student] = built_in_students(rows, answers.n_classes, parameters, macs)
     else:
         candidates = students(rows, answers.n_classes)
-    return search(
-        candidates,
+    search = Search(
         answers.transfer,
         split.images("selection"),
         answers.codec.logits(answers.outputs["selection"]),
-        settings=GdtlSettings(agreement=options.agreement, tolerance=options.tolerance),
-        distillation=options.distillation(),
-        max_parameters=parameters,
-        max_macs=macs,
-        seed=fit.seed,
-        progress=lambda share: fit.tell("distil", round(100 * share), 100),
-        who=who,
+        options.agreement,
+        options.tolerance,
+        options.distillation(),
+        fit.seed,
+        who,
     )
+    return search.run(candidates, parameters, macs, lambda share: fit.tell("distil", round(100 * share), 100))
 
 
 def _least(limit: int | None, other: float) -> int:

@@ -45,23 +45,6 @@ MAX_GROUPS = 5
 
 
 @dataclass(frozen=True)
-class GdtlSettings:
-    """What the search looks for.
-
-    Attributes
-    ----------
-    agreement:
-        Wanted share of held-out rows on which student and service have the same top class. The search stops
-        at the first student whose agreement exceeds it by the estimate's own error, see `certain`.
-    tolerance:
-        A step that raises held-out agreement by no more than this is undone, and the student is finished.
-    """
-
-    agreement: float = 0.98
-    tolerance: float = 0.002
-
-
-@dataclass(frozen=True)
 class SearchStep:
     """One row of the trade-off table. `kept` is False for a step that did not pay and was undone."""
 
@@ -89,81 +72,89 @@ class GdtlResult:
     steps: tuple[SearchStep, ...]
 
 
-def search(
-    students: Sequence[Student],
-    transfer: TransferSet,
-    held_out_images: NDArray[Any],
-    held_out_logits: Float32Array,
-    *,
-    settings: GdtlSettings | None = None,
-    distillation: DistillationSettings | None = None,
-    max_parameters: int | None = None,
-    max_macs: int | None = None,
-    seed: int = 0,
-    progress: Share = silent,
-    who: Alone = ALONE,
-) -> GdtlResult:
-    """Find the cheapest student that reaches the wanted agreement.
+@dataclass(frozen=True, eq=False)
+class Search:
+    """Finds the cheapest student that reaches the wanted agreement.
 
-    Parameters
+    Attributes
     ----------
-    students:
-        Candidates; they are tried in the order of their multiply-adds.
     transfer:
-        What they are trained on.
-    held_out_images, held_out_logits:
-        Rows (M, ...) that no student is trained on, and the service's logits (M, K) for them; every step is judged
-        on these.
-    max_parameters, max_macs:
-        Students that cost more are left out.
-    who:
-        Who trains; see `distil`.
-
-    Returns
-    -------
-    The first student that certainly reaches the agreement (see `certain`). If none does, the one with the highest
-    agreement, and among equals the one with the lowest divergence from the service. Where the held-out rows are
-    too few to be certain of any student, only the most expensive one is trained.
-
-    Raises
-    ------
-    TrainingError
-        If no student is within the limits.
+        What students are trained on.
+    images, logits:
+        Held-out rows (M, ...) that no student is trained on, and the service's logits (M, K) for them; every step is
+        judged on these.
+    agreement:
+        Wanted share of held-out rows on which student and service have the same top class. The search stops
+        at the first student whose agreement exceeds it by the estimate's own error, see `certain`.
+    tolerance:
+        A step that raises held-out agreement by no more than this is undone, and the student is finished.
+    distillation, seed, who:
+        How students are trained, their random numbers, and who trains; see `distil`.
     """
-    wanted = settings or GdtlSettings()
-    training = distillation or DistillationSettings()
-    priced = sorted(((s.cost(transfer.images), s) for s in students), key=lambda c: (c[0].macs, c[0].parameters))
-    fitting = [(cost, student) for cost, student in priced if cost.within(max_parameters, max_macs)]
-    if not fitting:
-        cheapest = f"{priced[0][0].parameters} parameters, {priced[0][0].macs} multiply-adds" if priced else "none"
-        raise TrainingError(
-            f"No student costs at most {max_parameters} parameters and {max_macs} multiply-adds; "
-            f"the cheapest one given: {cheapest}.",
-            "Allow a larger share of the service's cost, or give a smaller student.",
-        )
-    if not certain(1.0, len(held_out_images), wanted.agreement):
-        fitting = fitting[-1:]
-    steps: list[SearchStep] = []
-    best: tuple[tuple[float, float], GdtlResult] | None = None
-    for index, (cost, student) in enumerate(fitting):
 
-        def report(done: float, index: int = index) -> None:
-            progress((index + done) / len(fitting))
+    transfer: TransferSet
+    images: NDArray[Any]
+    logits: Float32Array
+    agreement: float = 0.98
+    tolerance: float = 0.002
+    distillation: DistillationSettings = field(default_factory=DistillationSettings)
+    seed: int = 0
+    who: Alone = ALONE
 
-        model = student.model(transfer.images, seed)
-        run = _Run(
-            student, cost, model, transfer, held_out_images, held_out_logits, training, wanted, seed, report, who
-        )
-        value = run.greedy() if isinstance(model.network, PretrainedNetwork) else run.whole()
-        steps += run.steps
-        rank = (value, -divergence(held_out_logits, predict(model, held_out_images)))
-        if best is None or rank > best[0]:
-            best = rank, GdtlResult(model, student.name, cost, value, value >= wanted.agreement, ())
-        if certain(value, len(held_out_images), wanted.agreement):
-            break
-    progress(1.0)
-    assert best is not None
-    return replace(best[1], steps=tuple(steps))
+    def run(
+        self,
+        students: Sequence[Student],
+        max_parameters: int | None = None,
+        max_macs: int | None = None,
+        progress: Share = silent,
+    ) -> GdtlResult:
+        """Try candidates in the order of their multiply-adds; those above a limit are left out.
+
+        Returns
+        -------
+        The first student that certainly reaches the agreement (see `certain`). If none does, the one with the highest
+        agreement, and among equals the one with the lowest divergence from the service. Where the held-out rows are
+        too few to be certain of any student, only the most expensive one is trained.
+
+        Raises
+        ------
+        TrainingError
+            If no student is within the limits.
+        """
+        rows = self.transfer.images
+        priced = sorted(((s.cost(rows), s) for s in students), key=lambda c: (c[0].macs, c[0].parameters))
+        fitting = [(cost, student) for cost, student in priced if cost.within(max_parameters, max_macs)]
+        if not fitting:
+            cheapest = f"{priced[0][0].parameters} parameters, {priced[0][0].macs} multiply-adds" if priced else "none"
+            raise TrainingError(
+                f"No student costs at most {max_parameters} parameters and {max_macs} multiply-adds; "
+                f"the cheapest one given: {cheapest}.",
+                "Allow a larger share of the service's cost, or give a smaller student.",
+            )
+        if not self.is_certain(1.0):
+            fitting = fitting[-1:]
+        steps: list[SearchStep] = []
+        best: tuple[tuple[float, float], GdtlResult] | None = None
+        for index, (cost, student) in enumerate(fitting):
+
+            def report(done: float, index: int = index) -> None:
+                progress((index + done) / len(fitting))
+
+            model = student.model(rows, self.seed)
+            training = _Training(self, student.name, cost, model, report, steps)
+            value = training.greedy() if isinstance(model.network, PretrainedNetwork) else training.whole()
+            rank = (value, -divergence(self.logits, predict(model, self.images)))
+            if best is None or rank > best[0]:
+                best = rank, GdtlResult(model, student.name, cost, value, value >= self.agreement, ())
+            if self.is_certain(value):
+                break
+        progress(1.0)
+        assert best is not None
+        return replace(best[1], steps=tuple(steps))
+
+    def is_certain(self, share: float) -> bool:
+        """Whether this share of the held-out rows is surely enough."""
+        return certain(share, len(self.images), self.agreement)
 
 
 def certain(share: float, n_rows: int, wanted: float) -> bool:
@@ -180,31 +171,26 @@ def divergence(service: Float32Array, student: Float32Array) -> float:
     return float(functional.kl_div(log_v, log_s, reduction="batchmean", log_target=True))
 
 
-@dataclass
-class _Run:
-    """The training of one student."""
+@dataclass(frozen=True)
+class _Training:
+    """The training of one student, which adds its steps to `steps`."""
 
-    student: Student
+    search: Search
+    student: str
     cost: Cost
     model: VerificationModel
-    transfer: TransferSet
-    images: NDArray[Any]
-    logits: Float32Array
-    training: DistillationSettings
-    wanted: GdtlSettings
-    seed: int
     report: Share
-    who: Alone
-    steps: list[SearchStep] = field(default_factory=list)
+    steps: list[SearchStep]
 
     def whole(self) -> float:
         """Train every layer at once; returns held-out agreement."""
-        self._train(self.model, torch.from_numpy(self.transfer.images), self.training.learning_rate, 0, 1)
+        images = torch.from_numpy(self.search.transfer.images)
+        self._train(self.model, images, self.search.distillation.learning_rate, 0, 1)
         return self._note("train all layers", kept=True)
 
     def greedy(self) -> float:
         """Fresh head first, then one group of layers after the other; returns held-out agreement."""
-        network = self.model.network
+        network, search = self.model.network, self.search
         assert isinstance(network, PretrainedNetwork)
         for parameter in network.backbone.parameters():
             parameter.requires_grad_(False)
@@ -212,20 +198,20 @@ class _Run:
         n_steps = 1 + len(groups)
         # Nothing below the head moves, so its inputs are computed once.
         body = nn.Sequential(self.model.preprocess, network.backbone, network.pool)
-        features = torch.from_numpy(predict(body, self.transfer.images))
-        self._train(network.head, features, self.training.learning_rate, 0, n_steps)
+        features = torch.from_numpy(predict(body, search.transfer.images))
+        self._train(network.head, features, search.distillation.learning_rate, 0, n_steps)
         value = self._note("fresh head", kept=True)
-        images = torch.from_numpy(self.transfer.images)
+        images = torch.from_numpy(search.transfer.images)
         for number, group in enumerate(groups):
-            if certain(value, len(self.images), self.wanted.agreement):
+            if search.is_certain(value):
                 break
             before = copy.deepcopy(network.state_dict())
             for layer in group:
                 for parameter in layer.parameters(recurse=False):
                     parameter.requires_grad_(True)
-            self._train(self.model, images, self.training.fine_tune_learning_rate, number + 1, n_steps)
-            after = agreement(predict(self.model, self.images), self.logits)
-            paid = after > value + self.wanted.tolerance
+            self._train(self.model, images, search.distillation.fine_tune_learning_rate, number + 1, n_steps)
+            after = self._agreement()
+            paid = after > value + search.tolerance
             self._note(f"unfreeze {len(group)} layers", kept=paid, value=after)
             if not paid:
                 network.load_state_dict(before)
@@ -235,24 +221,23 @@ class _Run:
         return value
 
     def _train(self, module: nn.Module, inputs: torch.Tensor, rate: float, step: int, n_steps: int) -> None:
-        distil(
-            module,
-            inputs,
-            self.transfer,
-            self.training,
-            rate,
-            self.training.epochs,
-            self.seed + step,
-            lambda done: self.report((step + done) / n_steps),
-            self.who,
-        )
+        search = self.search
+
+        def on_epoch(done: float) -> None:
+            self.report((step + done) / n_steps)
+
+        how, seed = search.distillation, search.seed + step
+        distil(module, inputs, search.transfer, how, rate, how.epochs, seed, on_epoch, search.who)
+
+    def _agreement(self) -> float:
+        """On the held-out rows."""
+        return agreement(predict(self.model, self.search.images), self.search.logits)
 
     def _note(self, action: str, *, kept: bool, value: float | None = None) -> float:
-        value = agreement(predict(self.model, self.images), self.logits) if value is None else value
+        value = self._agreement() if value is None else value
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        self.steps.append(
-            SearchStep(self.student.name, action, self.cost.parameters, self.cost.macs, trainable, value, kept)
-        )
+        cost = self.cost
+        self.steps.append(SearchStep(self.student, action, cost.parameters, cost.macs, trainable, value, kept))
         return value
 
 

@@ -20,7 +20,7 @@ from fides_plugins.training.distil.distillation import (
     predict,
     training_mode,
 )
-from fides_plugins.training.distil.gdtl import GdtlSettings, certain, divergence, layer_groups, search
+from fides_plugins.training.distil.gdtl import Search, certain, divergence, layer_groups
 from fides_plugins.training.distil.pretrained import PretrainedNetwork
 from fides_plugins.training.distil.students import Student
 
@@ -119,9 +119,7 @@ def mlp(width: int) -> Student:
 
 def test_cheapest_sufficient_student_wins() -> None:
     x, z = problem(600, 2)
-    result = search(
-        [mlp(64), mlp(16), mlp(256)], transfer(), x, z, settings=GdtlSettings(agreement=0.9), distillation=LONGER
-    )
+    result = Search(transfer(), x, z, agreement=0.9, distillation=LONGER).run([mlp(64), mlp(16), mlp(256)])
     assert result.reached
     assert result.student == "mlp-16"
     assert [s.student for s in result.steps] == ["mlp-16"]
@@ -131,15 +129,8 @@ def test_cheapest_sufficient_student_wins() -> None:
 def test_larger_student_only_when_needed_and_limits_hold() -> None:
     x, z = problem(600, 2)
     small = Student("blind", lambda: nn.Sequential(nn.Linear(6, 1), nn.Linear(1, 3)))
-    result = search(
-        [mlp(512), mlp(32), small],
-        transfer(),
-        x,
-        z,
-        settings=GdtlSettings(agreement=0.97),
-        distillation=LONGER,
-        max_parameters=1000,
-    )
+    search = Search(transfer(), x, z, agreement=0.97, distillation=LONGER)
+    result = search.run([mlp(512), mlp(32), small], max_parameters=1000)
     assert [s.student for s in result.steps] == ["blind", "mlp-32"]
     assert result.student == "mlp-32"
     assert result.cost.parameters <= 1000
@@ -148,12 +139,12 @@ def test_larger_student_only_when_needed_and_limits_hold() -> None:
 def test_nothing_within_the_limits() -> None:
     x, z = problem(20, 2)
     with pytest.raises(TrainingError, match="at most 10 parameters"):
-        search([mlp(8)], transfer(), x, z, max_parameters=10)
+        Search(transfer(), x, z).run([mlp(8)], max_parameters=10)
 
 
 def test_few_held_out_rows_take_the_dearest() -> None:
     x, z = problem(20, 2)
-    result = search([mlp(8), mlp(32)], transfer(), x, z, settings=GdtlSettings(agreement=0.99))
+    result = Search(transfer(), x, z, agreement=0.99).run([mlp(8), mlp(32)])
     assert [s.student for s in result.steps] == ["mlp-32"]
 
 
@@ -185,21 +176,15 @@ def pretrained(good: bool) -> Student:
 
 def test_greedy_stops_when_the_head_is_enough() -> None:
     x, z = problem(600, 2)
-    result = search([pretrained(True)], transfer(), x, z, settings=GdtlSettings(agreement=0.85), distillation=LONGER)
+    result = Search(transfer(), x, z, agreement=0.85, distillation=LONGER).run([pretrained(True)])
     assert [s.action for s in result.steps] == ["fresh head"]
     assert result.reached
 
 
 def test_greedy_unfreezes_while_it_pays_and_undoes_what_does_not() -> None:
     x, z = problem(600, 2)
-    result = search(
-        [pretrained(False)],
-        transfer(),
-        x,
-        z,
-        settings=GdtlSettings(agreement=0.999, tolerance=0.002),
-        distillation=LONGER,
-    )
+    search = Search(transfer(), x, z, agreement=0.999, tolerance=0.002, distillation=LONGER)
+    result = search.run([pretrained(False)])
     steps = result.steps
     assert steps[0].action == "fresh head"
     # A dead layer under the head: nothing can be told apart until it is unfrozen.
@@ -217,7 +202,7 @@ def test_backbone_batch_norms_never_move() -> None:
     x, z = problem(600, 2)
     student = pretrained(True)
     before = student.model(transfer().images, 0).network.backbone[1].state_dict()  # type: ignore[index, union-attr, operator]
-    result = search([student], transfer(), x, z, settings=GdtlSettings(agreement=1.0, tolerance=-1.0))
+    result = Search(transfer(), x, z, agreement=1.0, tolerance=-1.0).run([student])
     after = result.model.network.backbone[1].state_dict()  # type: ignore[index, union-attr, operator]
     assert len(result.steps) > 2
     assert all(torch.equal(before[k], after[k]) for k in before)
