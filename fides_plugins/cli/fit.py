@@ -126,7 +126,8 @@ def fit(
         raise SettingsError(f"There is no engine {engine!r}.", "Choose local, torchrun or ray.")
     from pydantic import TypeAdapter
 
-    from fides_plugins.training.distil.distributed import Member, is_member, member, run_ray, run_torchrun
+    from fides_plugins.training.distil.distributed import is_member, member, run_ray, run_torchrun
+    from fides_plugins.training.distil.workers import Worker
     from fides_plugins.training.fit import FitOptions, fit_service
     from fides_plugins.training.fit_report import FitReport
 
@@ -147,7 +148,7 @@ def fit(
     rest = {option: given[option] for option in ("seed", "cache", "name", "bundle_version")}
     rest |= {"options": options, "students": students}
 
-    def run(model: str, source: Path, target: Path, who: Member, tell: Tick | None = None) -> FitReport:
+    def run(model: str, source: Path, target: Path, who: Worker, tell: Tick | None = None) -> FitReport:
         with ask(model, given) as teacher:
             return fit_service(teacher, source, target, progress=tell, who=who, **rest)
 

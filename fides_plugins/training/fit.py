@@ -13,8 +13,8 @@ from pathlib import Path
 from fides_plugins.bundle import Bundle, Manifest, ServiceSpec, check_target, write_bundle
 from fides_plugins.training.attacks import DEFAULT_OUTPUT_ATTACKS, GENERATOR, AttackRegistry
 from fides_plugins.training.data import Dataset
-from fides_plugins.training.distil.distillation import ALONE, Alone
 from fides_plugins.training.distil.gdtl import GdtlResult
+from fides_plugins.training.distil.workers import Worker
 from fides_plugins.training.fit_report import FitReport
 from fides_plugins.training.service.teacher import Teacher
 from fides_plugins.training.service.teachers import AnswerCache, load_teacher
@@ -51,7 +51,7 @@ def fit_service(
     name: str = "fides",
     bundle_version: int = 1,
     progress: Progress | None = None,
-    who: Alone = ALONE,
+    who: Worker | None = None,
 ) -> FitReport:
     """Make a bundle that protects a service.
 
@@ -74,8 +74,9 @@ def fit_service(
     progress:
         See `Progress`.
     who:
-        Who trains. Among several workers each calls this function with the same arguments, on a shared file
-        system; the first one asks the service and writes the bundle, and every one gets its report.
+        Who trains; this process alone by default. Among several workers each calls this function with the same
+        arguments, on a shared file system; the first one asks the service and writes the bundle, and every one gets
+        its report.
 
     Raises
     ------
@@ -85,6 +86,7 @@ def fit_service(
         If something that is no bundle is in the way.
     """
     check_target(out)
+    who = who or Worker()
     teacher = load_teacher(service) if isinstance(service, str) else service
     kept = Path(cache) if cache is not None else Path(out).parent / f".{Path(out).name}.answers"
     fit = Fit(AnswerCache(teacher, kept), options or FitOptions(), seed, progress or (lambda stage, done, total: None))

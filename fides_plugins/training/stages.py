@@ -23,15 +23,10 @@ from fides_plugins.training.costs import Cost, onnx_cost
 from fides_plugins.training.data import Dataset, load_data, match_input, split_rows
 from fides_plugins.training.detector.calibration import require_rows, run_graph
 from fides_plugins.training.detector.detection import DETECTOR_FILE, DetectionArtifacts, train_on
-from fides_plugins.training.distil.distillation import (
-    Alone,
-    Augmentation,
-    DistillationSettings,
-    TransferSet,
-    augment,
-)
+from fides_plugins.training.distil.distillation import Augmentation, DistillationSettings, TransferSet, augment
 from fides_plugins.training.distil.gdtl import GdtlResult, Search
 from fides_plugins.training.distil.students import Student, VerificationModel, built_in_students
+from fides_plugins.training.distil.workers import Worker
 from fides_plugins.training.evaluation.forms import FormCost, form_costs
 from fides_plugins.training.export import export_onnx
 from fides_plugins.training.predictions import Predictions
@@ -266,7 +261,7 @@ def _copies(images: NDArray[Any], transfer_rows: int) -> int:
 
 
 def distil_model(
-    fit: Fit, split: SplitData, answers: AnsweredData, students: MakeStudents | None, who: Alone
+    fit: Fit, split: SplitData, answers: AnsweredData, students: MakeStudents | None, who: Worker
 ) -> GdtlResult:
     """The greedy search for a verification model.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from fides_plugins.training.data import image_layout
+from fides_plugins.training.distil.workers import Session, Worker
 from fides_plugins.types import Float32Array, IntArray
 
 #: Called as work goes on, with the share done in [0, 1].
@@ -27,57 +27,6 @@ Share = Callable[[float], None]
 
 def silent(done: float) -> None:
     """Report no progress."""
-
-
-@dataclass(frozen=True)
-class Session:
-    """One call of `distil`: the state that a checkpoint holds, and what identifies the call."""
-
-    module: nn.Module
-    optimizer: torch.optim.AdamW
-    schedule: torch.optim.lr_scheduler.OneCycleLR
-    identity: tuple[torch.Tensor | str, ...]
-
-
-class Alone:
-    """A single process that trains without checkpoints. `distributed.Member` shares the work, and keeps them.
-
-    Attributes
-    ----------
-    first:
-        Whether this process is the one that asks the service and writes the bundle.
-    """
-
-    first = True
-
-    def first_before_others(self) -> AbstractContextManager[None]:
-        """The first process runs the block before the others do."""
-        return nullcontext()
-
-    def agree(self, value: Any) -> Any:
-        """The first process's value, in every process."""
-        return value
-
-    def begin(self, session: Session) -> tuple[Callable[[torch.Tensor], torch.Tensor], int]:
-        """The function to call for a forward pass, and the epoch to begin with (later than 0 after a checkpoint)."""
-        return session.module, 0
-
-    def seed(self, seed: int, epoch: int) -> int:
-        """Seed of one epoch's random numbers in this process."""
-        return seed + epoch
-
-    def share(self, rows: torch.Tensor) -> torch.Tensor:
-        """This process's rows of a batch."""
-        return rows
-
-    def after_epoch(self, session: Session, done: int) -> None:
-        """Called with the number of finished epochs."""
-
-    def end(self, session: Session) -> None:
-        """Called before the module is used."""
-
-
-ALONE = Alone()
 
 
 @dataclass(frozen=True)
@@ -232,7 +181,7 @@ def distil(
     epochs: int,
     seed: int,
     on_epoch: Share = silent,
-    who: Alone = ALONE,
+    who: Worker | None = None,
 ) -> None:
     """Train the parameters of `module` that require a gradient, in place; ends in evaluation mode.
 
@@ -245,7 +194,7 @@ def distil(
     on_epoch:
         Called after each epoch with the share done.
     who:
-        This process, alone or as one of several workers.
+        This process as one of several workers; alone by default.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     logits, labels = torch.from_numpy(transfer.logits), torch.from_numpy(transfer.labels)
@@ -260,6 +209,7 @@ def distil(
     session = Session(
         module, optimizer, schedule, (str((settings, learning_rate, epochs, seed)), inputs, logits, labels)
     )
+    who = who or Worker()
     forward, begin = who.begin(session)
     training_mode(module)
     with torch.random.fork_rng(devices=[]):

@@ -25,8 +25,6 @@ from fides_plugins.errors import TrainingError
 from fides_plugins.statistics.intervals import wilson
 from fides_plugins.training.costs import Cost
 from fides_plugins.training.distil.distillation import (
-    ALONE,
-    Alone,
     DistillationSettings,
     Share,
     TransferSet,
@@ -38,6 +36,7 @@ from fides_plugins.training.distil.distillation import (
 )
 from fides_plugins.training.distil.pretrained import PretrainedNetwork
 from fides_plugins.training.distil.students import Student, VerificationModel
+from fides_plugins.training.distil.workers import Worker
 from fides_plugins.types import Float32Array
 
 #: A backbone is cut into at most this many groups of layers; one is unfrozen at a time.
@@ -99,7 +98,7 @@ class Search:
     tolerance: float = 0.002
     distillation: DistillationSettings = field(default_factory=DistillationSettings)
     seed: int = 0
-    who: Alone = ALONE
+    who: Worker = field(default_factory=Worker)
 
     def run(
         self,

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 
 from fides_plugins.errors import TrainingError  # noqa: E402
 from fides_plugins.training.distil.distillation import DistillationSettings, TransferSet, distil  # noqa: E402
-from fides_plugins.training.distil.distributed import Member  # noqa: E402
+from fides_plugins.training.distil.workers import Worker  # noqa: E402
 
 SETTINGS = DistillationSettings(epochs=5, batch_size=32)
 
@@ -52,31 +52,31 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def test_a_resumed_training_gives_the_same_weights(tmp_path: Path) -> None:
-    whole, _ = train(Member())
+    whole, _ = train(Worker())
     with pytest.raises(Interrupted):
-        train(Member(tmp_path), stop_after=3)
-    resumed, epochs = train(Member(tmp_path))
+        train(Worker(tmp_path), stop_after=3)
+    resumed, epochs = train(Worker(tmp_path))
     assert epochs == 2
     assert equal(whole, resumed)
-    finished, epochs = train(Member(tmp_path))
+    finished, epochs = train(Worker(tmp_path))
     assert epochs == 0
     assert equal(whole, finished)
 
 
 def test_a_checkpoint_of_another_training_is_not_taken_up(tmp_path: Path) -> None:
-    train(Member(tmp_path))
+    train(Worker(tmp_path))
     for other in ({"seed": 1}, {"data": transfer(seed=1)}):
-        expected, _ = train(Member(), **other)
-        found, epochs = train(Member(tmp_path), **other)
+        expected, _ = train(Worker(), **other)
+        found, epochs = train(Worker(tmp_path), **other)
         assert epochs == SETTINGS.epochs
         assert equal(expected, found)
 
 
 def test_a_broken_checkpoint_is_not_taken_up(tmp_path: Path) -> None:
-    train(Member(tmp_path))
+    train(Worker(tmp_path))
     (path,) = tmp_path.glob("*.safetensors")
     path.write_bytes(path.read_bytes()[:50])
-    _, epochs = train(Member(tmp_path))
+    _, epochs = train(Worker(tmp_path))
     assert epochs == SETTINGS.epochs
 
 
@@ -84,7 +84,7 @@ def test_shares_of_a_batch_are_equal_and_disjoint() -> None:
     rows = torch.arange(33)
     shares = []
     for rank in range(4):
-        who = Member()
+        who = Worker()
         who.rank, who.world = rank, 4
         shares.append(who.share(rows).tolist())
     assert {len(s) for s in shares} == {8}
