@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from itertools import chain, groupby
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -207,33 +210,31 @@ def _after_the_fact(settings: Settings) -> Settings:
 
 def judge_parts(job: Job, parts: Sequence[Part], on_rows: OnRows = lambda n: None) -> None:
     """Judge neighbouring parts in this process; each becomes a file when it is complete."""
-    auditor = Auditor(job)
-    writer: pq.ParquetWriter | None = None
-    done = 0
-    current: Part | None = None
-    try:
-        for part, batch in read_part(job.recording, parts):
-            if current is not part:
-                current, done = part, 0
-            table = auditor.judge(batch, part.start + done)
-            if writer is None:
-                writer = pq.ParquetWriter(_staging(job, part), table.schema)
-            writer.write_table(table)
+
+    def verdicts(part: Part, batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        done = 0
+        for batch in batches:
+            yield auditor.judge(batch, part.start + done)
             done += batch.num_rows
             on_rows(batch.num_rows)
-            if done == part.rows:
-                writer.close()
-                writer = None
-                os.replace(_staging(job, part), job.part_path(part))
-    finally:
-        if writer is not None:
-            writer.close()
-        auditor.close()
+
+    with closing(Auditor(job)) as auditor:
+        for part, pairs in groupby(read_part(job.recording, parts), key=itemgetter(0)):
+            write_tables(job.part_path(part), verdicts(part, (batch for _, batch in pairs)))
 
 
-def _staging(job: Job, part: Part) -> Path:
+def write_tables(path: Path, tables: Iterator[pa.Table]) -> None:
+    """Write tables of one schema, at least one, to a Parquet file that is there when it is complete."""
     # The process's id: two workers that were both handed a part must not write into one file.
-    return job.part_path(part).with_suffix(f".{os.getpid()}.tmp")
+    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    first = next(tables)
+    try:
+        with pq.ParquetWriter(staging, first.schema) as writer:
+            for table in chain([first], tables):
+                writer.write_table(table)
+        os.replace(staging, path)
+    finally:
+        staging.unlink(missing_ok=True)
 
 
 def judge_here(job: Job, on_rows: OnRows = lambda n: None) -> None:

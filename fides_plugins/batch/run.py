@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fides_plugins.batch.job import Job, OnRows, judge_here, prepare
+from fides_plugins.batch.job import Job, OnRows, judge_here, prepare, write_tables
 from fides_plugins.batch.output import Summary
 from fides_plugins.batch.records import PART_ROWS
 from fides_plugins.errors import InputError, SettingsError
@@ -31,23 +30,17 @@ def assemble(job: Job, target: str | Path) -> dict[str, Any]:
         without any) with its 95 % Wilson interval, `disagreements` (rows whose service label is not the
         verified one), `corrected`, `refused`, and `reasons`.
     """
-    out = Path(target).resolve()
-    staging = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     summary = Summary()
-    writer: pq.ParquetWriter | None = None
-    try:
+
+    def verdicts() -> Iterator[pa.Table]:
         for part in job.recording.parts:
             with pq.ParquetFile(job.part_path(part)) as file:
                 for batch in file.iter_batches(job.recording.batch_rows, use_threads=False):
-                    writer = writer or pq.ParquetWriter(staging, batch.schema)
                     table = pa.Table.from_batches([batch])
-                    writer.write_table(table)
                     summary.add(table)
-        assert writer is not None  # a recording without rows was refused
-        writer.close()
-        os.replace(staging, out)
-    finally:
-        staging.unlink(missing_ok=True)
+                    yield table
+
+    write_tables(Path(target).resolve(), verdicts())
     shutil.rmtree(job.folder)
     return summary.result(job.settings.false_alarm_rate)
 
