@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fides_plugins.errors import InputError
-from fides_plugins.types import BoolArray, Float32Array, Float64Array
+from fides_plugins.types import Float32Array, Float64Array
 
 
 def rows_needed(false_alarm_rate: float) -> int:
@@ -56,10 +56,6 @@ class Calibration:
         s = np.asarray(score, dtype=np.float32)
         p = (1.0 + self.n - np.searchsorted(self.scores, s, side="left")) / (self.n + 1.0)
         return np.where(np.isnan(s), np.nan, p)
-
-    def attacked(self, score: ArrayLike, false_alarm_rate: float) -> BoolArray:
-        """Rows whose p-value is within the budget."""
-        return np.asarray(self.p_value(score) <= false_alarm_rate)
 
     def threshold(self, false_alarm_rate: float) -> float:
         """The score that must be exceeded for an alarm; infinite when n is too small for the rate."""

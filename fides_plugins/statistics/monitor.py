@@ -25,7 +25,7 @@ is at most 1, and `reset` forgets the rows since the last one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -222,22 +222,6 @@ class SequenceMonitor:
         if self._since_checkpoint >= CHECKPOINT_ROWS and self._e_value <= 1.0:
             self._checkpoint = self._process.learned()
             self._since_checkpoint = 0
-
-
-def merge_e_values(e_values: Iterable[float]) -> float:
-    """Evidence of several workers as one: their mean, which is again valid at any time.
-
-    Compare it with 1 / error. (A product would need independence; the mean needs nothing.)
-
-    Raises
-    ------
-    InputError
-        If there is no value, or one is negative or NaN.
-    """
-    values = np.fromiter(e_values, dtype=np.float64)
-    if values.size == 0 or not np.all(values >= 0):
-        raise InputError("E-values are missing, negative or not numbers.", "Give one e-value per worker.")
-    return float(values.mean())
 
 
 def _cell_edges(cells: int) -> NDArray[np.int64]:

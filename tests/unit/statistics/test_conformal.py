@@ -19,12 +19,12 @@ def test_threshold_and_p_value_agree(rate: float, n: int):
     rng = np.random.default_rng(n)
     calibration = Calibration(np.round(rng.random(n), 2))
     scores = np.round(rng.random(2000), 2).astype(np.float32)
-    np.testing.assert_array_equal(calibration.attacked(scores, rate), scores > calibration.threshold(rate))
+    np.testing.assert_array_equal(calibration.p_value(scores) <= rate, scores > calibration.threshold(rate))
 
 
 def test_the_false_alarm_rate_is_a_bound_on_average_over_calibrations():
     rng = np.random.default_rng(0)
-    rates = [Calibration(rng.random(99)).attacked(rng.random(1000), 0.05).mean() for _ in range(400)]
+    rates = [(Calibration(rng.random(99)).p_value(rng.random(1000)) <= 0.05).mean() for _ in range(400)]
     # The mean of 400 draws of a Beta(5, 95)-like rate has a standard error of about 0.0011.
     assert np.mean(rates) == pytest.approx(0.05, abs=0.004)
 

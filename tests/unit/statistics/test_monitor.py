@@ -7,7 +7,7 @@ import pytest
 
 from fides_plugins.errors import InputError
 from fides_plugins.statistics.conformal import Calibration
-from fides_plugins.statistics.monitor import EProcess, SequenceMonitor, merge_e_values
+from fides_plugins.statistics.monitor import EProcess, SequenceMonitor
 
 N = 999
 
@@ -162,14 +162,6 @@ def test_a_p_value_of_zero_counts_as_the_smallest_conformal_one():
     alarm = zero.update(np.zeros(40))
     assert alarm is not None
     assert alarm.index < 20
-
-
-def test_evidence_of_workers_is_averaged():
-    assert merge_e_values([4e6, 0.0, 0.5, 0.5]) == pytest.approx(1_000_000.25)
-    assert merge_e_values([1.0]) == 1.0
-    for bad in ([], [-1.0], [np.nan]):
-        with pytest.raises(InputError):
-            merge_e_values(bad)
 
 
 def test_merged_evidence_of_clean_workers_stays_valid():
