@@ -206,9 +206,8 @@ def distil(
         optimizer, learning_rate, total_steps=per_epoch * epochs + 1, pct_start=0.2
     )
     generator = torch.Generator().manual_seed(seed)
-    session = Session(
-        module, optimizer, schedule, (str((settings, learning_rate, epochs, seed)), inputs, logits, labels)
-    )
+    options = str((settings, learning_rate, epochs, seed))
+    session = Session(module, optimizer, schedule, options, (inputs, logits, labels))
     who = who or Worker()
     forward, begin = who.begin(session)
     training_mode(module)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fides_plugins.errors import TrainingError
+from fides_plugins.training.data import array_digest
 
 #: A worker may wait for the first one while it asks the service, which can take hours.
 TIMEOUT = timedelta(hours=24)
@@ -25,12 +25,13 @@ TIMEOUT = timedelta(hours=24)
 
 @dataclass(frozen=True)
 class Session:
-    """One call of `distil`: the state that a checkpoint holds, and what identifies the call."""
+    """One call of `distil`: the state that a checkpoint holds, and the options and rows that identify the call."""
 
     module: nn.Module
     optimizer: torch.optim.AdamW
     schedule: torch.optim.lr_scheduler.OneCycleLR
-    identity: tuple[torch.Tensor | str, ...]
+    options: str
+    rows: tuple[torch.Tensor, ...]
 
 
 class Worker:
@@ -92,7 +93,8 @@ class Worker:
         path, epoch = self._path(), 0
         if path is not None:
             # The initial weights belong to the identity: with other weights, it is another call.
-            self._identity = _digest(*session.identity, *session.module.state_dict().values())
+            tensors = (*session.rows, *session.module.state_dict().values())
+            self._identity = f"{session.options} {array_digest(*(t.detach().cpu().numpy() for t in tensors))}"
             # One worker looks, so that all begin at the same epoch.
             about = _about(path)
             epoch = self.agree(int(about["epoch"]) if about.get("identity") == self._identity else 0)
@@ -155,17 +157,6 @@ def meet(store: Any, name: str, world: int) -> None:
     if store.add(name, 1) == world:
         store.set(f"{name}/all", "here")
     store.wait([f"{name}/all"], TIMEOUT)
-
-
-def _digest(*parts: torch.Tensor | str) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, str):
-            digest.update(part.encode())
-        else:
-            digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
-            digest.update(part.detach().contiguous().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _save(path: Path, session: Session, identity: str, epoch: int) -> None:

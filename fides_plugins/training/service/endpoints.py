@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,6 +19,8 @@ from fides_plugins.types import Float32Array
 
 #: The most that an endpoint may take for one request.
 TIMEOUT_S = 30.0
+#: How a row can be sent to TorchServe.
+ENCODINGS = ["json", "npy", "png"]
 _REMEDY = "Start it again and repeat the command: answers received so far are kept and not asked for again."
 
 
@@ -83,34 +84,22 @@ class TritonTeacher(Teacher):
         self._client.close()
 
 
-def _encode_json(row: NDArray[Any]) -> tuple[bytes, str]:
-    return json.dumps(row.tolist()).encode(), "application/json"
-
-
-def _encode_npy(row: NDArray[Any]) -> tuple[bytes, str]:
+def _encode(row: NDArray[Any], encoding: str, key: str) -> tuple[bytes, str]:
+    """One row as the body of an HTTP request, and its content type."""
+    if encoding == "json":
+        return json.dumps({key: row.tolist()} if key else row.tolist()).encode(), "application/json"
     buffer = io.BytesIO()
-    np.save(buffer, row, allow_pickle=False)
-    return buffer.getvalue(), "application/octet-stream"
-
-
-def _encode_png(row: NDArray[Any]) -> tuple[bytes, str]:
+    if encoding == "npy":
+        np.save(buffer, row, allow_pickle=False)
+        return buffer.getvalue(), "application/octet-stream"
     from PIL import Image
 
     layout = image_layout((None, *row.shape))
     if layout is None or row.dtype != np.uint8:
         raise TrainingError("Only uint8 images can be sent as PNG.", "Choose the encoding json or npy.")
     pixels = row if layout.channels_last or row.ndim == 2 else row.transpose(1, 2, 0)
-    buffer = io.BytesIO()
     Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(buffer, "PNG")
     return buffer.getvalue(), "image/png"
-
-
-#: How one row becomes the body of an HTTP request, and its content type.
-ENCODERS: dict[str, Callable[[NDArray[Any]], tuple[bytes, str]]] = {
-    "json": _encode_json,
-    "npy": _encode_npy,
-    "png": _encode_png,
-}
 
 
 class TorchServeTeacher(Teacher):
@@ -133,13 +122,13 @@ class TorchServeTeacher(Teacher):
     def __init__(self, url: str, encoding: str = "json", request_key: str = "", response_key: str = "") -> None:
         import httpx
 
-        if encoding not in ENCODERS:
-            raise TrainingError(f"There is no encoding {encoding!r}; choose one of {sorted(ENCODERS)}.")
+        if encoding not in ENCODINGS:
+            raise TrainingError(f"There is no encoding {encoding!r}; choose one of {ENCODINGS}.")
         self._failure = httpx.HTTPError
         self._client = httpx.Client(timeout=TIMEOUT_S)
         if request_key and encoding != "json":
             raise TrainingError(f"A request key needs the encoding json, not {encoding}.")
-        self._url, self._encode = url, ENCODERS[encoding]
+        self._url, self._encoding = url, encoding
         self._request_key, self._response_key = request_key, response_key
         self.name = f"TorchServe model {urlsplit(url).path.removeprefix('/predictions/')}"
         about = f"{urlsplit(url).path} {encoding} {request_key} {response_key}"
@@ -148,9 +137,7 @@ class TorchServeTeacher(Teacher):
     def ask(self, images: NDArray[Any]) -> Float32Array:
         answers = []
         for row in images:
-            body, kind = self._encode(row)
-            if self._request_key:
-                body = b"{%s: %s}" % (json.dumps(self._request_key).encode(), body)
+            body, kind = _encode(row, self._encoding, self._request_key)
             try:
                 response = self._client.post(self._url, content=body, headers={"Content-Type": kind})
             except self._failure as error:

@@ -25,9 +25,7 @@ def load_factory(spec: str) -> nn.Module:
     if not module_name or not attribute:
         raise TrainingError(f"{spec!r} is not of the form package.module:factory.")
     folder = os.getcwd()
-    added = folder not in sys.path
-    if added:
-        sys.path.insert(0, folder)
+    sys.path.insert(0, folder)
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
     except ImportError as error:
@@ -35,8 +33,7 @@ def load_factory(spec: str) -> nn.Module:
     except AttributeError as error:
         raise TrainingError(f"{module_name} has no {attribute!r}.", "Check the name of the factory.") from error
     finally:
-        if added:
-            sys.path.remove(folder)
+        sys.path.remove(folder)
     try:
         module = factory() if callable(factory) and not isinstance(factory, nn.Module) else factory
     except Exception as error:  # somebody else's code: whatever it raises, this factory cannot be used
