@@ -18,8 +18,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from fides_plugins.codec import OutputCodec
 from fides_plugins.errors import InputError, TrainingError
+from fides_plugins.onnx_model import OnnxModel
 from fides_plugins.types import BoolArray, Float32Array, IntArray, OutputKind, Prediction
 
+#: Rows per call of a graph: 1,000 classes then stay within a few hundred MB.
+_CHUNK = 1024
 #: Reads what is a distribution already.
 PROBABILITIES = OutputCodec("probabilities")
 
@@ -169,6 +172,16 @@ def load_predictions(
     return Predictions.check(
         outputs[0], outputs[1], arrays.get("labels"), service_codec=codecs[0], verification_codec=codecs[1]
     )
+
+
+def run_graph(model: OnnxModel, output: str, **inputs: NDArray[Any]) -> Float32Array:
+    """One output of a graph over many rows, in chunks."""
+    n = len(next(iter(inputs.values())))
+    parts = [
+        model.run({k: np.ascontiguousarray(a[i : i + _CHUNK]) for k, a in inputs.items()})[output]
+        for i in range(0, max(n, 1), _CHUNK)
+    ]
+    return np.concatenate(parts)
 
 
 def _read_npz(path: Path, name: str) -> Mapping[str, NDArray[Any]]:

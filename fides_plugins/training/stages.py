@@ -21,7 +21,7 @@ from fides_plugins.onnx_model import OnnxModel
 from fides_plugins.training.attacks import AttackRegistry, default_registry
 from fides_plugins.training.costs import Cost, onnx_cost
 from fides_plugins.training.data import Dataset, load_data, match_input, split_rows
-from fides_plugins.training.detector.calibration import require_rows, run_graph
+from fides_plugins.training.detector.calibration import require_rows
 from fides_plugins.training.detector.detection import DETECTOR_FILE, DetectionArtifacts, train_on
 from fides_plugins.training.distil.distillation import Augmentation, DistillationSettings, TransferSet, augment
 from fides_plugins.training.distil.gdtl import GdtlResult, Search
@@ -29,7 +29,7 @@ from fides_plugins.training.distil.students import Student, VerificationModel, b
 from fides_plugins.training.distil.workers import Worker
 from fides_plugins.training.evaluation.forms import FormCost, form_costs
 from fides_plugins.training.export import export_onnx
-from fides_plugins.training.predictions import Predictions
+from fides_plugins.training.predictions import Predictions, run_graph
 from fides_plugins.training.service.teacher import Teacher
 from fides_plugins.training.service.teachers import AnswerCache, output_kind
 from fides_plugins.types import Float32Array, IntArray, OutputKind

@@ -21,9 +21,9 @@ from fides_plugins.bundle import Bundle
 from fides_plugins.codec import SMALLEST_PROBABILITY, OutputCodec
 from fides_plugins.errors import TrainingError
 from fides_plugins.training.data import image_layout
-from fides_plugins.training.predictions import AttackedRows
+from fides_plugins.training.predictions import AttackedRows, run_graph
 from fides_plugins.training.service.teacher import Teacher
-from fides_plugins.training.service.teachers import OnnxTeacher, TorchTeacher
+from fides_plugins.training.service.teachers import AnswerCache, OnnxTeacher, TorchTeacher
 from fides_plugins.types import Attack, IntArray, Prediction
 
 if TYPE_CHECKING:
@@ -59,9 +59,7 @@ class Victim:
 
     def service(self, images: NDArray[Any], teacher: Teacher | None = None) -> Prediction:
         """What the service, or what stands in its place, answers to the rows (n, ...)."""
-        asked = teacher or self.teacher
-        raw = np.concatenate([asked.ask(images[i : i + 256]) for i in range(0, len(images), 256)])
-        return self.codec.read(raw)
+        return self.codec.read(AnswerCache(teacher or self.teacher).answers(images))
 
     def verification(self, images: NDArray[Any]) -> Prediction:
         """What the bundle's verification model answers to the rows (n, ...).
@@ -74,12 +72,7 @@ class Victim:
         spec = self.bundle.manifest.verification
         if spec is None:
             raise TrainingError("The bundle holds no verification model.", "Fit it from a service and data.")
-        model = self.bundle.model(spec)
-        parts = [
-            model.run({spec.input_name: np.ascontiguousarray(images[i : i + 256])})[spec.output_name]
-            for i in range(0, len(images), 256)
-        ]
-        return spec.codec.read(np.concatenate(parts))
+        return spec.codec.read(run_graph(self.bundle.model(spec), spec.output_name, **{spec.input_name: images}))
 
     def module(self, needed_by: str) -> nn.Module:
         """The service's torch module.
@@ -289,16 +282,17 @@ class BadNets:
         x = torch.from_numpy(np.where(chosen.reshape(-1, *[1] * (images.ndim - 1)), self.trigger(images), images))
         y = torch.from_numpy(np.where(chosen, self.target, labels))
         module = copy.deepcopy(victim.module(self.name))
+        answering = logits_of(module, victim.codec)
         optimizer = torch.optim.Adam(module.parameters(), lr=self.learning_rate)
         generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            module.train()
+            answering.train()
             for _ in range(self.epochs):
                 for batch in torch.split(torch.randperm(len(x), generator=generator), 64):
                     if len(batch) < 2:
                         continue  # batch norm cannot take one row
-                    loss = functional.cross_entropy(log_scale(module(x[batch]), victim.codec), y[batch])
+                    loss = functional.cross_entropy(answering(x[batch]), y[batch])
                     optimizer.zero_grad()
                     loss.backward()  # type: ignore[no-untyped-call]
                     optimizer.step()
@@ -315,10 +309,16 @@ def _training_rows(victim: Victim, name: str) -> tuple[NDArray[Any], IntArray]:
     return images, victim.service(images).label
 
 
-def log_scale(output: Tensor, codec: OutputCodec) -> Tensor:
-    """A service's output as logits (N, K), with its gradient: what `OutputCodec.logits` is to numbers, but for T."""
-    rows = output.flatten(1)
-    return rows if codec.kind == "logits" else rows.clamp_min(SMALLEST_PROBABILITY).log()
+def logits_of(module: nn.Module, codec: OutputCodec) -> nn.Module:
+    """A service with its output as logits (N, K), which have a gradient: as `OutputCodec.logits`, but for T."""
+    from torch import nn
+
+    class Logits(nn.Module):
+        def forward(self, output: Tensor) -> Tensor:
+            rows = output.flatten(1)
+            return rows if codec.kind == "logits" else rows.clamp_min(SMALLEST_PROBABILITY).log()
+
+    return nn.Sequential(module, Logits())
 
 
 def model_attacks() -> Mapping[str, ServiceAttack]:

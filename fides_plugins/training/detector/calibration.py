@@ -7,23 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from fides_plugins.errors import TrainingError
 from fides_plugins.onnx_model import OnnxModel
 from fides_plugins.statistics import divergences
 from fides_plugins.statistics.conformal import rows_needed
-from fides_plugins.training.predictions import Predictions
+from fides_plugins.training.predictions import Predictions, run_graph
 from fides_plugins.types import Float32Array, Float64Array, IntArray
 
 #: Name of the learned detector among the calibrations.
 LEARNED = "learned"
 _TEMPERATURES = (0.1, 20.0)
-#: Rows per call of a graph: 1,000 classes then stay within a few hundred MB.
-_CHUNK = 1024
 
 
 def fit_temperature(probabilities: ArrayLike, labels: IntArray, floor: float = 1e-30) -> float:
@@ -101,16 +98,6 @@ def _smooth(values: Float64Array) -> Float64Array:
     width = max(1, len(values) // 50) | 1
     padded = np.pad(values, width // 2, mode="edge")
     return np.asarray(np.convolve(padded, np.full(width, 1.0 / width), mode="valid"))
-
-
-def run_graph(model: OnnxModel, output: str, **inputs: NDArray[Any]) -> Float32Array:
-    """One output of a graph over many rows, in chunks."""
-    n = len(next(iter(inputs.values())))
-    parts = [
-        model.run({k: np.ascontiguousarray(a[i : i + _CHUNK]) for k, a in inputs.items()})[output]
-        for i in range(0, max(n, 1), _CHUNK)
-    ]
-    return np.concatenate(parts)
 
 
 def benign_scores(detector: OnnxModel, rows: Predictions) -> dict[str, Float32Array]:

@@ -31,12 +31,12 @@ from fides_plugins.errors import InputError, TrainingError
 from fides_plugins.onnx_model import OnnxModel
 from fides_plugins.statistics.conformal import Calibration, rows_needed
 from fides_plugins.training.attacks import DEFAULT_OUTPUT_ATTACKS, GENERATOR, AttackRegistry, OutputAttack
-from fides_plugins.training.detector.calibration import LEARNED, require_rows, run_graph
+from fides_plugins.training.detector.calibration import LEARNED, require_rows
 from fides_plugins.training.detector.detection import CALIBRATION_FRACTION, GENERATOR_FILE, DetectionArtifacts, train_on
 from fides_plugins.training.evaluation.comparison import FPR_LEVELS, compare, rule_scores
 from fides_plugins.training.evaluation.measures import Estimate, Scores, bootstrap_weights
 from fides_plugins.training.evaluation.monitor_study import MonitorStudy, study_monitor
-from fides_plugins.training.predictions import AttackedRows, Predictions
+from fides_plugins.training.predictions import AttackedRows, Predictions, run_graph
 from fides_plugins.types import Float32Array, IntArray
 
 MEASURES = (

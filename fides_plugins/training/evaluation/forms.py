@@ -12,8 +12,7 @@ from fides_plugins.codec import COARSE_DECIMALS
 from fides_plugins.onnx_model import OnnxModel
 from fides_plugins.statistics.conformal import Calibration
 from fides_plugins.training.attacks import OutputAttack
-from fides_plugins.training.detector.calibration import run_graph
-from fides_plugins.training.predictions import PROBABILITIES, Predictions
+from fides_plugins.training.predictions import PROBABILITIES, Predictions, run_graph
 from fides_plugins.types import Float32Array
 
 #: The answers as they are, beside which the coarse ones are told.

@@ -56,7 +56,7 @@ def test_rows_change_class_by_a_small_change(victim: Victim, name: str) -> None:
     assert perturbed.min() >= victim.images.min()
     assert perturbed.max() <= victim.images.max()
     if name != "carlini_wagner":
-        assert change.max() <= attack.strength * span + 1e-6
+        assert change.max() <= attack.distances["eps"] * span + 1e-6
     found = attack.run(victim, 0)
     honest = victim.service(victim.images).label
     assert len(found.rows) >= 15

@@ -11,9 +11,9 @@ from fides_plugins.codec import OutputCodec
 from fides_plugins.onnx_model import OnnxModel
 from fides_plugins.statistics import divergences
 from fides_plugins.training.attacks import default_registry
-from fides_plugins.training.detector.calibration import run_graph
 from fides_plugins.training.detector.detection import train_on
 from fides_plugins.training.evaluation.synthetic import synthetic_pair
+from fides_plugins.training.predictions import run_graph
 
 #: A rewritten answer may move no score by more.
 BOUND = 0.02
