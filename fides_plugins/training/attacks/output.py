@@ -11,7 +11,7 @@ Learning-as-a-Service Inference", ASIA CCS 2024, for `switch`, `random` and `ave
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -146,9 +146,6 @@ class AttackRegistry:
         """Names in order of registration, of one kind or of all."""
         return tuple(n for n, a in self._attacks.items() if kind is None or a.kind == kind)
 
-    def __iter__(self) -> Iterator[Attack]:
-        return iter(self._attacks.values())
-
 
 def default_registry(manager: Any = None) -> AttackRegistry:
     """The built-in output attacks, and those of plug-ins.
@@ -178,7 +175,8 @@ def default_registry(manager: Any = None) -> AttackRegistry:
     return registry
 
 
-def _top_two(p: Float32Array) -> tuple[Any, Any, Any]:
+def top_two(p: Float32Array) -> tuple[Any, Any, Any]:
+    """(N,) each: the numbers of the rows (N, K), their highest class, and the one after it."""
     rows = np.arange(len(p))
     first = p.argmax(axis=1)
     rest = p.copy()
@@ -194,7 +192,7 @@ def _exchange(p: Float32Array, rows: Any, a: Any, b: Any) -> Float32Array:
 
 def switch(probabilities: Float32Array, rng: np.random.Generator) -> Float32Array:
     """Exchange the two highest probabilities of each row. Nothing is random."""
-    rows, first, second = _top_two(probabilities)
+    rows, first, second = top_two(probabilities)
     return _exchange(probabilities, rows, first, second)
 
 
@@ -211,7 +209,7 @@ def average(probabilities: Float32Array, rng: np.random.Generator) -> Float32Arr
 
     u = 0 would be a tie, u = 1 is `switch`. The sum of the two is kept.
     """
-    rows, first, second = _top_two(probabilities)
+    rows, first, second = top_two(probabilities)
     high, low = probabilities[rows, first], probabilities[rows, second]
     mean = (high + low) / 2
     half = (high - low) / 2 * rng.uniform(1e-3, 1.0, size=len(rows)).astype(np.float32)
@@ -245,7 +243,7 @@ def confidence(probabilities: Float32Array, rng: np.random.Generator) -> Float32
     What is taken away goes to the others in proportion, as far as the winner remains the winner. It makes
     a caller's confidence threshold drop good answers.
     """
-    rows, first, second = _top_two(probabilities)
+    rows, first, second = top_two(probabilities)
     high, low = probabilities[rows, first].astype(np.float64), probabilities[rows, second].astype(np.float64)
     rest = np.maximum(1.0 - high, low)
     factor = rng.uniform(0.4, 0.9, size=len(rows))
