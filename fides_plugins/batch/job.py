@@ -35,7 +35,7 @@ from fides_plugins.batch.records import (
 )
 from fides_plugins.bundle import Bundle, ServiceSpec, VerificationSpec
 from fides_plugins.codec import OutputCodec
-from fides_plugins.errors import InputError, SettingsError
+from fides_plugins.errors import InputError
 from fides_plugins.pipeline import Pipeline, VerifyOutcome
 from fides_plugins.settings import Settings
 from fides_plugins.types import BoolArray, IntArray, Query, Verification
@@ -79,10 +79,8 @@ class Auditor:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._pipeline = Pipeline.from_settings(job.settings.model_copy(update={"bundle": job.bundle}))
-        manifest = self._pipeline.bundle.manifest if self._pipeline.bundle is not None else None
-        if manifest is None:
-            raise SettingsError("No bundle is set.")
-        self._manifest = manifest
+        assert self._pipeline.bundle is not None
+        manifest = self._manifest = self._pipeline.bundle.manifest
         if job.recording.reference == INPUT_COLUMN:
             if not self._pipeline.manager.hook.fides_verify.get_hookimpls():
                 raise InputError(

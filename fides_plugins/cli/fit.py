@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from rich.progress import Progress
 
+    from fides_plugins.training import stages
     from fides_plugins.training.distil.students import Student
     from fides_plugins.training.fit_report import FitReport
 
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 _model = partial(typer.Option, rich_help_panel="The verification model")
 _own = partial(typer.Option, rich_help_panel="A student of your own")
 _workers = partial(typer.Option, rich_help_panel="Several workers")
-#: As `stages.Progress`.
-Tick = Callable[[str, int, int], None]
 
 
 def register(app: typer.Typer) -> None:
@@ -148,7 +147,7 @@ def fit(
     rest = {option: given[option] for option in ("seed", "cache", "name", "bundle_version")}
     rest |= {"options": options, "students": students}
 
-    def run(model: str, source: Path, target: Path, who: Worker, tell: Tick | None = None) -> FitReport:
+    def run(model: str, source: Path, target: Path, who: Worker, tell: stages.Progress | None = None) -> FitReport:
         with ask(model, given) as teacher:
             return fit_service(teacher, source, target, progress=tell, who=who, **rest)
 
@@ -173,7 +172,7 @@ def fit(
         show(report)
 
 
-def _ticks(bar: Progress) -> Tick:
+def _ticks(bar: Progress) -> stages.Progress:
     """Progress of a fit: one bar for each stage."""
     tasks: dict[str, Any] = {}
 
@@ -254,9 +253,7 @@ def _from_predictions(
     )
 
 
-def _students(
-    specs: Sequence[str], weights: Sequence[Path], **form: Any
-) -> Callable[[NDArray[Any], int], Sequence[Student]] | None:
+def _students(specs: Sequence[str], weights: Sequence[Path], **form: Any) -> stages.MakeStudents | None:
     if not specs:
         if weights or any(v is not None for v in form.values()):
             raise SettingsError("The options --student-... describe a student.", "Name it with --student.")

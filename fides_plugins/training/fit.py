@@ -176,11 +176,11 @@ class _Made:
 
     def report(self, out: str | Path, bundle: Bundle, seconds: dict[str, float]) -> FitReport:
         """What was made, and how well it does."""
-        asked, found, rows = self.fit.asked, self.found, self.detection.rows
+        teacher, found, rows = self.fit.teacher, self.found, self.detection.rows
         return FitReport(
             bundle=str(out),
             digest=bundle.digest,
-            service=self.fit.teacher.name,
+            service=teacher.name,
             service_cost=self.answers.cost,
             verification_cost=self.detection.cost,
             student=found.student,
@@ -190,8 +190,8 @@ class _Made:
             service_accuracy=_accuracy(rows.service, rows.labels),
             verification_accuracy=_accuracy(rows.verification, rows.labels),
             rows=self.rows(),
-            asked=asked.asked,
-            remembered=asked.remembered,
+            asked=teacher.asked,
+            remembered=teacher.remembered,
             scale=self.split.scale,
             told_form=self.detection.told_form,
             forms=self.detection.forms,

@@ -105,15 +105,10 @@ class FitOptions:
 class Fit:
     """What every stage of one fit works with: who is asked, what was chosen, and who is told of the progress."""
 
-    asked: AnswerCache
+    teacher: AnswerCache
     options: FitOptions
     seed: int
     tell: Progress
-
-    @property
-    def teacher(self) -> Teacher:
-        """The service."""
-        return self.asked.teacher
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,8 +215,7 @@ def _spec(teacher: Teacher, data: Dataset) -> InputSpec:
     if teacher.input is not None:
         return teacher.input
     dtype = "float32" if data.images.dtype == np.float64 else data.images.dtype.name
-    name = getattr(teacher, "input_name", "input")
-    return InputSpec(name=name, dtype=dtype, shape=(None, *data.images.shape[1:]))
+    return InputSpec(name=teacher.input_name, dtype=dtype, shape=(None, *data.images.shape[1:]))
 
 
 def collect_answers(fit: Fit, split: SplitData) -> AnsweredData:
@@ -241,7 +235,7 @@ def collect_answers(fit: Fit, split: SplitData) -> AnsweredData:
 
     def ask(rows: NDArray[Any]) -> Float32Array:
         nonlocal done
-        raw = fit.asked.answers(rows, lambda n: fit.tell("ask the service", done + n, total))
+        raw = fit.teacher.ask(rows, lambda n: fit.tell("ask the service", done + n, total))
         done += len(rows)
         return raw
 

@@ -32,11 +32,11 @@ def test_triton_teaches_and_a_stop_half_way_loses_nothing(tmp_path: Path) -> Non
         assert (teacher.input.name, teacher.input.dtype) == ("pixels_in", "float32")
         assert teacher.input.shape == (None, 1, 8, 8)
         with pytest.raises(TrainingError, match=r"stopped answering.*kept"):
-            AnswerCache(teacher, tmp_path / "cache").answers(x, lambda done: server.stop())
+            AnswerCache(teacher, tmp_path / "cache").ask(x, lambda done: server.stop())
         teacher.close()
     with TritonServer(repository, auto_complete=False) as server:
         cache = AnswerCache(load_teacher(f"grpc://{server.grpc_address}/flowers"), tmp_path / "cache")
-        assert np.allclose(cache.answers(x), wanted, atol=1e-4)
+        assert np.allclose(cache.ask(x), wanted, atol=1e-4)
         assert (cache.remembered, cache.asked) == (CHUNK_ROWS, 2 * CHUNK_ROWS)
         cache.teacher.close()
         with pytest.raises(TrainingError, match="does not answer"):
@@ -57,10 +57,10 @@ def test_torchserve_teaches_and_a_stop_half_way_loses_nothing(tmp_path: Path) ->
         TorchServeServer(tmp_path, {"class": "class.mar"}) as server,
         pytest.raises(TrainingError, match=r"(stopped answering|status).*kept"),
     ):
-        cache(server).answers(x, lambda done: server.stop())
+        cache(server).ask(x, lambda done: server.stop())
     with TorchServeServer(tmp_path, {"class": "class.mar"}) as server:
         again = cache(server)
-        found = again.answers(x)
+        found = again.ask(x)
         assert np.allclose(found, wanted, atol=1e-5)
         assert (again.remembered, again.asked) == (CHUNK_ROWS, CHUNK_ROWS)
         assert output_kind(found) == "probabilities"

@@ -23,7 +23,7 @@ from fides_plugins.errors import TrainingError
 from fides_plugins.training.data import image_layout
 from fides_plugins.training.predictions import AttackedRows, run_graph
 from fides_plugins.training.service.teacher import Teacher
-from fides_plugins.training.service.teachers import AnswerCache, OnnxTeacher, TorchTeacher
+from fides_plugins.training.service.teachers import OnnxTeacher, TorchTeacher
 from fides_plugins.types import Attack, IntArray, Prediction
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Victim:
 
     def service(self, images: NDArray[Any], teacher: Teacher | None = None) -> Prediction:
         """What the service, or what stands in its place, answers to the rows (n, ...)."""
-        return self.codec.read(AnswerCache(teacher or self.teacher).answers(images))
+        return self.codec.read((teacher or self.teacher).ask(images))
 
     def verification(self, images: NDArray[Any]) -> Prediction:
         """What the bundle's verification model answers to the rows (n, ...).
@@ -221,11 +221,9 @@ class Substitute:
         k = victim.bundle.n_classes
         student = built_in_students(images, k)[0] if self.build is None else Student("substitute", self.build)
         weak = student.model(images, seed)
-        # Hard answers only: whoever offers the substitute has labels, not the service's probabilities.
-        hard = np.full((len(images), k), -20.0, np.float32)
-        hard[np.arange(len(images)), labels] = 20.0
-        settings = DistillationSettings(temperature=1.0, alpha=1.0, beta=0.0)
-        distil(weak, torch.from_numpy(images), TransferSet(images, hard, labels), settings, 3e-3, self.epochs, seed)
+        # Labels only: whoever offers the substitute has them, and not the service's probabilities.
+        rows = TransferSet(images, np.zeros((len(images), k), np.float32), labels)
+        distil(weak, torch.from_numpy(images), rows, DistillationSettings(alpha=0, beta=1), 3e-3, self.epochs, seed)
         # It poses as the service, so it answers in the same form.
         shown = weak if victim.codec.kind == "logits" else torch.nn.Sequential(weak, torch.nn.Softmax(dim=1))
         answers = victim.service(victim.images, TorchTeacher(shown, "substitute"))

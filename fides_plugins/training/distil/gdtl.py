@@ -140,8 +140,7 @@ class Search:
                 progress((index + done) / len(fitting))
 
             model = student.model(rows, self.seed)
-            training = _Training(self, student.name, cost, model, report, steps)
-            value = training.greedy() if isinstance(model.network, PretrainedNetwork) else training.whole()
+            value = _Training(self, student.name, cost, model, report, steps).run()
             rank = (value, -divergence(self.logits, predict(model, self.images)))
             if best is None or rank > best[0]:
                 best = rank, GdtlResult(model, student.name, cost, value, value >= self.agreement, ())
@@ -181,16 +180,13 @@ class _Training:
     report: Share
     steps: list[SearchStep]
 
-    def whole(self) -> float:
-        """Train every layer at once; returns held-out agreement."""
-        images = torch.from_numpy(self.search.transfer.images)
-        self._train(self.model, images, self.search.distillation.learning_rate, 0, 1)
-        return self._note("train all layers", kept=True)
-
-    def greedy(self) -> float:
-        """Fresh head first, then one group of layers after the other; returns held-out agreement."""
+    def run(self) -> float:
+        """All layers at once, or a fresh head and then one group of layers after the other; held-out agreement."""
         network, search = self.model.network, self.search
-        assert isinstance(network, PretrainedNetwork)
+        images = torch.from_numpy(search.transfer.images)
+        if not isinstance(network, PretrainedNetwork):
+            self._train(self.model, images, search.distillation.learning_rate, 0, 1)
+            return self._note("train all layers", kept=True)
         for parameter in network.backbone.parameters():
             parameter.requires_grad_(False)
         groups = layer_groups(network.backbone, MAX_GROUPS)
@@ -200,7 +196,6 @@ class _Training:
         features = torch.from_numpy(predict(body, search.transfer.images))
         self._train(network.head, features, search.distillation.learning_rate, 0, n_steps)
         value = self._note("fresh head", kept=True)
-        images = torch.from_numpy(search.transfer.images)
         for number, group in enumerate(groups):
             if search.is_certain(value):
                 break

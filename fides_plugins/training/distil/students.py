@@ -53,29 +53,26 @@ class Preprocess(nn.Module):
     ) -> None:
         super().__init__()
         layout = image_layout((None, *row_shape))
-        self.is_image = layout is not None
-        self.add_channel = layout is not None and len(row_shape) == 2
-        self.channels_last = layout is not None and layout.channels_last
+        self.layout = layout
         self.size = None if layout is None or size == (layout.height, layout.width) else size
-        self.source_size = (0, 0) if layout is None else (int(layout.height or 0), int(layout.width or 0))
         self.channels = channels
-        shape = (1, -1, 1, 1) if self.is_image else (1, -1)
+        shape = (1, -1, 1, 1) if layout is not None else (1, -1)
         self.register_buffer("mean", torch.from_numpy(mean.astype(np.float32)).reshape(shape))
         self.register_buffer("std", torch.from_numpy(std.astype(np.float32)).reshape(shape))
 
     def resize(self, x: torch.Tensor) -> torch.Tensor:
         """Everything but the normalisation: (N, ...) of any dtype to (N, C, h, w) or (N, F) float32."""
         x = x.to(torch.float32)
-        if not self.is_image:
+        if self.layout is None:
             return x.flatten(1)
-        if self.add_channel:
+        if x.dim() == 3:
             x = x.unsqueeze(1)
-        if self.channels_last:
+        if self.layout.channels_last:
             x = x.permute(0, 3, 1, 2)
         if self.channels == 1 and x.shape[1] > 1:
             x = x.mean(1, keepdim=True)
         if self.size is not None:
-            (h, w), (sh, sw) = self.size, self.source_size
+            (h, w), (sh, sw) = self.size, x.shape[2:]
             if sh % h == 0 and sw % w == 0:
                 # Averaging whole blocks: no aliasing, and the cheapest node in a graph.
                 x = nn.functional.avg_pool2d(x, (sh // h, sw // w))

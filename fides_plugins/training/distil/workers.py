@@ -125,12 +125,19 @@ class Worker:
         return rows[: len(rows) // self.world * self.world][self.rank :: self.world]
 
     def after_epoch(self, session: Session, done: int) -> None:
-        """Write a checkpoint; `done` epochs are finished."""
+        """Write weights, optimiser and schedule as they are after `done` epochs, in one step."""
         path = self._path()
         if path is None:
             return
         if self.first:
-            _save(path, session, self._identity, done)
+            tensors = {f"module.{k}": v.detach().clone() for k, v in session.module.state_dict().items()}
+            for index, values in session.optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v).clone() for k, v in values.items()}
+            about = {"identity": self._identity, "epoch": str(done), "steps": str(session.schedule.last_epoch)}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            staging = path.with_suffix(".tmp")
+            save_file(tensors, staging, metadata=about)
+            os.replace(staging, path)
         self._barrier()
 
     def end(self, session: Session) -> None:
@@ -159,20 +166,8 @@ def meet(store: Any, name: str, world: int) -> None:
     store.wait([f"{name}/all"], TIMEOUT)
 
 
-def _save(path: Path, session: Session, identity: str, epoch: int) -> None:
-    """Weights, optimiser and schedule after `epoch` epochs, in one step."""
-    tensors = {f"module.{k}": v.detach().clone() for k, v in session.module.state_dict().items()}
-    for index, values in session.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v).clone() for k, v in values.items()}
-    about = {"identity": identity, "epoch": str(epoch), "steps": str(session.schedule.last_epoch)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_suffix(".tmp")
-    save_file(tensors, staging, metadata=about)
-    os.replace(staging, path)
-
-
 def _about(path: Path) -> dict[str, str]:
-    """What `_save` wrote about a checkpoint; nothing where there is none, or a damaged one."""
+    """What `Worker.after_epoch` wrote about a checkpoint; nothing where there is none, or a damaged one."""
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}

@@ -94,9 +94,8 @@ def ask_service(
     integers = dataset.images.dtype == np.uint8
     dataset, _ = match_input(dataset, spec, float(scale) if scale is not None and integers else None)
     dataset.check_labels(bundle.n_classes)
-    answers = AnswerCache(teacher, cache)
     total = len(dataset.images)
-    raw = answers.answers(dataset.images, lambda done: tell("asking the service", done / total))
+    raw = AnswerCache(teacher, cache).ask(dataset.images, lambda done: tell("asking the service", done / total))
     victim = Victim(teacher, bundle, dataset.images)
     rows = Predictions.of(victim.codec.read(raw), victim.verification(dataset.images), dataset.labels)
     attacked, skipped = _attack(victim, seed, tell) if attack_model else ([], {})

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from fides_plugins.bundle import InputSpec
 from fides_plugins.errors import TrainingError
 from fides_plugins.training.data import image_layout
-from fides_plugins.training.service.teacher import CHUNK_ROWS, Teacher, class_matrix, pick_tensor
-from fides_plugins.types import Float32Array
+from fides_plugins.training.service.teacher import CHUNK_ROWS, Teacher, pick_tensor
 
 #: The most that an endpoint may take for one request.
 TIMEOUT_S = 30.0
@@ -52,7 +51,7 @@ class TritonTeacher(Teacher):
             raise TrainingError(
                 f"{self.name} at {address} does not answer: {error.message()}.", "Check address, name and version."
             ) from error
-        self._batch = config.max_batch_size or CHUNK_ROWS  # 0: the server does not batch
+        self.batch = config.max_batch_size or CHUNK_ROWS  # 0: the server does not batch
         source = pick_tensor(metadata.inputs, input_name, "input", self.name)
         target = pick_tensor(metadata.outputs, output_name, "output", self.name)
         self._input, self._output, self._datatype = source.name, target.name, source.datatype
@@ -64,21 +63,15 @@ class TritonTeacher(Teacher):
         about = [model, version, sorted(metadata.versions), source.name, source.datatype, shape, target.name]
         self.digest = hashlib.sha256(repr(about).encode()).hexdigest()
 
-    def ask(self, images: NDArray[Any]) -> Float32Array:
-        parts = []
-        for start in range(0, len(images), self._batch):
-            rows = np.ascontiguousarray(images[start : start + self._batch])
-            tensor = self._grpc.InferInput(self._input, list(rows.shape), self._datatype)
-            tensor.set_data_from_numpy(rows)
-            wanted = [self._grpc.InferRequestedOutput(self._output)]
-            try:
-                answer = self._client.infer(
-                    self._model, [tensor], self._version, outputs=wanted, client_timeout=TIMEOUT_S
-                )
-            except self._failure as error:
-                raise TrainingError(f"{self.name} stopped answering: {error.message()}.", _REMEDY) from error
-            parts.append(class_matrix(answer.as_numpy(self._output), len(rows), self.name))
-        return np.concatenate(parts)
+    def answer(self, rows: NDArray[Any]) -> NDArray[Any]:
+        tensor = self._grpc.InferInput(self._input, list(rows.shape), self._datatype)
+        tensor.set_data_from_numpy(rows)
+        wanted = [self._grpc.InferRequestedOutput(self._output)]
+        try:
+            answer = self._client.infer(self._model, [tensor], self._version, outputs=wanted, client_timeout=TIMEOUT_S)
+        except self._failure as error:
+            raise TrainingError(f"{self.name} stopped answering: {error.message()}.", _REMEDY) from error
+        return np.asarray(answer.as_numpy(self._output))
 
     def close(self) -> None:
         self._client.close()
@@ -119,6 +112,8 @@ class TorchServeTeacher(Teacher):
     key, or an object from class index to number with every class in it.
     """
 
+    batch = 1
+
     def __init__(self, url: str, encoding: str = "json", request_key: str = "", response_key: str = "") -> None:
         import httpx
 
@@ -134,24 +129,19 @@ class TorchServeTeacher(Teacher):
         about = f"{urlsplit(url).path} {encoding} {request_key} {response_key}"
         self.digest = hashlib.sha256(about.encode()).hexdigest()
 
-    def ask(self, images: NDArray[Any]) -> Float32Array:
-        answers = []
-        for row in images:
-            body, kind = _encode(row, self._encoding, self._request_key)
-            try:
-                response = self._client.post(self._url, content=body, headers={"Content-Type": kind})
-            except self._failure as error:
-                raise TrainingError(f"{self.name} stopped answering: {error}.", _REMEDY) from error
-            if response.status_code >= 500:
-                raise TrainingError(f"{self.name} answered with status {response.status_code}.", _REMEDY)
-            if response.status_code != 200:
-                raise TrainingError(
-                    f"{self.name} refused a row with status {response.status_code}.", "Check the URL and the encoding."
-                )
-            answers.append(self._parse(response.content))
-        if len({len(a) for a in answers}) > 1:
-            raise TrainingError(f"{self.name} answers with different numbers of classes.", "Let it give all classes.")
-        return class_matrix(np.array(answers, np.float32), len(images), self.name)
+    def answer(self, rows: NDArray[Any]) -> NDArray[Any]:
+        body, kind = _encode(rows[0], self._encoding, self._request_key)
+        try:
+            response = self._client.post(self._url, content=body, headers={"Content-Type": kind})
+        except self._failure as error:
+            raise TrainingError(f"{self.name} stopped answering: {error}.", _REMEDY) from error
+        if response.status_code >= 500:
+            raise TrainingError(f"{self.name} answered with status {response.status_code}.", _REMEDY)
+        if response.status_code != 200:
+            raise TrainingError(
+                f"{self.name} refused a row with status {response.status_code}.", "Check the URL and the encoding."
+            )
+        return np.array([self._parse(response.content)], np.float32)
 
     def _parse(self, content: bytes) -> list[float]:
         try:

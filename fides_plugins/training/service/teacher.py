@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,21 +30,43 @@ class Teacher(ABC):
         Identifies the model: teachers with the same digest give the same answers.
     input:
         What it takes, or None where only the data can tell.
+    input_name:
+        Of its input, where `input` is None.
+    batch:
+        The most rows that it is asked about at once.
     """
 
     name: str
     digest: str
     input: InputSpec | None = None
+    input_name: str = "input"
+    batch: int = CHUNK_ROWS
 
-    @abstractmethod
-    def ask(self, images: NDArray[Any]) -> Float32Array:
-        """The raw class output (n, K) for a few rows (n, ...).
+    def ask(self, images: NDArray[Any], on_rows: Callable[[int], None] = lambda done: None) -> Float32Array:
+        """The raw class output (n, K) for rows (n, ...).
+
+        Parameters
+        ----------
+        on_rows:
+            Called with the number of rows done so far.
 
         Raises
         ------
         TrainingError
             If the model does not answer, or not with one row of classes for each image.
         """
+        parts = []
+        for start in range(0, len(images), self.batch):
+            rows = np.ascontiguousarray(images[start : start + self.batch])
+            parts.append(class_matrix(self.answer(rows), len(rows), self.name))
+            on_rows(start + len(rows))
+        if len({p.shape[1] for p in parts}) > 1:
+            raise TrainingError(f"{self.name} answers with different numbers of classes.", "Let it give all classes.")
+        return np.concatenate(parts)
+
+    @abstractmethod
+    def answer(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """The class output for at most `batch` rows, in any shape that `codec.class_rows` takes; raises as `ask`."""
 
     def cost(self, images: NDArray[Any]) -> Cost | None:
         """Parameters and multiply-adds for one row; None where the model cannot be looked into."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,7 +25,7 @@ from fides_plugins.onnx_model import OnnxModel
 from fides_plugins.training.costs import Cost, onnx_cost, torch_cost
 from fides_plugins.training.data import array_digest
 from fides_plugins.training.service.endpoints import TorchServeTeacher, TritonTeacher
-from fides_plugins.training.service.teacher import CHUNK_ROWS, Teacher, class_matrix, pick_tensor
+from fides_plugins.training.service.teacher import CHUNK_ROWS, Teacher, pick_tensor
 from fides_plugins.types import Float32Array, OutputKind
 
 
@@ -54,21 +53,16 @@ class OnnxTeacher(Teacher):
         self.input = InputSpec(
             name=self._input.name, dtype=self._input.dtype.name, shape=(None, *self._input.shape[1:])
         )
-        self._batch = self._input.shape[0] if self._input.shape else None
+        self._fixed = (self._input.shape[0] if self._input.shape else None) or 0
+        self.batch = self._fixed or CHUNK_ROWS
 
-    def ask(self, images: NDArray[Any]) -> Float32Array:
-        n, size = len(images), self._batch or len(images)
-        parts = []
+    def answer(self, rows: NDArray[Any]) -> NDArray[Any]:
+        # A graph with a fixed batch gets its last rows repeated, and the answers to these dropped.
+        fed = np.concatenate([rows, np.repeat(rows[-1:], max(0, self._fixed - len(rows)), axis=0)])
         try:
-            for start in range(0, n, size):
-                rows = images[start : start + size]
-                short = size - len(rows)
-                # A graph with a fixed batch gets its last rows repeated, and the answers to these dropped.
-                fed = np.concatenate([rows, np.repeat(rows[-1:], short, axis=0)]) if short else rows
-                parts.append(self._model.run({self._input.name: fed})[self._output.name][: len(rows)])
+            return self._model.run({self._input.name: fed})[self._output.name][: len(rows)]
         except InputError as error:
             raise TrainingError(f"{self.name}: {error}", "Save the images as the service takes them.") from error
-        return class_matrix(np.concatenate(parts), n, self.name)
 
     def cost(self, images: NDArray[Any]) -> Cost | None:
         return onnx_cost(self.data, images.shape[1:])
@@ -85,27 +79,25 @@ class TorchTeacher(Teacher):
         self.module = module.eval()
         self.name = name
         self.input_name = input_name
-        digest = hashlib.sha256(name.encode())
-        for key, value in sorted(module.state_dict().items()):
-            digest.update(key.encode())
-            digest.update(array_digest(value.detach().cpu().numpy()).encode())
-        self.digest = digest.hexdigest()
+        state = sorted(module.state_dict().items())
+        values = array_digest(*(value.detach().cpu().numpy() for _, value in state))
+        self.digest = hashlib.sha256(f"{name} {[key for key, _ in state]} {values}".encode()).hexdigest()
 
-    def ask(self, images: NDArray[Any]) -> Float32Array:
+    def answer(self, rows: NDArray[Any]) -> NDArray[Any]:
         import torch
 
         try:
             with torch.no_grad():
-                output = self.module(torch.from_numpy(np.ascontiguousarray(images)))
+                output = self.module(torch.from_numpy(rows))
         except (RuntimeError, ValueError, TypeError) as error:
             raise TrainingError(
-                f"{self.name} does not run on images of shape {images.shape[1:]} and dtype {images.dtype}: "
+                f"{self.name} does not run on images of shape {rows.shape[1:]} and dtype {rows.dtype}: "
                 f"{str(error).splitlines()[0]}",
                 "Save the images as the service takes them.",
             ) from error
         if not isinstance(output, torch.Tensor):
             raise TrainingError(f"{self.name} gives a {type(output).__name__}, not one tensor of class outputs.")
-        return class_matrix(output.detach().numpy(), len(images), self.name)
+        return np.asarray(output.detach().numpy())
 
     def cost(self, images: NDArray[Any]) -> Cost | None:
         return torch_cost(self.module, images)
@@ -155,8 +147,10 @@ def load_teacher(
     )
 
 
-class AnswerCache:
-    """A teacher's answers, on disk, one file for each piece of rows.
+class AnswerCache(Teacher):
+    """A teacher whose answers are kept on disk, one file for each piece of rows; what is there is not asked for again.
+
+    `ask` also raises `TrainingError` where a remembered row is answered differently than before.
 
     Parameters
     ----------
@@ -173,40 +167,24 @@ class AnswerCache:
 
     def __init__(self, teacher: Teacher, folder: str | Path | None = None) -> None:
         self.teacher = teacher
+        self.name, self.digest = teacher.name, teacher.digest
+        self.input, self.input_name = teacher.input, teacher.input_name
         self.folder = None if folder is None else Path(folder)
         self.asked = 0
         self.remembered = 0
         self._checked = False
 
-    def answers(self, images: NDArray[Any], on_rows: Callable[[int], None] | None = None) -> Float32Array:
-        """Raw class outputs (N, K) for the rows (N, ...).
+    def cost(self, images: NDArray[Any]) -> Cost | None:
+        return self.teacher.cost(images)
 
-        Parameters
-        ----------
-        on_rows:
-            Called with the number of rows done so far.
+    def close(self) -> None:
+        self.teacher.close()
 
-        Raises
-        ------
-        TrainingError
-            If the teacher stops answering (what it answered is kept), or answers a row that is remembered
-            differently than before.
-        """
-        parts = []
-        for start in range(0, len(images), CHUNK_ROWS):
-            rows = np.ascontiguousarray(images[start : start + CHUNK_ROWS])
-            parts.append(self._piece(rows))
-            if on_rows is not None:
-                on_rows(start + len(rows))
-        if len({p.shape[1] for p in parts}) > 1:
-            raise TrainingError(f"{self.teacher.name} answers with different numbers of classes.")
-        return np.concatenate(parts)
-
-    def _piece(self, rows: NDArray[Any]) -> Float32Array:
+    def answer(self, rows: NDArray[Any]) -> NDArray[Any]:
         if self.folder is None:
             self.asked += len(rows)
             return self.teacher.ask(rows)
-        key = hashlib.sha256(f"{self.teacher.digest}{array_digest(rows)}".encode()).hexdigest()
+        key = hashlib.sha256(f"{self.digest}{array_digest(rows)}".encode()).hexdigest()
         path = self.folder / f"{key}.npy"
         kept = self._read(path, len(rows))
         if kept is not None:
@@ -237,7 +215,7 @@ class AnswerCache:
         now = self.teacher.ask(rows[:1])
         if now.shape[1] != kept.shape[1] or not np.allclose(now, kept[:1], rtol=1e-2, atol=1e-2):
             raise TrainingError(
-                f"{self.teacher.name} answers differently than when its answers were cached.",
+                f"{self.name} answers differently than when its answers were cached.",
                 "Another model is served now: remove the cache folder and start again.",
             )
 

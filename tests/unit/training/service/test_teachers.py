@@ -107,7 +107,7 @@ class Counting(Teacher):
         self.name, self.digest = "counting", digest
         self.rows, self.stop_after, self.shift = 0, stop_after, shift
 
-    def ask(self, images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def answer(self, images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         if self.rows + len(images) > self.stop_after:
             raise TrainingError("counting stopped answering.")
         self.rows += len(images)
@@ -118,11 +118,11 @@ def test_interrupted_run_resumes_and_loses_nothing(tmp_path: Path) -> None:
     x = RNG.random((5 * CHUNK_ROWS + 7, 4), dtype=np.float32)
     first = Counting(stop_after=3 * CHUNK_ROWS)
     with pytest.raises(TrainingError, match="stopped answering"):
-        AnswerCache(first, tmp_path).answers(x)
+        AnswerCache(first, tmp_path).ask(x)
     second = Counting()
     cache = AnswerCache(second, tmp_path)
     seen: list[int] = []
-    assert np.allclose(cache.answers(x, seen.append), expected(x), atol=1e-6)
+    assert np.allclose(cache.ask(x, seen.append), expected(x), atol=1e-6)
     assert cache.remembered == 3 * CHUNK_ROWS
     assert cache.asked == 2 * CHUNK_ROWS + 7
     assert second.rows == cache.asked + 1  # one remembered row is asked again
@@ -131,24 +131,24 @@ def test_interrupted_run_resumes_and_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_other_teacher_or_other_rows_are_not_confused(tmp_path: Path) -> None:
-    AnswerCache(Counting("a"), tmp_path).answers(X)
+    AnswerCache(Counting("a"), tmp_path).ask(X)
     other = Counting("b", shift=1.0)
-    assert np.allclose(AnswerCache(other, tmp_path).answers(X), expected() + 1)
-    assert np.allclose(AnswerCache(Counting("a"), tmp_path).answers(X + 1), expected(X + 1), atol=1e-6)
+    assert np.allclose(AnswerCache(other, tmp_path).ask(X), expected() + 1)
+    assert np.allclose(AnswerCache(Counting("a"), tmp_path).ask(X + 1), expected(X + 1), atol=1e-6)
 
 
 def test_endpoint_that_serves_another_model_now_is_noticed(tmp_path: Path) -> None:
-    AnswerCache(Counting(), tmp_path).answers(X)
+    AnswerCache(Counting(), tmp_path).ask(X)
     with pytest.raises(TrainingError, match="differently than when"):
-        AnswerCache(Counting(shift=1.0), tmp_path).answers(X)
+        AnswerCache(Counting(shift=1.0), tmp_path).ask(X)
 
 
 def test_damaged_cache_file_is_asked_again(tmp_path: Path) -> None:
-    AnswerCache(Counting(), tmp_path).answers(X)
+    AnswerCache(Counting(), tmp_path).ask(X)
     (path,) = tmp_path.glob("*.npy")
     path.write_bytes(b"\x93NUMPY damaged")
     teacher = Counting()
-    assert np.allclose(AnswerCache(teacher, tmp_path).answers(X), expected())
+    assert np.allclose(AnswerCache(teacher, tmp_path).ask(X), expected())
     assert teacher.rows == len(X)
 
 
@@ -229,10 +229,10 @@ def test_http_endpoint_that_stops_half_way(server: tuple[str, type[Answering]], 
     x = RNG.random((2 * CHUNK_ROWS, 4), dtype=np.float32)
     handler.fail_after = CHUNK_ROWS + 10
     with pytest.raises(TrainingError, match=r"status 503.*kept"):
-        AnswerCache(TorchServeTeacher(url), tmp_path).answers(x)
+        AnswerCache(TorchServeTeacher(url), tmp_path).ask(x)
     handler.fail_after = 10**9
     cache = AnswerCache(TorchServeTeacher(url), tmp_path)
-    assert np.allclose(cache.answers(x), expected(x), atol=1e-5)
+    assert np.allclose(cache.ask(x), expected(x), atol=1e-5)
     assert cache.remembered == CHUNK_ROWS
 
 
