@@ -303,14 +303,11 @@ def _read_jsonl(recording: Recording, first: Part, n_rows: int) -> Iterator[pa.T
 
 
 def _table(recording: Recording, records: Sequence[Mapping[str, Any]]) -> pa.Table:
-    columns: dict[str, pa.Array] = {
-        recording.service: pa.array([_numbers(r.get(recording.service)) for r in records], pa.list_(pa.float32()))
-    }
-    values = [r.get(recording.reference) for r in records]
-    if recording.reference == INPUT_COLUMN:
-        columns[INPUT_COLUMN] = _inputs(values)
-    else:
-        columns[recording.reference] = pa.array([_numbers(v) for v in values], pa.list_(pa.float32()))
+    columns: dict[str, pa.Array] = {}
+    for name in (recording.service, recording.reference):
+        values = [r.get(name) for r in records]
+        inputs = name == INPUT_COLUMN
+        columns[name] = _inputs(values) if inputs else pa.array(map(_numbers, values), pa.list_(pa.float32()))
     if recording.request_ids:
         ids = [r.get(ID_COLUMN) for r in records]
         columns[ID_COLUMN] = pa.array([None if i is None else str(i) for i in ids], pa.string())

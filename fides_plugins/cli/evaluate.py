@@ -14,7 +14,6 @@ from fides_plugins.errors import SettingsError, TrainingError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from fides_plugins.bundle import Bundle
     from fides_plugins.training.predictions import AttackedRows
 
 
@@ -69,7 +68,8 @@ def evaluate(
     from fides_plugins.training.predictions import load_predictions
 
     loaded = Bundle.load(bundle)
-    temperatures = _temperatures(loaded)
+    spec = loaded.manifest.verification
+    temperatures = loaded.manifest.service.temperature, 1.0 if spec is None else spec.temperature
     registry = _registry(plugin or [])
     with progress(as_json) as bar:
         task = bar.add_task("evaluate", total=100)
@@ -81,7 +81,7 @@ def evaluate(
         extra: list[AttackedRows] = []
         skipped: dict[str, str] = {}
         if predictions is not None:
-            rows = load_predictions(predictions, **temperatures)
+            rows = load_predictions(predictions, *temperatures)
         else:
             from fides_plugins.training.evaluation.service_attacks import ask_service
 
@@ -92,7 +92,7 @@ def evaluate(
             loaded,
             rows,
             registry=registry,
-            fit_rows=None if fit_predictions is None else load_predictions(fit_predictions, **temperatures),
+            fit_rows=None if fit_predictions is None else load_predictions(fit_predictions, *temperatures),
             extra=extra,
             false_alarm_rate=false_alarm_rate,
             monitor_error=monitor_error,
@@ -115,14 +115,6 @@ def evaluate(
         print_json(found.result)
     else:
         _show(found.result, report)
-
-
-def _temperatures(bundle: Bundle) -> dict[str, float]:
-    spec = bundle.manifest.verification
-    return {
-        "service_temperature": bundle.manifest.service.temperature,
-        "verification_temperature": 1.0 if spec is None else spec.temperature,
-    }
 
 
 def _registry(load: list[str]) -> Any:

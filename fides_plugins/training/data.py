@@ -229,7 +229,7 @@ def match_input(data: Dataset, spec: InputSpec, scale: float | None = None) -> t
     """
     images = data.images
     given, wanted = images.shape[1:], spec.shape[1:]
-    if not _fits(given, wanted):
+    if len(given) != len(wanted) or any(w not in (None, s) for s, w in zip(given, wanted, strict=True)):
         if not wanted or tuple(s for s in given if s != 1) != tuple(s for s in wanted if s != 1):
             raise TrainingError(
                 f"One image has shape {given}; the service's input {spec.name!r} takes "
@@ -251,10 +251,6 @@ def match_input(data: Dataset, spec: InputSpec, scale: float | None = None) -> t
         images = (images.astype(np.float32) * np.float32(scale)).astype(dtype)
     images = np.ascontiguousarray(images, dtype=dtype)
     return replace(data, images=images), float(scale)
-
-
-def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
-    return len(shape) == len(wanted) and all(w is None or s == w for s, w in zip(shape, wanted, strict=True))
 
 
 def split_rows(images: Array, shares: Mapping[str, float], seed: int) -> dict[str, IntArray]:
