@@ -59,7 +59,7 @@ class _TritonBase(Client):
         self._tls = _TLS[scheme]
         self.model = model
         self.protocol: Protocol = protocol
-        self._output = output or self.judge.protection.settings.output
+        self._output = output or self.protection.settings.output
         self._connection: Any = None
 
     def _library(self) -> Any:

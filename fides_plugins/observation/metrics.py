@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fides_plugins.observation.alarm import ServiceAlarm, make_alarm
+from fides_plugins.observation.alarm import ServiceAlarm, make_monitor
 from fides_plugins.types import STATUS_TEXTS, Verdict
 
 if TYPE_CHECKING:
@@ -172,9 +172,9 @@ class MetricsRecorder:
             self._increment(PLUGIN_ERRORS, plugin, 0)
         self._set(FALSE_ALARM_RATE, settings.false_alarm_rate)
         self._set(TIMEOUT_SECONDS, settings.timeout_ms / 1000.0)
-        if self._wants_alarm:
-            self.alarm = make_alarm(settings, pipeline.bundle, self.model, self._publish_alarm)
-        if self.alarm is not None:
+        monitor = make_monitor(settings, pipeline.bundle) if self._wants_alarm else None
+        if monitor is not None:
+            self.alarm = ServiceAlarm(monitor, self.model, self._publish_alarm)
             # A process that takes the place of an alarmed one withdraws its alarm without waiting for a row.
             self._set(LOG_E_VALUE, 0.0)
             self._set(UNDER_ATTACK, 0.0)
