@@ -30,6 +30,9 @@ _PROTECTED_BYTES = len(_PROTECTED_HEAD) + KEY_ID_BYTES
 _FRAME_HEAD = _TAG_AND_ARRAY + bytes((0x58, _PROTECTED_BYTES))
 _EMPTY_MAP = b"\xa0"
 _SIGNATURE_HEAD = bytes((0x58, _SIGNATURE_BYTES))
+_TAIL_BYTES = len(_SIGNATURE_HEAD) + _SIGNATURE_BYTES
+#: Bytes in front of a byte string, for lengths below 24, 2**8, 2**16 and 2**32.
+_LENGTHS_OF_HEADS = (1, 2, 3, 5)
 
 
 @dataclass(frozen=True)
@@ -46,15 +49,6 @@ def encode(value: Any) -> bytes:
     return cbor2.dumps(value, canonical=True)
 
 
-def _bstr_head(length: int) -> bytes:
-    if length < 24:
-        return bytes((0x40 | length,))
-    for code, size in ((0x58, 1), (0x59, 2), (0x5A, 4)):
-        if length < 1 << (8 * size):
-            return bytes((code,)) + length.to_bytes(size, "big")
-    raise ValueError(f"{length} bytes are too many")
-
-
 def _to_be_signed(key_id: bytes, payload: bytes, context: bytes) -> bytes:
     """Sig_structure of RFC 9052, 4.4; `context` is its external_aad and keeps the kinds of message apart."""
     return encode(["Signature1", _PROTECTED_HEAD + key_id, context, payload])
@@ -63,8 +57,7 @@ def _to_be_signed(key_id: bytes, payload: bytes, context: bytes) -> bytes:
 def sign(payload: bytes, key: Ed25519PrivateKey, key_id: bytes, context: bytes) -> bytes:
     """The signed frame over `payload`."""
     signature = key.sign(_to_be_signed(key_id, payload, context))
-    head = _FRAME_HEAD + _PROTECTED_HEAD + key_id + _EMPTY_MAP
-    return head + _bstr_head(len(payload)) + payload + _SIGNATURE_HEAD + signature
+    return _FRAME_HEAD + _PROTECTED_HEAD + key_id + _EMPTY_MAP + encode(payload) + _SIGNATURE_HEAD + signature
 
 
 def parse(data: bytes, what: str) -> Frame:
@@ -97,23 +90,12 @@ def parse(data: bytes, what: str) -> Frame:
     position += _PROTECTED_BYTES
     if data[position : position + 1] != _EMPTY_MAP:
         raise Refusal(f"{what}-unprotected", f"The {what} has headers that its signature does not cover.")
-    position += 1
-    lead = data[position : position + 1]
-    if not lead or not 0x40 <= lead[0] <= 0x5A:
-        raise refuse("its payload is no byte string")
-    width = {0x58: 1, 0x59: 2, 0x5A: 4}.get(lead[0], 0)
-    head = data[position : position + 1 + width]
-    length = int.from_bytes(head[1:], "big") if width else lead[0] & 0x1F
-    # Comparing with our own head also refuses lengths that are not written in the shortest form.
-    if length > MAX_FRAME_BYTES or head != _bstr_head(length):
-        raise refuse("the length of its payload is not in the shortest form")
-    position += len(head)
-    payload = data[position : position + length]
-    position += length
-    tail = data[position:]
-    if len(payload) != length or len(tail) != 2 + _SIGNATURE_BYTES or not tail.startswith(_SIGNATURE_HEAD):
-        raise refuse("it does not end with one signature")
-    return Frame(protected[len(_PROTECTED_HEAD) :], payload, tail[2:])
+    body, tail = data[position + 1 : -_TAIL_BYTES], data[-_TAIL_BYTES:]
+    # The payload is what encodes to these bytes: that also refuses lengths that are not written in the shortest form.
+    payload = next((body[n:] for n in _LENGTHS_OF_HEADS if encode(body[n:]) == body), None)
+    if payload is None or not tail.startswith(_SIGNATURE_HEAD):
+        raise refuse("it is not one payload with one signature behind it")
+    return Frame(protected[len(_PROTECTED_HEAD) :], payload, tail[len(_SIGNATURE_HEAD) :])
 
 
 def verify(frame: Frame, key: Ed25519PublicKey, context: bytes, what: str) -> None:

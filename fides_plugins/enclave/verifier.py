@@ -144,6 +144,7 @@ class Verifier:
             configuration=json.dumps(self._configuration(), sort_keys=True, separators=(",", ":")),
             boot_id=os.urandom(16),
             issued_at=int(clock()),
+            challenge=b"",
         )
         self.key_id = self._statement.key_id
         self._nonces = SpentNonces(self.options.nonces, self.options.nonce_lifetime_s)
