@@ -27,7 +27,7 @@ with atheris.instrument_imports(include=["fides_plugins.attestation", "fides_plu
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fides_plugins.attestation.keys import key_id
+from fides_plugins.attestation.cose import key_id
 from fides_plugins.bundle import InputSpec
 from fides_plugins.errors import FidesError
 

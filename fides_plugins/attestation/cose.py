@@ -10,6 +10,7 @@ to, which excludes all of these.
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,11 @@ class Frame:
     key_id: bytes
     payload: bytes
     signature: bytes
+
+
+def key_id(public_key: bytes) -> bytes:
+    """SHA-256 over a domain tag and a raw public key; 32 bytes."""
+    return hashlib.sha256(b"fides-key/1" + public_key).digest()
 
 
 def encode(value: Any) -> bytes:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
 
-from fides_plugins.attestation.keys import key_id
+from fides_plugins.attestation import cose
 from fides_plugins.attestation.refusal import Refusal
 
 Tee = Literal["sgx", "tdx", "sev-snp", "development"]
@@ -76,7 +76,7 @@ class Statement:
     @property
     def key_id(self) -> bytes:
         """Key id of the signing key; 32 bytes."""
-        return key_id(self.signing_key)
+        return cose.key_id(self.signing_key)
 
     @property
     def settings(self) -> dict[str, Any]:
