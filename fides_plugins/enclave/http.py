@@ -34,12 +34,17 @@ logger = logging.getLogger("fides_plugins")
 _CANNOT_ANSWER = "The verifier cannot answer."
 _STATUS = {
     "request-client": 403,
+    "request-slow": 408,
     "request-replay": 409,
     "request-evidence": 409,
+    "request-size": 413,
+    "request-encoding": 415,
     "request-rate": 429,
     "request-busy": 503,
     "request-memory": 503,
 }
+#: Refusals of a body whose rest is not read, so that the connection cannot be used again.
+_UNREAD = ("request-slow", "request-size", "request-encoding")
 T = TypeVar("T")
 
 
@@ -77,15 +82,6 @@ class ServerLimits:
     header_timeout_s: float = 10.0
     connections: int = 512
     grace_s: float = 10.0
-
-
-class _Fault(Exception):
-    """An HTTP error: status and message."""
-
-    def __init__(self, status: int, code: str, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
 
 
 class WorkQueue:
@@ -194,12 +190,7 @@ class HttpFront:
             Route("/v2/models/{model}/versions/{version}/ready", self._ready),
             Route("/v2/models/{model}/versions/{version}/infer", self._infer, methods=["POST"]),
         ]
-        faults: Any = {
-            _Fault: self._fault,
-            FidesError: self._refused,
-            ClientDisconnect: self._gone,
-            Exception: self._unforeseen,
-        }
+        faults: Any = {FidesError: self._refused, ClientDisconnect: self._gone, Exception: self._unforeseen}
         self.app = Starlette(routes=routes, exception_handlers=faults)
 
     async def _live(self, request: Request) -> Response:
@@ -227,7 +218,7 @@ class HttpFront:
     async def _infer(self, request: Request) -> Response:
         protocol.check_version(request.path_params.get("version", ""))
         if request.headers.get("content-encoding", "identity") != "identity":
-            raise _Fault(415, "request-encoding", "Compressed bodies are not read.")
+            raise Refusal("request-encoding", "Compressed bodies are not read.")
         length = oip.read_length(request.headers.get(oip.JSON_LENGTH))
         model = request.path_params["model"]
         body = await self._body(request)
@@ -244,7 +235,7 @@ class HttpFront:
         limit = self._bounds.body_bytes
         declared = request.headers.get("content-length", "0")
         if declared.isascii() and declared.isdigit() and int(declared) > limit:
-            raise _Fault(413, "request-size", f"The body is longer than {limit} bytes.")
+            raise Refusal("request-size", f"The body is longer than {limit} bytes.")
         chunks: list[bytes] = []
         size = 0
         try:
@@ -252,25 +243,21 @@ class HttpFront:
             with anyio.fail_after(self._limits.body_timeout_s):
                 async for chunk in request.stream():
                     if size + len(chunk) > limit:
-                        raise _Fault(413, "request-size", f"The body is longer than {limit} bytes.")
+                        raise Refusal("request-size", f"The body is longer than {limit} bytes.")
                     self._queue.bodies.take(len(chunk))
                     size += len(chunk)
                     chunks.append(chunk)
         except BaseException as error:
             self._queue.bodies.give(size)
             if isinstance(error, TimeoutError):
-                raise _Fault(408, "request-slow", "The body did not arrive in time.") from None
+                raise Refusal("request-slow", "The body did not arrive in time.") from None
             raise
         return b"".join(chunks)
 
-    async def _fault(self, request: Request, error: Exception) -> Response:
-        assert isinstance(error, _Fault)
-        # The rest of a refused body is not read, so the connection cannot be used again.
-        return _problem(error.status, error.code, str(error), {"connection": "close"})
-
     async def _refused(self, request: Request, error: Exception) -> Response:
         if isinstance(error, Refusal):
-            return _problem(_STATUS.get(error.code, 400), error.code, str(error))
+            headers = {"connection": "close"} if error.code in _UNREAD else None
+            return _problem(_STATUS.get(error.code, 400), error.code, str(error), headers)
         if isinstance(error, InputError):
             return _problem(400, "request-input", str(error))
         # Broken hardware or bundle: the operator's log has the details, the peer gets none.
