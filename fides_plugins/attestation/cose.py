@@ -12,14 +12,30 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Generic, TypeVar
 
 import cbor2
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from pydantic import BeforeValidator, Field, Strict, TypeAdapter, ValidationError
 
 from fides_plugins.attestation.refusal import Refusal
+
+T = TypeVar("T")
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if type(value) is list else value
+
+
+# What the fields of a message are; `bool` does not count as an integer, and a shape travels as a list.
+Text = Annotated[str, Strict(), Field(max_length=128)]
+Bytes = Annotated[bytes, Strict()]
+Bytes16 = Annotated[Bytes, Field(min_length=16, max_length=16)]
+Bytes32 = Annotated[Bytes, Field(min_length=32, max_length=32)]
+Count = Annotated[int, Strict(), Field(ge=0, lt=1 << 64)]
+Shape = Annotated[tuple[Count, ...], Strict(), Field(max_length=8), BeforeValidator(_as_tuple)]
 
 #: Nothing this package signs is larger; a larger frame is refused before anything is done with it.
 MAX_FRAME_BYTES = 1 << 20
@@ -118,25 +134,61 @@ def verify(frame: Frame, key: Ed25519PublicKey, context: bytes, what: str) -> No
         raise Refusal(f"{what}-signature", f"The signature of the {what} is wrong: its bytes were changed.") from None
 
 
-def decode_map(payload: bytes, required: frozenset[int], optional: frozenset[int], what: str) -> dict[int, Any]:
-    """Decode a payload whose signature was verified, and insist on the deterministic form.
+class Payload(Generic[T]):
+    """How one kind of message is written and read as a deterministic CBOR map.
 
-    Raises
-    ------
-    Refusal
-        `<what>-encoding`, `<what>-keys`.
+    Parameters
+    ----------
+    kind:
+        A dataclass whose annotations pydantic checks. A field's number on the wire is its place; the last one stays
+        behind, and becomes the frame's key id when a message is read.
+    what:
+        "receipt" or "request".
+    optional:
+        The one field that may be None, and is then left out.
     """
-    try:
-        value = cbor2.loads(payload)
-        same = isinstance(value, dict) and hmac.compare_digest(encode(value), payload)
-    # cbor2's decoders of tagged values raise many kinds of error; the signer is known, the bytes are not ours.
-    except Exception:
-        same = False
-    if not same:
-        raise Refusal(f"{what}-encoding", f"The payload of the {what} is not deterministic CBOR of one map.")
-    keys = {k if type(k) is int else None for k in value}
-    if not required <= keys or not keys <= required | optional:
-        raise Refusal(
-            f"{what}-keys", f"The {what} has missing or unknown fields.", "Update this package on both sides."
-        )
-    return dict(value)
+
+    def __init__(self, kind: type[T], what: str, optional: str) -> None:
+        *sent, self._signer = (field.name for field in fields(kind))  # type: ignore[arg-type]
+        self._numbers = {name: number for number, name in enumerate(sent, start=1)}
+        self._required = set(self._numbers.values()) - {self._numbers[optional]}
+        self._reader = TypeAdapter(kind)
+        self._what = what
+
+    def encode(self, message: T) -> bytes:
+        """The payload."""
+        values = {number: getattr(message, name) for name, number in self._numbers.items()}
+        return encode({n: list(v) if isinstance(v, tuple) else v for n, v in values.items() if v is not None})
+
+    def decode(self, frame: Frame) -> T:
+        """The message in a frame whose signature was verified; every field must have exactly its type.
+
+        Raises
+        ------
+        Refusal
+            `<what>-encoding`, `<what>-keys`, `<what>-fields`.
+        """
+        try:
+            value = cbor2.loads(frame.payload)
+            same = isinstance(value, dict) and hmac.compare_digest(encode(value), frame.payload)
+        # cbor2's decoders of tagged values raise many kinds of error; the signer is known, the bytes are not ours.
+        except Exception:
+            same = False
+        if not same:
+            problem = f"The payload of the {self._what} is not deterministic CBOR of one map."
+            raise Refusal(f"{self._what}-encoding", problem)
+        if not self._required <= {k if type(k) is int else None for k in value} <= set(self._numbers.values()):
+            problem = f"The {self._what} has missing or unknown fields."
+            raise Refusal(f"{self._what}-keys", problem, "Update this package on both sides.")
+        named = {name: value[number] for name, number in self._numbers.items() if number in value}
+        for name in named:
+            if named[name] is None:
+                raise self.wrong(name)
+        try:
+            return self._reader.validate_python({**named, self._signer: frame.key_id})
+        except ValidationError as error:
+            raise self.wrong(str(error.errors()[0]["loc"][0])) from None
+
+    def wrong(self, name: str) -> Refusal:
+        """The refusal of a message with such a field."""
+        return Refusal(f"{self._what}-fields", f"Field `{name}` of the {self._what} has the wrong type or length.")

@@ -122,7 +122,7 @@ class ReceiptChecker:
             evidence_id=evidence.facts.evidence_id,
             input_digest=tensor_digest(tensor),
             scheme=self.scheme,
-            client_key=key.public_key().public_bytes_raw() if key is not None else b"",
+            client_key=key.public_key().public_bytes_raw() if key is not None else None,
             session=self._session,
         )
         now = self._clock()

@@ -237,7 +237,7 @@ class Verifier:
         self._nonces.spend(asked.nonce)
         reference = self._reference(tensor)
         output = reference.tobytes()
-        if asked.scheme == "hpke":
+        if asked.client_key is not None:
             output = sealing.seal(output, asked.client_key, sealing.context(asked.nonce, digest))
         signed = receipt.Receipt(
             profile=receipt.DEVELOPMENT_PROFILE if self.tee == receipt.DEVELOPMENT_TEE else receipt.PROFILE,
