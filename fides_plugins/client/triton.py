@@ -9,6 +9,7 @@ needs no change at all.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import struct
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -38,6 +39,8 @@ _UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError, stru
 class _TritonBase(Client):
     """Configuration and message building of both Triton clients."""
 
+    #: Which part of tritonclient's library holds the connection.
+    _library_part = ""
     _no_commitment = "Triton answers service and verifier at once, so the host cannot commit to its output beforehand."
 
     def __init__(
@@ -62,15 +65,14 @@ class _TritonBase(Client):
         self._output = output or self.protection.settings.output
         self._connection: Any = None
 
-    def _library(self) -> Any:
-        if self.protocol == "grpc":
-            import tritonclient.grpc as library
-        else:
-            import tritonclient.http as library
-        return library
+    def _connect(self, **timeouts: float) -> Any:
+        if self._connection is None:
+            library = importlib.import_module(f"tritonclient.{self.protocol}{self._library_part}")
+            self._connection = library.InferenceServerClient(self.url, ssl=self._tls, **timeouts)
+        return self._connection
 
     def _service_call(self, inputs: Mapping[str, NDArray[Any]], pending: Pending) -> dict[str, Any]:
-        library = self._library()
+        library = importlib.import_module(f"tritonclient.{self.protocol}")
         tensors = [library.InferInput(n, list(a.shape), oip_type(a.dtype)) for n, a in inputs.items()]
         for tensor, array in zip(tensors, inputs.values(), strict=True):
             tensor.set_data_from_numpy(np.ascontiguousarray(array))
@@ -143,19 +145,14 @@ class TritonClient(_TritonBase, Calls):
     """
 
     async def _call(self, method: str, **call: Any) -> Any:
-        options = {"client_timeout": self._timeout_s} if self.protocol == "grpc" else {}
+        timeouts = {"network_timeout": self._timeout_s, "connection_timeout": self._timeout_s}
+        if self.protocol == "grpc":
+            timeouts, call["client_timeout"] = {}, self._timeout_s
         try:
-            return getattr(self._connect(), method)(**call, **options)
+            return getattr(self._connect(**timeouts), method)(**call)
         # tritonclient lets through errors of gevent, gRPC and sockets besides its own, without a common base.
         except Exception as error:
             raise self._no_answer(error) from None
-
-    def _connect(self) -> Any:
-        if self._connection is None:
-            timeouts = {"network_timeout": self._timeout_s, "connection_timeout": self._timeout_s}
-            options = {} if self.protocol == "grpc" else timeouts
-            self._connection = self._library().InferenceServerClient(self.url, ssl=self._tls, **options)
-        return self._connection
 
     def close(self) -> None:
         """Close the connections."""
@@ -173,21 +170,14 @@ class AsyncTritonClient(_TritonBase, AsyncCalls):
     ...     verdict = await client.infer({"image": images})                                  # doctest: +SKIP
     """
 
+    _library_part = ".aio"
+
     async def _call(self, method: str, **call: Any) -> Any:
         try:
             return await asyncio.wait_for(getattr(self._connect(), method)(**call), self._timeout_s)
         # tritonclient lets through errors of aiohttp, gRPC and sockets besides its own, without a common base.
         except Exception as error:
             raise self._no_answer(error) from None
-
-    def _connect(self) -> Any:
-        if self._connection is None:
-            if self.protocol == "grpc":
-                import tritonclient.grpc.aio as library
-            else:
-                import tritonclient.http.aio as library
-            self._connection = library.InferenceServerClient(self.url, ssl=self._tls)
-        return self._connection
 
     async def close(self) -> None:
         """Close the connections."""
