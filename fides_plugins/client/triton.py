@@ -12,7 +12,6 @@ import asyncio
 import importlib
 import struct
 from abc import abstractmethod
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,29 +70,22 @@ class _TritonBase(Client):
             self._connection = library.InferenceServerClient(self.url, ssl=self._tls, **timeouts)
         return self._connection
 
-    def _service_call(self, inputs: Mapping[str, NDArray[Any]], pending: Pending) -> dict[str, Any]:
-        library = importlib.import_module(f"tritonclient.{self.protocol}")
-        tensors = [library.InferInput(n, list(a.shape), oip_type(a.dtype)) for n, a in inputs.items()]
-        for tensor, array in zip(tensors, inputs.values(), strict=True):
-            tensor.set_data_from_numpy(np.ascontiguousarray(array))
-        wanted = [self._output, RECEIPT_OUTPUT] if self.receipt_from == "host" else [self._output]
-        outputs = [library.InferRequestedOutput(name) for name in wanted]
-        call: dict[str, Any] = {"model_name": self.model, "inputs": tensors, "outputs": outputs}
-        if self.receipt_from == "host":
-            call["parameters"] = {PARAMETER: pending.text}
-        return call
-
     async def _service(self, query: Query, pending: Pending) -> Reply:
         if not self._output:
             self._output = self._choose_output(await self._call("get_model_metadata", model_name=self.model))
-        result = await self._call("infer", **self._service_call(query.inputs, pending))
-        try:
-            output = result.as_numpy(self._output)
-        except _UNREADABLE:
-            output = None
-        if output is None:
+        library = importlib.import_module(f"tritonclient.{self.protocol}")
+        inputs = [library.InferInput(n, list(a.shape), oip_type(a.dtype)) for n, a in query.inputs.items()]
+        for tensor, array in zip(inputs, query.inputs.values(), strict=True):
+            tensor.set_data_from_numpy(np.ascontiguousarray(array))
+        names, options = [self._output], {}
+        if self.receipt_from == "host":
+            names, options = [self._output, RECEIPT_OUTPUT], {"parameters": {PARAMETER: pending.text}}
+        outputs = [library.InferRequestedOutput(name) for name in names]
+        result = await self._call("infer", model_name=self.model, inputs=inputs, outputs=outputs, **options)
+        tensors = {name: found for name in names if (found := _tensor(result, name)) is not None}
+        if self._output not in tensors:
             raise ServerError(f"The model {self.model} gave no output {self._output!r}.", "Name its class output.")
-        return Reply(output, Brought(receipt_text(result) if self.receipt_from == "host" else None), result)
+        return Reply(tensors[self._output], Brought(first_text(tensors, RECEIPT_OUTPUT)), result)
 
     @abstractmethod
     async def _call(self, method: str, **call: Any) -> Any:
@@ -186,10 +178,9 @@ class AsyncTritonClient(_TritonBase, AsyncCalls):
         await super().close()
 
 
-def receipt_text(result: Any) -> str | None:
-    """The receipt in a response: the first element of its bytes tensor; None where there is none."""
+def _tensor(result: Any, name: str) -> NDArray[Any] | None:
     try:
-        tensor = result.as_numpy(RECEIPT_OUTPUT)
+        tensor: NDArray[Any] | None = result.as_numpy(name)
     except _UNREADABLE:
-        tensor = None
-    return None if tensor is None else first_text({RECEIPT_OUTPUT: tensor}, RECEIPT_OUTPUT)
+        return None
+    return tensor

@@ -131,8 +131,8 @@ class WorkQueue:
         except asyncio.TimeoutError:
             raise Refusal("request-busy", "The verifier gave no answer in time.", "Try again later.") from None
         try:
-            if isinstance(outcome, _Failed):
-                raise outcome.error
+            if isinstance(outcome, FidesError):
+                raise outcome
             return outcome
         finally:
             # Otherwise this frame, which the error's traceback names, would hold the error: the same cycle.
@@ -147,14 +147,7 @@ class WorkQueue:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-@dataclass(frozen=True)
-class _Failed:
-    """What a call raised, as a result."""
-
-    error: FidesError
-
-
-def _outcome(call: Callable[[], T]) -> T | _Failed:
+def _outcome(call: Callable[[], T]) -> T | FidesError:
     """The call's result or error, without the traceback: a future that holds one is a cycle.
 
     Python would keep the body that the traceback's frames name until it next collects cycles, and how soon
@@ -163,11 +156,11 @@ def _outcome(call: Callable[[], T]) -> T | _Failed:
     try:
         return call()
     except FidesError as error:
-        return _Failed(error.with_traceback(None))
+        return error.with_traceback(None)
     except Exception:
         # The details of an unforeseen error are for the operator only.
         logger.exception("an unforeseen error")
-        return _Failed(ServerError(_CANNOT_ANSWER))
+        return ServerError(_CANNOT_ANSWER)
 
 
 class HttpFront:
