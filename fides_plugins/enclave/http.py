@@ -306,13 +306,11 @@ class _HeaderDeadline(H11Protocol):
             self.transport.close()
 
 
-def make_server(front: HttpFront, host: str, port: int, limits: ServerLimits) -> uvicorn.Server:
-    """A uvicorn server that is not started yet."""
+def make_server(front: HttpFront, limits: ServerLimits) -> uvicorn.Server:
+    """A uvicorn server that is not started yet and has no socket."""
     protocol = type("HeaderDeadline", (_HeaderDeadline,), {"header_timeout_s": limits.header_timeout_s})
     config = uvicorn.Config(
         front.app,
-        host=host,
-        port=port,
         http=protocol,
         ws="none",
         lifespan="off",
