@@ -27,7 +27,7 @@ with atheris.instrument_imports(include=["fides_plugins.attestation", "fides_plu
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fides_plugins.attestation.keys import key_id
+from fides_plugins.attestation.cose import key_id
 from fides_plugins.bundle import InputSpec
 from fides_plugins.errors import FidesError
 
@@ -56,7 +56,9 @@ SAMPLE = Receipt(
     service_digest=None,
 )
 GOOD = SAMPLE.sign(KEY, KEY_ID)
-REQUEST = SignedRequest(bytes(32), bytes(32), "hpke", bytes(range(32))).encode(KEY)
+REQUEST = SignedRequest(
+    evidence_id=bytes(32), input_digest=bytes(32), scheme="hpke", client_key=bytes(range(32))
+).encode(KEY)
 BOUNDS = request_bounds(InputSpec(name="image", dtype="float32", shape=(None, 1, 28, 28)), 1024)
 calls = 0
 

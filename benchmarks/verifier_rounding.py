@@ -19,13 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fides_plugins.bundle import Bundle
-from fides_plugins.client.judge import ClientJudge
 from fides_plugins.demo.digits import INPUT_NAME, load_digits_split
 from fides_plugins.enclave.rounding import round_rows
 from fides_plugins.onnx_model import OnnxModel
+from fides_plugins.pipeline import VerifyOutcome
+from fides_plugins.protection import Protection
 from fides_plugins.settings import Settings
 from fides_plugins.statistics.intervals import wilson
-from fides_plugins.types import Float32Array, Prediction, Query, Status
+from fides_plugins.types import Float32Array, Prediction, Query, Status, Verification
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVICE = ROOT / "model_repository" / "digits_base" / "1" / "model.onnx"
@@ -65,8 +66,9 @@ def measure() -> list[dict[str, Any]]:
             ("honest trusted", answers, Status.TRUSTED),
             ("changed attacked", exchange_best(answers), Status.ATTACKED),
         ):
-            judge = ClientJudge(bundle, Settings(mode="correct", on_error="closed"))
-            verdict = judge.judge(Query({INPUT_NAME: images}), given, shown, None).verdict
+            client = Protection.load(Settings(mode="correct", on_error="closed"), bundle=bundle, references="brought")
+            brought = VerifyOutcome(Verification.single(shown, "enclave"))
+            verdict = client.judge(Query({INPUT_NAME: images}), given, brought)
             found[name] = share(verdict.status == wanted)
         lines.append(found)
     return lines

@@ -48,7 +48,7 @@ class InputSpec(_Part):
 
 
 class ServiceSpec(_Part):
-    """How the service's class output is read."""
+    """How a class output is read."""
 
     output_kind: OutputKind = "logits"
     temperature: float = Field(1.0, gt=0)
@@ -59,19 +59,12 @@ class ServiceSpec(_Part):
         return OutputCodec(self.output_kind, self.temperature)
 
 
-class VerificationSpec(_Part):
-    """The distilled model that gives the reference distribution."""
+class VerificationSpec(ServiceSpec):
+    """The distilled model that gives the reference distribution, whose output is read as a service's is."""
 
     file: str = "verification.onnx"
     input_name: str = "input"
     output_name: str = "logits"
-    output_kind: OutputKind = "logits"
-    temperature: float = Field(1.0, gt=0)
-
-    @property
-    def codec(self) -> OutputCodec:
-        """Reads this output."""
-        return OutputCodec(self.output_kind, self.temperature)
 
 
 class GraphSpec(_Part):
@@ -127,11 +120,6 @@ class Manifest(_Part):
             if path.is_absolute() or ".." in path.parts or "\\" in name or name in ("", MANIFEST_NAME):
                 raise ValueError(f"{name!r} is not a file inside the bundle")
         return files
-
-    def named_files(self) -> tuple[str, ...]:
-        """Files that the parts of this manifest refer to."""
-        parts = (self.verification, self.detector, self.reclassifier, self.calibration)
-        return tuple(p.file for p in parts if p is not None)
 
 
 class Bundle:
@@ -261,11 +249,10 @@ class Bundle:
         return known[detector]
 
     def _check_parts(self) -> None:
-        for name in self.manifest.named_files():
-            if name not in self.manifest.files:
-                raise BundleError(f"fides.json refers to {name}, but lists no digest for it.", _REFIT)
-        k = self.n_classes
-        spec = self.manifest.verification
+        k, spec = self.n_classes, self.manifest.verification
+        for named in (spec, self.manifest.detector, self.manifest.reclassifier, self.manifest.calibration):
+            if named is not None and named.file not in self.manifest.files:
+                raise BundleError(f"fides.json refers to {named.file}, but lists no digest for it.", _REFIT)
         if spec is not None:
             graph = self.model(spec)
             _check_tensor(spec.file, "input", spec.input_name, [i.name for i in graph.inputs])

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import pluggy
 
 from fides_plugins.errors import InputError, PluginError
+from fides_plugins.settings import Settings
 from fides_plugins.types import BoolArray
 
 logger = logging.getLogger("fides_plugins")
@@ -66,12 +67,11 @@ class PartialAnswer:
 
 
 class CircuitBreaker:
-    """Opens after `failures` in a row, lets one call through again after `reset_s` seconds."""
+    """Opens after `breaker_failures` in a row, lets one call through again after `breaker_reset_s` seconds."""
 
-    def __init__(self, failures: int, reset_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._limit = failures
-        self._reset_s = reset_s
-        self._clock = clock
+    def __init__(self, settings: Settings) -> None:
+        self._limit = settings.breaker_failures
+        self._reset_s = settings.breaker_reset_s
         self._lock = threading.Lock()
         self._count = 0
         self._retry_at = 0.0
@@ -81,7 +81,7 @@ class CircuitBreaker:
         with self._lock:
             if self._count < self._limit:
                 return True
-            now = self._clock()
+            now = time.monotonic()
             if now < self._retry_at:
                 return False
             self._retry_at = now + self._reset_s
@@ -97,7 +97,7 @@ class CircuitBreaker:
         with self._lock:
             self._count += 1
             if self._count == self._limit:
-                self._retry_at = self._clock() + self._reset_s
+                self._retry_at = time.monotonic() + self._reset_s
 
 
 class _Workers:
@@ -178,8 +178,8 @@ class GuardedHook:
     check:
         Turns a raw result that is not None into the checked one, or into a `PartialAnswer`, raising
         `PluginError` or `InputError` if it breaks the contract.
-    breaker:
-        Makes a circuit breaker for one plug-in.
+    settings:
+        When a plug-in is left alone, and for how long.
     errors:
         Counts failures by plug-in name.
     inline:
@@ -191,7 +191,7 @@ class GuardedHook:
         manager: pluggy.PluginManager,
         hook: str,
         check: Callable[[Any, Mapping[str, Any]], Any],
-        breaker: Callable[[], CircuitBreaker],
+        settings: Settings,
         errors: Counter[str],
         inline: frozenset[str] = frozenset(),
     ) -> None:
@@ -208,7 +208,8 @@ class GuardedHook:
             # One implementation with all wrappers around it, so that pluggy's rules hold for each call.
             caller = manager.subset_hook_caller(hook, remove_plugins=others)
             name = implementation.plugin_name
-            self.plugins.append(GuardedPlugin(name, hook, _one(caller), breaker(), None if name in inline else workers))
+            breaker = CircuitBreaker(settings)
+            self.plugins.append(GuardedPlugin(name, hook, _one(caller), breaker, None if name in inline else workers))
 
     def call_all(self, arguments: Mapping[str, Any], timeout_s: float) -> tuple[list[Any], list[Failure]]:
         """Ask every plug-in at once; checked answers that are not None, and failures, in plug-in order."""

@@ -101,10 +101,6 @@ class FidesPluginManager(pluggy.PluginManager):
             raise PluginError(*_hook_problem(name, unknown))
         self.report.plugins.append(PluginInfo(name, source, "loaded", hooks))
 
-    def note(self, name: str, source: str, state: LoadState, detail: str = "") -> None:
-        """Report a plug-in that was not loaded."""
-        self.report.plugins.append(PluginInfo(name, source, state, (), detail))
-
 
 def create_plugin_manager(
     settings: Settings, bundle: Bundle | None = None, extra: Mapping[str, Any] | None = None, *, strict: bool = True
@@ -157,13 +153,13 @@ def create_plugin_manager(
 
 def _add(manager: FidesPluginManager, name: str, source: str, blocked: set[str], load: Any, must: bool) -> None:
     if name in blocked:
-        manager.note(name, source, "blocked", "settings block it")
+        manager.report.plugins.append(PluginInfo(name, source, "blocked", detail="settings block it"))
         return
     try:
         manager.add_plugin(load(), name, source)
     except Exception as error:  # importing foreign code may raise anything; it must not take the host down
         detail = _detail(error)
-        manager.note(name, source, "failed", detail)
+        manager.report.plugins.append(PluginInfo(name, source, "failed", detail=detail))
         if must:
             raise PluginError(
                 f"Plug-in {name!r} ({source}) cannot be loaded: {detail}",

@@ -17,7 +17,7 @@ from typing import Any
 
 from fides_plugins.bundle import Bundle
 from fides_plugins.errors import PluginError, SettingsError
-from fides_plugins.guard import CircuitBreaker, Failure, GuardedHook, PartialAnswer
+from fides_plugins.guard import Failure, GuardedHook, PartialAnswer
 from fides_plugins.manager import FidesPluginManager, create_plugin_manager
 from fides_plugins.policy import decide, failed_verdict, make_verdict
 from fides_plugins.settings import Settings
@@ -175,10 +175,7 @@ class Pipeline:
         return ""
 
     def _hook(self, name: str, check: Callable[[Any, Mapping[str, Any]], Any]) -> GuardedHook:
-        def breaker() -> CircuitBreaker:
-            return CircuitBreaker(self.settings.breaker_failures, self.settings.breaker_reset_s)
-
-        return GuardedHook(self.manager, name, check, breaker, self.plugin_errors, self.manager.inline_plugins)
+        return GuardedHook(self.manager, name, check, self.settings, self.plugin_errors, self.manager.inline_plugins)
 
     def _timed(self, stage: str, call: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
         start = time.perf_counter()

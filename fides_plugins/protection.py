@@ -208,7 +208,7 @@ class Protection:
         ids = tuple(request_ids) if len(request_ids) == n_rows else ()
         parts = tuple(signed) if sum(p.n_rows for p in signed) == n_rows else ()
         if not rows:
-            return Query.without_inputs(n_rows, ids, self.model_name, self._metadata)
+            rows, parts = {ROWS_ONLY: np.empty((n_rows, 0), dtype=np.float32)}, ()
         return Query(rows, ids, self.model_name, self._metadata, parts)
 
     def verify(self, query: Query) -> VerifyOutcome:

@@ -102,7 +102,9 @@ class Settings(_Section):
     @classmethod
     def for_host(cls, values: Mapping[str, Any] | None, environ: Mapping[str, str] | None = None) -> Settings:
         """Settings of a server: its own configuration, overridden by the environment."""
-        over = _nest_environment(os.environ if environ is None else environ)
+        given = os.environ if environ is None else environ
+        ours = {k.lower(): v for k, v in given.items() if k.startswith(ENVIRONMENT_PREFIX)}
+        over = nest(ours, ENVIRONMENT_PREFIX.lower(), "__")
         return cls.from_mapping(_merge(dict(values or {}), over))
 
 
@@ -132,11 +134,6 @@ def nest(values: Mapping[str, str], prefix: str = PARAMETER_PREFIX, separator: s
                 raise SettingsError(f"{key!r} needs {parent!r} to be a section, but it has a value.")
         node[last] = value
     return result
-
-
-def _nest_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    ours = {k.lower(): v for k, v in environ.items() if k.startswith(ENVIRONMENT_PREFIX)}
-    return nest(ours, ENVIRONMENT_PREFIX.lower(), "__")
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,15 +10,32 @@ to, which excludes all of these.
 
 from __future__ import annotations
 
+import hashlib
 import hmac
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Generic, TypeVar
 
 import cbor2
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from pydantic import BeforeValidator, Field, Strict, TypeAdapter, ValidationError
 
 from fides_plugins.attestation.refusal import Refusal
+
+T = TypeVar("T")
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if type(value) is list else value
+
+
+# What the fields of a message are; `bool` does not count as an integer, and a shape travels as a list.
+Text = Annotated[str, Strict(), Field(max_length=128)]
+Bytes = Annotated[bytes, Strict()]
+Bytes16 = Annotated[Bytes, Field(min_length=16, max_length=16)]
+Bytes32 = Annotated[Bytes, Field(min_length=32, max_length=32)]
+Count = Annotated[int, Strict(), Field(ge=0, lt=1 << 64)]
+Shape = Annotated[tuple[Count, ...], Strict(), Field(max_length=8), BeforeValidator(_as_tuple)]
 
 #: Nothing this package signs is larger; a larger frame is refused before anything is done with it.
 MAX_FRAME_BYTES = 1 << 20
@@ -30,6 +47,9 @@ _PROTECTED_BYTES = len(_PROTECTED_HEAD) + KEY_ID_BYTES
 _FRAME_HEAD = _TAG_AND_ARRAY + bytes((0x58, _PROTECTED_BYTES))
 _EMPTY_MAP = b"\xa0"
 _SIGNATURE_HEAD = bytes((0x58, _SIGNATURE_BYTES))
+_TAIL_BYTES = len(_SIGNATURE_HEAD) + _SIGNATURE_BYTES
+#: Bytes in front of a byte string, for lengths below 24, 2**8, 2**16 and 2**32.
+_LENGTHS_OF_HEADS = (1, 2, 3, 5)
 
 
 @dataclass(frozen=True)
@@ -41,18 +61,14 @@ class Frame:
     signature: bytes
 
 
+def key_id(public_key: bytes) -> bytes:
+    """SHA-256 over a domain tag and a raw public key; 32 bytes."""
+    return hashlib.sha256(b"fides-key/1" + public_key).digest()
+
+
 def encode(value: Any) -> bytes:
     """Deterministic CBOR (RFC 8949, 4.2.1)."""
     return cbor2.dumps(value, canonical=True)
-
-
-def _bstr_head(length: int) -> bytes:
-    if length < 24:
-        return bytes((0x40 | length,))
-    for code, size in ((0x58, 1), (0x59, 2), (0x5A, 4)):
-        if length < 1 << (8 * size):
-            return bytes((code,)) + length.to_bytes(size, "big")
-    raise ValueError(f"{length} bytes are too many")
 
 
 def _to_be_signed(key_id: bytes, payload: bytes, context: bytes) -> bytes:
@@ -63,8 +79,7 @@ def _to_be_signed(key_id: bytes, payload: bytes, context: bytes) -> bytes:
 def sign(payload: bytes, key: Ed25519PrivateKey, key_id: bytes, context: bytes) -> bytes:
     """The signed frame over `payload`."""
     signature = key.sign(_to_be_signed(key_id, payload, context))
-    head = _FRAME_HEAD + _PROTECTED_HEAD + key_id + _EMPTY_MAP
-    return head + _bstr_head(len(payload)) + payload + _SIGNATURE_HEAD + signature
+    return _FRAME_HEAD + _PROTECTED_HEAD + key_id + _EMPTY_MAP + encode(payload) + _SIGNATURE_HEAD + signature
 
 
 def parse(data: bytes, what: str) -> Frame:
@@ -97,23 +112,12 @@ def parse(data: bytes, what: str) -> Frame:
     position += _PROTECTED_BYTES
     if data[position : position + 1] != _EMPTY_MAP:
         raise Refusal(f"{what}-unprotected", f"The {what} has headers that its signature does not cover.")
-    position += 1
-    lead = data[position : position + 1]
-    if not lead or not 0x40 <= lead[0] <= 0x5A:
-        raise refuse("its payload is no byte string")
-    width = {0x58: 1, 0x59: 2, 0x5A: 4}.get(lead[0], 0)
-    head = data[position : position + 1 + width]
-    length = int.from_bytes(head[1:], "big") if width else lead[0] & 0x1F
-    # Comparing with our own head also refuses lengths that are not written in the shortest form.
-    if length > MAX_FRAME_BYTES or head != _bstr_head(length):
-        raise refuse("the length of its payload is not in the shortest form")
-    position += len(head)
-    payload = data[position : position + length]
-    position += length
-    tail = data[position:]
-    if len(payload) != length or len(tail) != 2 + _SIGNATURE_BYTES or not tail.startswith(_SIGNATURE_HEAD):
-        raise refuse("it does not end with one signature")
-    return Frame(protected[len(_PROTECTED_HEAD) :], payload, tail[2:])
+    body, tail = data[position + 1 : -_TAIL_BYTES], data[-_TAIL_BYTES:]
+    # The payload is what encodes to these bytes: that also refuses lengths that are not written in the shortest form.
+    payload = next((body[n:] for n in _LENGTHS_OF_HEADS if encode(body[n:]) == body), None)
+    if payload is None or not tail.startswith(_SIGNATURE_HEAD):
+        raise refuse("it is not one payload with one signature behind it")
+    return Frame(protected[len(_PROTECTED_HEAD) :], payload, tail[len(_SIGNATURE_HEAD) :])
 
 
 def verify(frame: Frame, key: Ed25519PublicKey, context: bytes, what: str) -> None:
@@ -130,25 +134,61 @@ def verify(frame: Frame, key: Ed25519PublicKey, context: bytes, what: str) -> No
         raise Refusal(f"{what}-signature", f"The signature of the {what} is wrong: its bytes were changed.") from None
 
 
-def decode_map(payload: bytes, required: frozenset[int], optional: frozenset[int], what: str) -> dict[int, Any]:
-    """Decode a payload whose signature was verified, and insist on the deterministic form.
+class Payload(Generic[T]):
+    """How one kind of message is written and read as a deterministic CBOR map.
 
-    Raises
-    ------
-    Refusal
-        `<what>-encoding`, `<what>-keys`.
+    Parameters
+    ----------
+    kind:
+        A dataclass whose annotations pydantic checks. A field's number on the wire is its place; the last one stays
+        behind, and becomes the frame's key id when a message is read.
+    what:
+        "receipt" or "request".
+    optional:
+        The one field that may be None, and is then left out.
     """
-    try:
-        value = cbor2.loads(payload)
-        same = isinstance(value, dict) and hmac.compare_digest(encode(value), payload)
-    # cbor2's decoders of tagged values raise many kinds of error; the signer is known, the bytes are not ours.
-    except Exception:
-        same = False
-    if not same:
-        raise Refusal(f"{what}-encoding", f"The payload of the {what} is not deterministic CBOR of one map.")
-    keys = {k if type(k) is int else None for k in value}
-    if not required <= keys or not keys <= required | optional:
-        raise Refusal(
-            f"{what}-keys", f"The {what} has missing or unknown fields.", "Update this package on both sides."
-        )
-    return dict(value)
+
+    def __init__(self, kind: type[T], what: str, optional: str) -> None:
+        *sent, self._signer = (field.name for field in fields(kind))  # type: ignore[arg-type]
+        self._numbers = {name: number for number, name in enumerate(sent, start=1)}
+        self._required = set(self._numbers.values()) - {self._numbers[optional]}
+        self._reader = TypeAdapter(kind)
+        self._what = what
+
+    def encode(self, message: T) -> bytes:
+        """The payload."""
+        values = {number: getattr(message, name) for name, number in self._numbers.items()}
+        return encode({n: list(v) if isinstance(v, tuple) else v for n, v in values.items() if v is not None})
+
+    def decode(self, frame: Frame) -> T:
+        """The message in a frame whose signature was verified; every field must have exactly its type.
+
+        Raises
+        ------
+        Refusal
+            `<what>-encoding`, `<what>-keys`, `<what>-fields`.
+        """
+        try:
+            value = cbor2.loads(frame.payload)
+            same = isinstance(value, dict) and hmac.compare_digest(encode(value), frame.payload)
+        # cbor2's decoders of tagged values raise many kinds of error; the signer is known, the bytes are not ours.
+        except Exception:
+            same = False
+        if not same:
+            problem = f"The payload of the {self._what} is not deterministic CBOR of one map."
+            raise Refusal(f"{self._what}-encoding", problem)
+        if not self._required <= {k if type(k) is int else None for k in value} <= set(self._numbers.values()):
+            problem = f"The {self._what} has missing or unknown fields."
+            raise Refusal(f"{self._what}-keys", problem, "Update this package on both sides.")
+        named = {name: value[number] for name, number in self._numbers.items() if number in value}
+        for name in named:
+            if named[name] is None:
+                raise self.wrong(name)
+        try:
+            return self._reader.validate_python({**named, self._signer: frame.key_id})
+        except ValidationError as error:
+            raise self.wrong(str(error.errors()[0]["loc"][0])) from None
+
+    def wrong(self, name: str) -> Refusal:
+        """The refusal of a message with such a field."""
+        return Refusal(f"{self._what}-fields", f"Field `{name}` of the {self._what} has the wrong type or length.")

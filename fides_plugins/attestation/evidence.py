@@ -9,14 +9,15 @@ that they pass through the host.
 from __future__ import annotations
 
 import base64
+import binascii
 import hashlib
 import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
 
-from fides_plugins.attestation.keys import key_id
+from fides_plugins.attestation import cose
 from fides_plugins.attestation.refusal import Refusal
 
 Tee = Literal["sgx", "tdx", "sev-snp", "development"]
@@ -26,6 +27,19 @@ REPORT_DATA_BYTES = 64
 CHALLENGE_BYTES = 32
 _REPORT_DATA_DOMAIN = b"fides-report-data/1"
 _MAX_DOCUMENT_BYTES = 1 << 20
+
+
+def _unbase64(text: bytes) -> bytes:
+    return base64.b64decode(text, validate=True)
+
+
+# How bytes are written in the document: JSON has only text, whose UTF-8 the readers get.
+_Base64 = Annotated[bytes, AfterValidator(_unbase64), PlainSerializer(lambda data: base64.b64encode(data).decode())]
+_READ, _WRITE = AfterValidator(binascii.unhexlify), PlainSerializer(bytes.hex)
+_Bytes16 = Annotated[bytes, Field(min_length=32, max_length=32), _READ, _WRITE]
+_Bytes32 = Annotated[bytes, Field(min_length=64, max_length=64), _READ, _WRITE]
+_Challenge = Annotated[bytes, Field(max_length=2 * CHALLENGE_BYTES), _READ, _WRITE]
+_STRICT = ConfigDict(extra="forbid", strict=True)
 
 
 @dataclass(frozen=True)
@@ -49,18 +63,20 @@ class Statement:
         evidence, which the host's clock cannot.
     """
 
-    signing_key: bytes
-    encryption_key: bytes
-    bundle_digest: bytes
+    __pydantic_config__ = _STRICT
+
+    signing_key: _Bytes32
+    encryption_key: _Bytes32
+    bundle_digest: _Bytes32
     configuration: str
-    boot_id: bytes
+    boot_id: _Bytes16
     issued_at: int
-    challenge: bytes = b""
+    challenge: _Challenge
 
     @property
     def key_id(self) -> bytes:
         """Key id of the signing key; 32 bytes."""
-        return key_id(self.signing_key)
+        return cose.key_id(self.signing_key)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -122,9 +138,7 @@ class Evidence:
 
     def to_json(self) -> str:
         """The document, as the verifier's evidence endpoint gives it."""
-        statement = self.statement and _StatementDocument.model_construct(**vars(self.statement))
-        fields = {**vars(self), "statement": statement}
-        return _Document.model_construct(profile=PROFILE, **fields).model_dump_json(indent=1)
+        return _Document.model_construct(profile=PROFILE, **vars(self)).model_dump_json(indent=1)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Evidence:
@@ -144,57 +158,16 @@ class Evidence:
             raise Refusal("evidence-malformed", f"The evidence document is not of {PROFILE}: see {where}.") from None
         fields = dict(document)
         del fields["profile"]
-        if document.statement is not None:
-            fields["statement"] = Statement(**dict(document.statement))
         return cls(**fields)
 
 
-def _from_base64(value: Any) -> bytes:
-    return base64.b64decode(_text(value), validate=True)
+class _Document(BaseModel):
+    model_config = _STRICT
 
-
-def _from_hexadecimal(*lengths: int) -> BeforeValidator:
-    """Reads hexadecimal text of one of these numbers of bytes."""
-
-    def read(value: Any) -> bytes:
-        data = bytes.fromhex(_text(value))
-        if len(data) not in lengths:
-            raise ValueError("wrong length")
-        return data
-
-    return BeforeValidator(read)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError("not a text")
-    return value
-
-
-_HEXADECIMAL = PlainSerializer(bytes.hex)
-_Base64 = Annotated[bytes, BeforeValidator(_from_base64), PlainSerializer(lambda b: base64.b64encode(b).decode())]
-_Key = Annotated[bytes, _from_hexadecimal(32), _HEXADECIMAL]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class _StatementDocument(_Strict):
-    signing_key: _Key
-    encryption_key: _Key
-    bundle_digest: _Key
-    configuration: str
-    boot_id: Annotated[bytes, _from_hexadecimal(16), _HEXADECIMAL]
-    issued_at: int
-    challenge: Annotated[bytes, _from_hexadecimal(0, CHALLENGE_BYTES), _HEXADECIMAL]
-
-
-class _Document(_Strict):
     profile: Literal["fides-evidence/1"]
     tee: Tee
     report: _Base64
-    statement: _StatementDocument | None
+    statement: Statement | None
     collateral: str
     vcek: _Base64
     chain: str

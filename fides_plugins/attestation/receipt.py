@@ -7,26 +7,18 @@ own, so that neither side can take one for the other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Annotated, Any
+from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from pydantic import Field, Strict, TypeAdapter, ValidationError
 
 from fides_plugins.attestation import cose
+from fides_plugins.attestation.cose import Bytes, Bytes16, Bytes32, Count, Shape, Text
 from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.oip import OIP_TYPES
 
 PROFILE = "fides-receipt/1"
 DEVELOPMENT_PROFILE = "fides-receipt/1+development"
 DEVELOPMENT_TEE = "development"
-
-_Text = Annotated[str, Strict(), Field(max_length=128)]
-_Bytes = Annotated[bytes, Strict()]
-_Bytes16 = Annotated[_Bytes, Field(min_length=16, max_length=16)]
-_Bytes32 = Annotated[_Bytes, Field(min_length=32, max_length=32)]
-_Count = Annotated[int, Strict(), Field(ge=0, lt=1 << 64)]
-_Shape = Annotated[tuple[_Count, ...], Strict(), Field(max_length=8)]
 
 
 @dataclass(frozen=True)
@@ -60,65 +52,37 @@ class Receipt:
         Key that signed; filled in by `open_receipt`.
     """
 
-    profile: _Text
-    nonce: _Bytes32
-    session: _Bytes16
-    input_digest: _Bytes32
-    input_dtype: _Text
-    input_shape: _Shape
-    preprocessing: _Text
-    scheme: _Text
-    output: _Bytes
-    output_dtype: _Text
-    output_shape: _Shape
-    bundle_digest: _Bytes32
-    bundle_version: _Count
-    evidence_id: _Bytes32
-    tee: _Text
-    boot_id: _Bytes16
-    sequence: _Count
-    issued_at: _Count
-    service_digest: _Bytes32 | None = None
-    key_id: _Bytes = b""
+    profile: Text
+    nonce: Bytes32
+    session: Bytes16
+    input_digest: Bytes32
+    input_dtype: Text
+    input_shape: Shape
+    preprocessing: Text
+    scheme: Text
+    output: Bytes
+    output_dtype: Text
+    output_shape: Shape
+    bundle_digest: Bytes32
+    bundle_version: Count
+    evidence_id: Bytes32
+    tee: Text
+    boot_id: Bytes16
+    sequence: Count
+    issued_at: Count
+    service_digest: Bytes32 | None = None
+    key_id: Bytes = b""
 
     def encode(self) -> bytes:
         """The payload: deterministic CBOR."""
-        values: dict[int, Any] = {}
-        for name, number in _NUMBER.items():
-            value = getattr(self, name)
-            if value is not None:
-                values[number] = list(value) if isinstance(value, tuple) else value
-        return cose.encode(values)
+        return _PAYLOAD.encode(self)
 
     def sign(self, key: Ed25519PrivateKey, key_id: bytes) -> bytes:
         """The signed receipt, about 450 bytes for a single row of ten classes."""
         return cose.sign(self.encode(), key, key_id, self.profile.encode("ascii"))
 
 
-_NUMBER = {field.name: number for number, field in enumerate(fields(Receipt)[:-1], start=1)}
-_OPTIONAL = frozenset((_NUMBER["service_digest"],))
-_REQUIRED = frozenset(_NUMBER.values()) - _OPTIONAL
-_READER = TypeAdapter(Receipt)
-
-
-def _read(values: dict[str, Any]) -> Receipt:
-    """Every field has exactly its type; `bool` does not count as an integer."""
-    try:
-        receipt = _READER.validate_python({k: tuple(v) if type(v) is list else v for k, v in values.items()})
-    except ValidationError as error:
-        raise _wrong(str(error.errors()[0]["loc"][0])) from None
-    for name in ("input_dtype", "output_dtype"):
-        if values[name] not in OIP_TYPES:
-            raise _wrong(name)
-    if "service_digest" in values and receipt.service_digest is None:
-        raise _wrong("service_digest")
-    if receipt.scheme != ("hpke" if receipt.service_digest is None else "commitment"):
-        raise _wrong("scheme")
-    return receipt
-
-
-def _wrong(name: str) -> Refusal:
-    return Refusal("receipt-fields", f"Field `{name}` of the receipt has the wrong type or length.")
+_PAYLOAD = cose.Payload(Receipt, "receipt", optional="service_digest")
 
 
 def open_receipt(data: bytes, keys: dict[bytes, Ed25519PublicKey], development: bool = False) -> Receipt:
@@ -146,9 +110,12 @@ def open_receipt(data: bytes, keys: dict[bytes, Ed25519PublicKey], development: 
         raise Refusal("receipt-key", "The receipt is signed by a key that no trusted evidence vouches for.")
     profile = DEVELOPMENT_PROFILE if development else PROFILE
     cose.verify(frame, key, profile.encode("ascii"), "receipt")
-    numbered = cose.decode_map(frame.payload, _REQUIRED, _OPTIONAL, "receipt")
-    values = {name: numbered[number] for name, number in _NUMBER.items() if number in numbered}
-    receipt = _read({**values, "key_id": frame.key_id})
+    receipt = _PAYLOAD.decode(frame)
+    for name in ("input_dtype", "output_dtype"):
+        if getattr(receipt, name) not in OIP_TYPES:
+            raise _PAYLOAD.wrong(name)
+    if receipt.scheme != ("hpke" if receipt.service_digest is None else "commitment"):
+        raise _PAYLOAD.wrong("scheme")
     if receipt.profile != profile:
         raise Refusal("receipt-profile", f"The receipt's profile is not {profile}.")
     return receipt

@@ -13,11 +13,12 @@ import base64
 import binascii
 import os
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fides_plugins.attestation import cose
+from fides_plugins.attestation.cose import Bytes, Bytes16, Bytes32, Text
 from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.attestation.wire import COMMITMENT_PARAMETER
 
@@ -29,14 +30,9 @@ PROFILE = "fides-request/1"
 
 NONCE_BYTES = 32
 SESSION_BYTES = 16
-_KEY_BYTES = 32
 _DIGEST_BYTES = 32
 #: A request is about 300 bytes; anything much longer is not one.
 _MAX_TEXT = 1024
-
-_PROFILE, _NONCE, _SESSION, _EVIDENCE, _INPUT, _SCHEME, _CLIENT_KEY = range(1, 8)
-_REQUIRED = frozenset((_PROFILE, _NONCE, _SESSION, _EVIDENCE, _INPUT, _SCHEME))
-_OPTIONAL = frozenset((_CLIENT_KEY,))
 
 
 def to_text(data: bytes) -> str:
@@ -63,12 +59,14 @@ def from_text(text: str, what: str, limit: int = cose.MAX_FRAME_BYTES * 2) -> by
     return data
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SignedRequest:
-    """One request to a verifier.
+    """One request to a verifier. A field's number on the wire is its place here; `client` stays behind.
 
     Attributes
     ----------
+    profile:
+        `PROFILE`.
     nonce, session:
         32 and 16 random bytes; the nonce is used once, the session is the client object's.
     evidence_id:
@@ -78,33 +76,24 @@ class SignedRequest:
     scheme:
         How the reference is kept from shaping the host's lie.
     client_key:
-        X25519 public key (32 bytes) for the scheme "hpke"; empty otherwise.
+        X25519 public key (32 bytes) for the scheme "hpke"; None otherwise.
     client:
         Ed25519 public key (32 bytes) that signed; filled in by `decode`.
     """
 
-    evidence_id: bytes
-    input_digest: bytes
+    profile: Text = PROFILE
+    nonce: Bytes32 = field(default_factory=lambda: os.urandom(NONCE_BYTES))
+    session: Bytes16 = bytes(SESSION_BYTES)
+    evidence_id: Bytes32
+    input_digest: Bytes32
     scheme: Scheme
-    client_key: bytes = b""
-    nonce: bytes = field(default_factory=lambda: os.urandom(NONCE_BYTES))
-    session: bytes = bytes(SESSION_BYTES)
-    client: bytes = b""
+    client_key: Bytes32 | None = None
+    client: Bytes = b""
 
     def encode(self, identity: Ed25519PrivateKey) -> str:
         """The signed text; the key id of the frame is the client's public key itself."""
-        payload: dict[int, Any] = {
-            _PROFILE: PROFILE,
-            _NONCE: self.nonce,
-            _SESSION: self.session,
-            _EVIDENCE: self.evidence_id,
-            _INPUT: self.input_digest,
-            _SCHEME: self.scheme,
-        }
-        if self.scheme == "hpke":
-            payload[_CLIENT_KEY] = self.client_key
-        frame = cose.sign(cose.encode(payload), identity, identity.public_key().public_bytes_raw(), PROFILE.encode())
-        return to_text(frame)
+        signer = identity.public_key().public_bytes_raw()
+        return to_text(cose.sign(_PAYLOAD.encode(self), identity, signer, PROFILE.encode()))
 
     @classmethod
     def decode(cls, text: str, allowed: frozenset[bytes]) -> SignedRequest:
@@ -131,27 +120,15 @@ class SignedRequest:
         except ValueError:
             raise Refusal("request-client", "The client's identity is not an Ed25519 key.") from None
         cose.verify(frame, key, PROFILE.encode(), "request")
-        values = cose.decode_map(frame.payload, _REQUIRED, _OPTIONAL, "request")
-        if values[_PROFILE] != PROFILE:
+        request = _PAYLOAD.decode(frame)
+        if request.profile != PROFILE:
             raise Refusal("request-profile", f"The request's profile is not {PROFILE}.")
-        lengths = {_NONCE: NONCE_BYTES, _SESSION: SESSION_BYTES, _EVIDENCE: _DIGEST_BYTES, _INPUT: _DIGEST_BYTES}
-        scheme = values[_SCHEME]
-        if scheme == "hpke":
-            lengths[_CLIENT_KEY] = _KEY_BYTES
-        elif scheme != "commitment" or _CLIENT_KEY in values:
-            raise Refusal("request-fields", "The request names no scheme of this profile.")
-        for name, length in lengths.items():
-            if type(values.get(name)) is not bytes or len(values[name]) != length:
-                raise Refusal("request-fields", f"Field {name} of the request is not {length} bytes.")
-        return cls(
-            evidence_id=values[_EVIDENCE],
-            input_digest=values[_INPUT],
-            scheme=scheme,
-            client_key=values.get(_CLIENT_KEY, b""),
-            nonce=values[_NONCE],
-            session=values[_SESSION],
-            client=frame.key_id,
-        )
+        if (request.scheme == "hpke") != (request.client_key is not None):
+            raise _PAYLOAD.wrong("client_key")
+        return request
+
+
+_PAYLOAD = cose.Payload(SignedRequest, "request", optional="client_key")
 
 
 def decode_commitment(text: str) -> bytes:

@@ -69,25 +69,6 @@ class Head:
         return head
 
 
-@dataclass(frozen=True)
-class Line:
-    """One checked line."""
-
-    record: Mapping[str, Any]
-    hash: str
-
-    @property
-    def seq(self) -> int:
-        """Number of the line in its lane; -2 where the record has none."""
-        value = self.record.get("seq")
-        return value if isinstance(value, int) else -2
-
-    @property
-    def previous(self) -> str:
-        """Hash of the line before."""
-        return str(self.record.get("prev"))
-
-
 def line_hash(body: bytes, key: bytes | None) -> str:
     """Hex SHA-256, or HMAC-SHA256 with a key, of a line's bytes before its hash."""
     if key is None:
@@ -103,8 +84,8 @@ def seal(record: Mapping[str, Any], head: Head, key: bytes | None = None) -> tup
     return body + b',"hash":"' + digest.encode() + b'"}\n', Head(head.seq + 1, digest)
 
 
-def unseal(line: bytes, key: bytes | None = None) -> Line:
-    """Check one line (without its newline) by itself.
+def unseal(line: bytes, key: bytes | None = None) -> tuple[dict[str, Any], Head]:
+    """Check one line (without its newline) by itself: its record, and the head that it makes.
 
     Raises
     ------
@@ -118,10 +99,12 @@ def unseal(line: bytes, key: bytes | None = None) -> Line:
     if not hmac.compare_digest(line_hash(body, key), digest):
         raise ChainError("was altered: its hash is not that of its text")
     try:
-        record = json.loads(body + b"}")
+        record: dict[str, Any] = json.loads(body + b"}")
     except ValueError:
         raise ChainError("is not valid JSON") from None
-    return Line(record, digest)
+    number = record.get("seq")
+    # A line that its key's holder did not number follows no other one.
+    return record, Head(number if isinstance(number, int) else -2, digest)
 
 
 def read_lines(path: Path) -> Iterator[tuple[bytes, bool]]:

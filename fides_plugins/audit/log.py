@@ -18,54 +18,20 @@ import time
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fides_plugins.attestation.tensors import bytes_digest, tensor_digest
 from fides_plugins.audit.chain import FORMAT_VERSION, read_key
-from fides_plugins.audit.writer import LaneWriter, timestamp
+from fides_plugins.audit.writer import AuditOptions, LaneWriter, timestamp
 from fides_plugins.bundle import Bundle
 from fides_plugins.errors import SettingsError
 from fides_plugins.hookspecs import ENTRY_POINT_GROUP, hookimpl
 from fides_plugins.oip import BYTES, encode_bytes
 from fides_plugins.settings import Settings
 from fides_plugins.types import STATUS_TEXTS, Query, Status, Verdict
-
-NAME = "audit"
-
-
-class AuditOptions(BaseModel):
-    """Options under `plugins.options.audit`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    path: str = Field(min_length=1, description="Folder of the log; made if absent.")
-    rotate_bytes: int = Field(64 * 1024 * 1024, ge=4096, description="Size at which a new segment begins, bytes.")
-    fsync: Literal["never", "interval", "always"] = Field("interval", description="When the disk is asked to keep it.")
-    fsync_interval_s: float = Field(1.0, gt=0, description="Seconds between two requests to the disk.")
-    queue_rows: int = Field(10_000, ge=1, description="Rows that may wait; more are dropped and counted.")
-    sample: float = Field(1.0, ge=0, le=1, description="Share of trusted rows that are logged; others always are.")
-    digest_inputs: bool = Field(True, description="Whether to hash the inputs of logged rows.")
-    key_file: str = Field("", description="File with a key: the chain is then an HMAC that only its holder can make.")
-
-    @classmethod
-    def from_settings(cls, settings: Settings) -> AuditOptions:
-        """The plug-in's options.
-
-        Raises
-        ------
-        SettingsError
-            Naming the option at fault.
-        """
-        try:
-            return cls.model_validate(settings.plugins.options.get(NAME, {}))
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(("plugins.options", NAME, *(str(p) for p in first["loc"])))
-            raise SettingsError(f"Setting {key!r}: {first['msg']}.", "See docs/reference/audit-log.md.") from None
 
 
 class AuditLog:
@@ -79,12 +45,11 @@ class AuditLog:
     def fides_configure(self, settings: Settings, bundle: Bundle | None) -> None:
         """Check options and folder; the log itself is opened by the first verdict."""
         self._options = AuditOptions.from_settings(settings)
-        self._folder = Path(self._options.path)
         self._key = read_key(self._options.key_file)
         self._bundle_digest = bundle.digest if bundle is not None else ""
         self._context = _context(settings, bundle)
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            Path(self._options.path).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SettingsError(
                 f"The audit log's folder cannot be made: {error.strerror}.", "Set `path` to a folder it may write."
@@ -97,7 +62,7 @@ class AuditLog:
         if not rows.size:
             return
         if self._writer is None:
-            self._writer = self._start()
+            self._writer = LaneWriter(self._options, self._context, self._key)
         now = time.time()
         inputs = [_input_digests(query, int(i)) if self._options.digest_inputs else {} for i in rows]
         ids, model = query.request_ids, query.model_name
@@ -135,10 +100,6 @@ class AuditLog:
             return np.arange(verdict.n_rows)
         chosen = self._random.random(verdict.n_rows) < self._options.sample
         return np.flatnonzero(chosen | (verdict.status != Status.TRUSTED))
-
-    def _start(self) -> LaneWriter:
-        kept = {"rotate_bytes", "fsync", "fsync_interval_s", "queue_rows"}
-        return LaneWriter(self._folder, self._context, key=self._key, **self._options.model_dump(include=kept))
 
 
 def _context(settings: Settings, bundle: Bundle | None) -> dict[str, Any]:

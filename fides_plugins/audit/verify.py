@@ -20,7 +20,6 @@ from fides_plugins.audit.chain import (
     HEAD_NAME,
     ChainError,
     Head,
-    Line,
     read_lines,
     require_log,
     segments,
@@ -235,13 +234,13 @@ class _LaneCheck:
                     self._find(path.name, number, "a line has no end")
                 return
             try:
-                self._line(unseal(data, self._key), path.name, number)
+                self._line(*unseal(data, self._key), path.name, number)
             except ChainError as error:
                 self._find(path.name, number, f"the line {error}")
                 # What follows is compared among itself; this break is reported once.
                 self._resync = True
 
-    def _line(self, line: Line, segment: str, number: int) -> None:
+    def _line(self, record: Mapping[str, Any], line: Head, segment: str, number: int) -> None:
         report = self._report
         first = report.lines == 0
         if self._resync:
@@ -252,14 +251,14 @@ class _LaneCheck:
         elif line.seq != report.seq + 1:
             what = "removed or moved" if line.seq > report.seq else "repeated or moved"
             self._find(segment, number, f"line {line.seq} follows line {report.seq}: lines were {what}")
-        elif line.previous != report.hash:
+        elif record.get("prev") != report.hash:
             self._find(segment, number, f"line {line.seq} does not continue the line before it")
         self._resync = False
         report.lines += 1
         report.seq, report.hash = line.seq, line.hash
         if self._expected.get(line.seq) == line.hash:
             del self._expected[line.seq]
-        self._count(line.record)
+        self._count(record)
 
     def _count(self, record: Mapping[str, Any]) -> None:
         report = self._report

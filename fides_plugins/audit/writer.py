@@ -20,6 +20,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from fides_plugins.audit.chain import (
     HEAD_NAME,
     LOCK_NAME,
@@ -32,10 +34,13 @@ from fides_plugins.audit.chain import (
     segments,
     unseal,
 )
+from fides_plugins.errors import SettingsError
+from fides_plugins.settings import Settings
 
 logger = logging.getLogger("fides_plugins")
 
-FsyncPolicy = Literal["never", "interval", "always"]
+#: The name under which settings have the options of the plug-in.
+NAME = "audit"
 #: Seconds until a failing disk is tried again.
 RETRY_S = 1.0
 #: Seconds that closing waits for the queue to drain.
@@ -52,6 +57,37 @@ def timestamp(seconds: float | None = None) -> str:
     """UTC with microseconds, ISO 8601."""
     moment = datetime.fromtimestamp(time.time() if seconds is None else seconds, tz=timezone.utc)
     return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+class AuditOptions(BaseModel):
+    """Options under `plugins.options.audit`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str = Field(min_length=1, description="Folder of the log; made if absent.")
+    rotate_bytes: int = Field(64 * 1024 * 1024, ge=4096, description="Size at which a new segment begins, bytes.")
+    fsync: Literal["never", "interval", "always"] = Field("interval", description="When the disk is asked to keep it.")
+    fsync_interval_s: float = Field(1.0, gt=0, description="Seconds between two requests to the disk.")
+    queue_rows: int = Field(10_000, ge=1, description="Rows that may wait; more are dropped and counted.")
+    sample: float = Field(1.0, ge=0, le=1, description="Share of trusted rows that are logged; others always are.")
+    digest_inputs: bool = Field(True, description="Whether to hash the inputs of logged rows.")
+    key_file: str = Field("", description="File with a key: the chain is then an HMAC that only its holder can make.")
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> AuditOptions:
+        """The plug-in's options.
+
+        Raises
+        ------
+        SettingsError
+            Naming the option at fault.
+        """
+        try:
+            return cls.model_validate(settings.plugins.options.get(NAME, {}))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(("plugins.options", NAME, *(str(p) for p in first["loc"])))
+            raise SettingsError(f"Setting {key!r}: {first['msg']}.", "See docs/reference/audit-log.md.") from None
 
 
 class Lane:
@@ -174,8 +210,7 @@ class Lane:
             if number == self.segment and path.stat().st_size > good:
                 os.truncate(path, good)
             if last is not None and head is None:
-                line = unseal(last, self._key)
-                head = Head(line.seq, line.hash)
+                _, head = unseal(last, self._key)
         if not vouched:
             raise ChainError("does not hold the line that HEAD names")
         return head or Head()
@@ -186,31 +221,16 @@ class LaneWriter:
 
     Parameters
     ----------
-    folder:
-        The log.
+    options:
+        Where the log is and how it is written.
     context:
         Fields of the line that begins every segment and every run.
-    fsync:
-        "always" (each batch of lines), "interval" (every `fsync_interval_s` seconds) or "never".
-    queue_rows:
-        Records that may wait; more are counted as dropped.
+    key:
+        Key of a keyed chain.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        context: Mapping[str, Any],
-        *,
-        key: bytes | None = None,
-        rotate_bytes: int = 64 * 1024 * 1024,
-        fsync: FsyncPolicy = "interval",
-        fsync_interval_s: float = 1.0,
-        queue_rows: int = 10_000,
-    ) -> None:
-        self._folder, self._context, self._key = folder, dict(context), key
-        self._rotate_bytes = rotate_bytes
-        self._fsync, self._fsync_interval_s = fsync, fsync_interval_s
-        self._queue_rows = queue_rows
+    def __init__(self, options: AuditOptions, context: Mapping[str, Any], key: bytes | None = None) -> None:
+        self._options, self._context, self._key = options, dict(context), key
         self._queue: deque[Entry] = deque()
         self._waiting = 0
         self._wake = threading.Condition()
@@ -234,7 +254,7 @@ class LaneWriter:
     def put(self, n_rows: int, make: Callable[[], Sequence[Mapping[str, Any]]]) -> bool:
         """Queue `n_rows` records that `make` will give; False, and counted, when the queue is full."""
         with self._wake:
-            if self._closing or self._waiting + n_rows > self._queue_rows:
+            if self._closing or self._waiting + n_rows > self._options.queue_rows:
                 self._lose("dropped", n_rows)
                 return False
             self._queue.append((n_rows, make))
@@ -261,13 +281,13 @@ class LaneWriter:
         while True:
             with self._wake:
                 while not self._queue and not self._closing:
-                    if not self._wake.wait(self._fsync_interval_s if self._dirty else None):
+                    if not self._wake.wait(self._options.fsync_interval_s if self._dirty else None):
                         break
                 batch = self._take()
                 done = self._closing and not batch
             if batch:
                 self._write(batch)
-            if self._dirty and (done or time.monotonic() - self._synced_at >= self._fsync_interval_s):
+            if self._dirty and (done or time.monotonic() - self._synced_at >= self._options.fsync_interval_s):
                 self._sync()
             if done:
                 if self._lane is not None:
@@ -302,7 +322,7 @@ class LaneWriter:
                     continue
                 self._dirty = True
                 written += count
-            if self._fsync == "always":
+            if self._options.fsync == "always":
                 self._sync()
         except OSError as error:
             self._fail(f"cannot be written: {error.strerror}")
@@ -322,7 +342,7 @@ class LaneWriter:
 
     def _open_lane(self) -> Lane:
         if self._lane is None:
-            lane = Lane(self._folder, self._key, self._rotate_bytes)
+            lane = Lane(Path(self._options.path), self._key, self._options.rotate_bytes)
             try:
                 if lane.is_full():
                     lane.rotate()
@@ -349,7 +369,7 @@ class LaneWriter:
     def _sync(self) -> None:
         self._dirty = False
         self._synced_at = time.monotonic()
-        if self._fsync == "never" or self._lane is None:
+        if self._options.fsync == "never" or self._lane is None:
             return
         try:
             self._lane.sync()
@@ -363,10 +383,9 @@ def _lock(lane: Path) -> int:
     fd = os.open(lane / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o640)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError as error:
         os.close(fd)
-        return -1
-    except BaseException:
-        os.close(fd)
+        if isinstance(error, BlockingIOError):
+            return -1
         raise
     return fd

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fides_plugins.bundle import Bundle
-    from fides_plugins.client.judge import Answer
+    from fides_plugins.client.calls import Answer
 
 
 class Server(str, Enum):

@@ -8,7 +8,9 @@ how its connections are closed.
 from __future__ import annotations
 
 import asyncio
+import threading
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,13 +30,15 @@ from fides_plugins.attestation.verify import TrustRoots
 from fides_plugins.attestation.wire import COMMITMENT_PARAMETER, PARAMETER, RECEIPT_OUTPUT
 from fides_plugins.bundle import Bundle
 from fides_plugins.client.address import checked_address
-from fides_plugins.client.judge import Answer, ClientJudge
 from fides_plugins.client.receipts import Brought, Pending, ReceiptChecker
 from fides_plugins.client.trust import EvidenceFile, EvidenceUrl, Trust
 from fides_plugins.errors import InputError, ServerError
+from fides_plugins.observation.alarm import make_monitor
+from fides_plugins.pipeline import VerifyOutcome
+from fides_plugins.protection import Protection
 from fides_plugins.settings import Settings
 from fides_plugins.statistics.monitor import Alarm
-from fides_plugins.types import Query, Verdict
+from fides_plugins.types import Float32Array, Query, Verdict, Verification
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -58,13 +62,41 @@ class Reply:
     raw: Any
 
 
+@dataclass(frozen=True)
+class Answer:
+    """One answer and what is known about it.
+
+    Attributes
+    ----------
+    verdict:
+        Per row: status, score, p-value, what to use, why.
+    output:
+        The service's class output as it came, (N, K).
+    raw:
+        The server library's own response object.
+    refusal:
+        Why the receipt was refused; None where it was good.
+    reference:
+        The enclave's reference, (N, K) float32; None where the receipt was refused.
+    """
+
+    verdict: Verdict
+    output: NDArray[Any]
+    raw: Any
+    refusal: Refusal | None
+    reference: Float32Array | None
+
+
 class Client(ABC):
     """Whom a client trusts, what it asks, what it judges with, and what it has seen so far.
 
     Parameters
     ----------
-    bundle, settings:
-        See `ClientJudge`.
+    bundle:
+        Folder, or a loaded bundle: detector, re-classifier and calibration. Its verification model, if there is one,
+        is not run.
+    settings:
+        Default: mode "correct", `on_error` "closed".
     policy, verifier_url, evidence, roots, insecure_development:
         Whom to trust: evidence comes from the file `evidence`, or from the verifier at `verifier_url`.
     receipt_from:
@@ -77,6 +109,13 @@ class Client(ABC):
         Verifiers that are trusted already, instead of evidence.
     timeout_s:
         For each network operation.
+
+    Attributes
+    ----------
+    alarm:
+        Set once the sequence of answers shows that the service as a whole is under attack.
+    refusals:
+        Refused receipts by code.
 
     Raises
     ------
@@ -105,32 +144,28 @@ class Client(ABC):
     ) -> None:
         if receipt_from == "verifier" and not verifier_url:
             raise InputError("The verifier's address is needed to ask it.", "Give verifier_url.")
-        self.judge = ClientJudge(bundle, settings)
+        loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
+        chosen = settings or Settings(mode="correct", on_error="closed")
+        # References come from the enclave; a client that also ran the model itself would need no enclave.
+        self.protection = Protection.load(chosen, bundle=loaded, references="brought", concurrent=False)
         if trust is None:
             if not verifier_url and evidence is None:
                 raise InputError("No evidence can be fetched.", "Give verifier_url, or a file as evidence.")
             source = EvidenceFile(evidence) if evidence is not None else EvidenceUrl(verifier_url, timeout_s)
             trust = Trust(policy, source, roots=roots, insecure_development=insecure_development)
-        self.checker = ReceiptChecker(trust, identity, scheme, self.judge.bundle.n_classes)
+        self.checker = ReceiptChecker(trust, identity, scheme, loaded.n_classes)
         self.receipt_from: ReceiptFrom = receipt_from
+        self.alarm: Alarm | None = None
+        self.refusals: Counter[str] = Counter()
+        self._monitor = make_monitor(chosen, loaded)
+        self._lock = threading.Lock()
         self._timeout_s = timeout_s
         if receipt_from == "verifier":
-            manifest = self.judge.bundle.manifest
-            model = quote(manifest.name, safe="")
+            model, spec = quote(loaded.manifest.name, safe=""), loaded.manifest.input
             self._verifier_url = f"{checked_address(verifier_url, 'a verifier')}/v2/models/{model}/infer"
-            self._verifier_input = manifest.input.name if manifest.input is not None else "input"
+            self._verifier_input = spec.name if spec is not None else "input"
         elif scheme == "commitment":
             raise InputError(self._no_commitment, 'Use receipt_from="verifier" with this scheme, or the scheme "hpke".')
-
-    @property
-    def alarm(self) -> Alarm | None:
-        """The service alarm of the monitor, or None."""
-        return self.judge.alarm
-
-    @property
-    def refusals(self) -> Mapping[str, int]:
-        """Refused receipts by code."""
-        return self.judge.refusals
 
     @abstractmethod
     async def _service(self, query: Query, pending: Pending) -> Reply:
@@ -162,7 +197,7 @@ class Client(ABC):
 
     async def _once(self, inputs: Mapping[str, NDArray[Any]]) -> Answer:
         query = Query(inputs)
-        tensor = query.inputs[self.judge.input_name(query.inputs)]
+        tensor = query.tensor(self.protection.input_name)
         # Fetching and checking evidence blocks; it is rare.
         pending = await self._blocking(self.checker.begin, tensor)
         if self.receipt_from == "host":
@@ -200,12 +235,27 @@ class Client(ABC):
         return Brought(None, words or f"status {response.status_code}, no receipt")
 
     def finish(self, query: Query, pending: Pending, reply: Reply) -> Answer:
-        """Check the receipt and judge the answer."""
+        """Check the receipt and judge the answer; where it is refused, every row is attacked, with nothing to use."""
         try:
             reference = self.checker.check(pending, reply.brought.receipt, reply.output, reply.brought.excuse)
         except Refusal as refusal:
-            return self.judge.refuse(query, reply.output, refusal, reply.raw)
-        return self.judge.judge(query, reply.output, reference, reply.raw)
+            with self._lock:
+                self.refusals[refusal.code] += 1
+            refused = self.protection.refuse(query, refusal.reason)
+            return Answer(refused, reply.output, reply.raw, refusal, None)
+        brought = VerifyOutcome(Verification.single(reference, "enclave"))
+        verdict = self.protection.judge(query, reply.output, brought)
+        if self._monitor is not None:
+            with self._lock:
+                self.alarm = self._monitor.update(verdict.p_value) or self.alarm
+        return Answer(verdict, reply.output, reply.raw, None, reference)
+
+    def reset(self) -> None:
+        """After an incident: no alarm, and the evidence for one starts again."""
+        with self._lock:
+            self.alarm = None
+            if self._monitor is not None:
+                self._monitor.reset()
 
     def worth_repeating(self, answer: Answer) -> bool:
         """Whether the verifier was started again since its evidence was fetched, and asking again is safe.
@@ -257,7 +307,7 @@ class Calls(Client):
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
-        self.judge.close()
+        self.protection.close()
 
     def __enter__(self) -> Self:
         return self
@@ -298,7 +348,7 @@ class AsyncCalls(Client):
     async def close(self) -> None:
         """Close the connections."""
         await self._http.aclose()
-        self.judge.close()
+        self.protection.close()
 
     async def __aenter__(self) -> Self:
         return self

@@ -67,16 +67,13 @@ class _TorchServeBase(Client):
         self._encode, self._decode = encode, decode
         self._headers = dict(headers or {})
 
-    def _service_call(self, query: Query, pending: Pending) -> dict[str, Any]:
+    async def _service(self, query: Query, pending: Pending) -> Reply:
         body, kind = self._encode(query.inputs)
         headers = {**self._headers, "content-type": kind}
         if self.receipt_from == "host":
             headers[REQUEST_HEADER] = pending.text
-        return {"url": self._url, "content": body, "headers": headers}
-
-    async def _service(self, query: Query, pending: Pending) -> Reply:
         try:
-            response = await self._post(**self._service_call(query, pending))
+            response = await self._post(url=self._url, content=body, headers=headers)
         except httpx.HTTPError as error:
             raise ServerError(f"{self._url} gave no answer ({type(error).__name__}).") from None
         if response.status_code != 200:

@@ -9,9 +9,9 @@ needs no change at all.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import struct
 from abc import abstractmethod
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +38,8 @@ _UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError, stru
 class _TritonBase(Client):
     """Configuration and message building of both Triton clients."""
 
+    #: Which part of tritonclient's library holds the connection.
+    _library_part = ""
     _no_commitment = "Triton answers service and verifier at once, so the host cannot commit to its output beforehand."
 
     def __init__(
@@ -59,39 +61,31 @@ class _TritonBase(Client):
         self._tls = _TLS[scheme]
         self.model = model
         self.protocol: Protocol = protocol
-        self._output = output or self.judge.protection.settings.output
+        self._output = output or self.protection.settings.output
         self._connection: Any = None
 
-    def _library(self) -> Any:
-        if self.protocol == "grpc":
-            import tritonclient.grpc as library
-        else:
-            import tritonclient.http as library
-        return library
-
-    def _service_call(self, inputs: Mapping[str, NDArray[Any]], pending: Pending) -> dict[str, Any]:
-        library = self._library()
-        tensors = [library.InferInput(n, list(a.shape), oip_type(a.dtype)) for n, a in inputs.items()]
-        for tensor, array in zip(tensors, inputs.values(), strict=True):
-            tensor.set_data_from_numpy(np.ascontiguousarray(array))
-        wanted = [self._output, RECEIPT_OUTPUT] if self.receipt_from == "host" else [self._output]
-        outputs = [library.InferRequestedOutput(name) for name in wanted]
-        call: dict[str, Any] = {"model_name": self.model, "inputs": tensors, "outputs": outputs}
-        if self.receipt_from == "host":
-            call["parameters"] = {PARAMETER: pending.text}
-        return call
+    def _connect(self, **timeouts: float) -> Any:
+        if self._connection is None:
+            library = importlib.import_module(f"tritonclient.{self.protocol}{self._library_part}")
+            self._connection = library.InferenceServerClient(self.url, ssl=self._tls, **timeouts)
+        return self._connection
 
     async def _service(self, query: Query, pending: Pending) -> Reply:
         if not self._output:
             self._output = self._choose_output(await self._call("get_model_metadata", model_name=self.model))
-        result = await self._call("infer", **self._service_call(query.inputs, pending))
-        try:
-            output = result.as_numpy(self._output)
-        except _UNREADABLE:
-            output = None
-        if output is None:
+        library = importlib.import_module(f"tritonclient.{self.protocol}")
+        inputs = [library.InferInput(n, list(a.shape), oip_type(a.dtype)) for n, a in query.inputs.items()]
+        for tensor, array in zip(inputs, query.inputs.values(), strict=True):
+            tensor.set_data_from_numpy(np.ascontiguousarray(array))
+        names, options = [self._output], {}
+        if self.receipt_from == "host":
+            names, options = [self._output, RECEIPT_OUTPUT], {"parameters": {PARAMETER: pending.text}}
+        outputs = [library.InferRequestedOutput(name) for name in names]
+        result = await self._call("infer", model_name=self.model, inputs=inputs, outputs=outputs, **options)
+        tensors = {name: found for name in names if (found := _tensor(result, name)) is not None}
+        if self._output not in tensors:
             raise ServerError(f"The model {self.model} gave no output {self._output!r}.", "Name its class output.")
-        return Reply(output, Brought(receipt_text(result) if self.receipt_from == "host" else None), result)
+        return Reply(tensors[self._output], Brought(first_text(tensors, RECEIPT_OUTPUT)), result)
 
     @abstractmethod
     async def _call(self, method: str, **call: Any) -> Any:
@@ -143,19 +137,14 @@ class TritonClient(_TritonBase, Calls):
     """
 
     async def _call(self, method: str, **call: Any) -> Any:
-        options = {"client_timeout": self._timeout_s} if self.protocol == "grpc" else {}
+        timeouts = {"network_timeout": self._timeout_s, "connection_timeout": self._timeout_s}
+        if self.protocol == "grpc":
+            timeouts, call["client_timeout"] = {}, self._timeout_s
         try:
-            return getattr(self._connect(), method)(**call, **options)
+            return getattr(self._connect(**timeouts), method)(**call)
         # tritonclient lets through errors of gevent, gRPC and sockets besides its own, without a common base.
         except Exception as error:
             raise self._no_answer(error) from None
-
-    def _connect(self) -> Any:
-        if self._connection is None:
-            timeouts = {"network_timeout": self._timeout_s, "connection_timeout": self._timeout_s}
-            options = {} if self.protocol == "grpc" else timeouts
-            self._connection = self._library().InferenceServerClient(self.url, ssl=self._tls, **options)
-        return self._connection
 
     def close(self) -> None:
         """Close the connections."""
@@ -173,21 +162,14 @@ class AsyncTritonClient(_TritonBase, AsyncCalls):
     ...     verdict = await client.infer({"image": images})                                  # doctest: +SKIP
     """
 
+    _library_part = ".aio"
+
     async def _call(self, method: str, **call: Any) -> Any:
         try:
             return await asyncio.wait_for(getattr(self._connect(), method)(**call), self._timeout_s)
         # tritonclient lets through errors of aiohttp, gRPC and sockets besides its own, without a common base.
         except Exception as error:
             raise self._no_answer(error) from None
-
-    def _connect(self) -> Any:
-        if self._connection is None:
-            if self.protocol == "grpc":
-                import tritonclient.grpc.aio as library
-            else:
-                import tritonclient.http.aio as library
-            self._connection = library.InferenceServerClient(self.url, ssl=self._tls)
-        return self._connection
 
     async def close(self) -> None:
         """Close the connections."""
@@ -196,10 +178,9 @@ class AsyncTritonClient(_TritonBase, AsyncCalls):
         await super().close()
 
 
-def receipt_text(result: Any) -> str | None:
-    """The receipt in a response: the first element of its bytes tensor; None where there is none."""
+def _tensor(result: Any, name: str) -> NDArray[Any] | None:
     try:
-        tensor = result.as_numpy(RECEIPT_OUTPUT)
+        tensor: NDArray[Any] | None = result.as_numpy(name)
     except _UNREADABLE:
-        tensor = None
-    return None if tensor is None else first_text({RECEIPT_OUTPUT: tensor}, RECEIPT_OUTPUT)
+        return None
+    return tensor

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -127,9 +128,8 @@ class Trust:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.policy = policy
-        self.insecure_development = insecure_development
         self._source = source
-        self._roots = roots
+        self._verify = partial(verify_evidence, policy=policy, roots=roots, insecure_development=insecure_development)
         self._clock = clock
         self._lock = threading.Lock()
         self._known: OrderedDict[bytes, TrustedEvidence] = OrderedDict()
@@ -173,15 +173,7 @@ class Trust:
 
     def _fetch(self) -> TrustedEvidence:
         challenge = new_challenge() if self._source.challenges else b""
-        document = self._source.fetch(challenge)
-        trusted = verify_evidence(
-            document,
-            self.policy,
-            self._clock(),
-            challenge=challenge,
-            roots=self._roots,
-            insecure_development=self.insecure_development,
-        )
+        trusted = self._verify(self._source.fetch(challenge), now=self._clock(), challenge=challenge)
         if trusted.statement is None:
             raise Refusal("evidence-statement", "This evidence vouches for no key.")
         self._known[trusted.facts.evidence_id] = trusted

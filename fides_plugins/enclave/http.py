@@ -34,12 +34,17 @@ logger = logging.getLogger("fides_plugins")
 _CANNOT_ANSWER = "The verifier cannot answer."
 _STATUS = {
     "request-client": 403,
+    "request-slow": 408,
     "request-replay": 409,
     "request-evidence": 409,
+    "request-size": 413,
+    "request-encoding": 415,
     "request-rate": 429,
     "request-busy": 503,
     "request-memory": 503,
 }
+#: Refusals of a body whose rest is not read, so that the connection cannot be used again.
+_UNREAD = ("request-slow", "request-size", "request-encoding")
 T = TypeVar("T")
 
 
@@ -77,15 +82,6 @@ class ServerLimits:
     header_timeout_s: float = 10.0
     connections: int = 512
     grace_s: float = 10.0
-
-
-class _Fault(Exception):
-    """An HTTP error: status and message."""
-
-    def __init__(self, status: int, code: str, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
 
 
 class WorkQueue:
@@ -135,8 +131,8 @@ class WorkQueue:
         except asyncio.TimeoutError:
             raise Refusal("request-busy", "The verifier gave no answer in time.", "Try again later.") from None
         try:
-            if isinstance(outcome, _Failed):
-                raise outcome.error
+            if isinstance(outcome, FidesError):
+                raise outcome
             return outcome
         finally:
             # Otherwise this frame, which the error's traceback names, would hold the error: the same cycle.
@@ -151,14 +147,7 @@ class WorkQueue:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-@dataclass(frozen=True)
-class _Failed:
-    """What a call raised, as a result."""
-
-    error: FidesError
-
-
-def _outcome(call: Callable[[], T]) -> T | _Failed:
+def _outcome(call: Callable[[], T]) -> T | FidesError:
     """The call's result or error, without the traceback: a future that holds one is a cycle.
 
     Python would keep the body that the traceback's frames name until it next collects cycles, and how soon
@@ -167,11 +156,11 @@ def _outcome(call: Callable[[], T]) -> T | _Failed:
     try:
         return call()
     except FidesError as error:
-        return _Failed(error.with_traceback(None))
+        return error.with_traceback(None)
     except Exception:
         # The details of an unforeseen error are for the operator only.
         logger.exception("an unforeseen error")
-        return _Failed(ServerError(_CANNOT_ANSWER))
+        return ServerError(_CANNOT_ANSWER)
 
 
 class HttpFront:
@@ -194,12 +183,7 @@ class HttpFront:
             Route("/v2/models/{model}/versions/{version}/ready", self._ready),
             Route("/v2/models/{model}/versions/{version}/infer", self._infer, methods=["POST"]),
         ]
-        faults: Any = {
-            _Fault: self._fault,
-            FidesError: self._refused,
-            ClientDisconnect: self._gone,
-            Exception: self._unforeseen,
-        }
+        faults: Any = {FidesError: self._refused, ClientDisconnect: self._gone, Exception: self._unforeseen}
         self.app = Starlette(routes=routes, exception_handlers=faults)
 
     async def _live(self, request: Request) -> Response:
@@ -227,7 +211,7 @@ class HttpFront:
     async def _infer(self, request: Request) -> Response:
         protocol.check_version(request.path_params.get("version", ""))
         if request.headers.get("content-encoding", "identity") != "identity":
-            raise _Fault(415, "request-encoding", "Compressed bodies are not read.")
+            raise Refusal("request-encoding", "Compressed bodies are not read.")
         length = oip.read_length(request.headers.get(oip.JSON_LENGTH))
         model = request.path_params["model"]
         body = await self._body(request)
@@ -244,7 +228,7 @@ class HttpFront:
         limit = self._bounds.body_bytes
         declared = request.headers.get("content-length", "0")
         if declared.isascii() and declared.isdigit() and int(declared) > limit:
-            raise _Fault(413, "request-size", f"The body is longer than {limit} bytes.")
+            raise Refusal("request-size", f"The body is longer than {limit} bytes.")
         chunks: list[bytes] = []
         size = 0
         try:
@@ -252,25 +236,21 @@ class HttpFront:
             with anyio.fail_after(self._limits.body_timeout_s):
                 async for chunk in request.stream():
                     if size + len(chunk) > limit:
-                        raise _Fault(413, "request-size", f"The body is longer than {limit} bytes.")
+                        raise Refusal("request-size", f"The body is longer than {limit} bytes.")
                     self._queue.bodies.take(len(chunk))
                     size += len(chunk)
                     chunks.append(chunk)
         except BaseException as error:
             self._queue.bodies.give(size)
             if isinstance(error, TimeoutError):
-                raise _Fault(408, "request-slow", "The body did not arrive in time.") from None
+                raise Refusal("request-slow", "The body did not arrive in time.") from None
             raise
         return b"".join(chunks)
 
-    async def _fault(self, request: Request, error: Exception) -> Response:
-        assert isinstance(error, _Fault)
-        # The rest of a refused body is not read, so the connection cannot be used again.
-        return _problem(error.status, error.code, str(error), {"connection": "close"})
-
     async def _refused(self, request: Request, error: Exception) -> Response:
         if isinstance(error, Refusal):
-            return _problem(_STATUS.get(error.code, 400), error.code, str(error))
+            headers = {"connection": "close"} if error.code in _UNREAD else None
+            return _problem(_STATUS.get(error.code, 400), error.code, str(error), headers)
         if isinstance(error, InputError):
             return _problem(400, "request-input", str(error))
         # Broken hardware or bundle: the operator's log has the details, the peer gets none.
@@ -326,13 +306,11 @@ class _HeaderDeadline(H11Protocol):
             self.transport.close()
 
 
-def make_server(front: HttpFront, host: str, port: int, limits: ServerLimits) -> uvicorn.Server:
-    """A uvicorn server that is not started yet."""
+def make_server(front: HttpFront, limits: ServerLimits) -> uvicorn.Server:
+    """A uvicorn server that is not started yet and has no socket."""
     protocol = type("HeaderDeadline", (_HeaderDeadline,), {"header_timeout_s": limits.header_timeout_s})
     config = uvicorn.Config(
         front.app,
-        host=host,
-        port=port,
         http=protocol,
         ws="none",
         lifespan="off",

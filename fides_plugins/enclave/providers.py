@@ -128,12 +128,8 @@ class TsmProvider:
         expected = {"tdx": "tdx_guest", "sev-snp": "sev_guest"}[self.tee]
         if provider != expected:
             raise EvidenceError(f"The kernel's reports come from {provider!r}, not {expected!r}.")
-        evidence = Evidence(self.tee, blob)
-        if self.tee == "sev-snp":
-            vcek, chain = certificates(extra)
-            evidence = Evidence(self.tee, blob, vcek=vcek, chain=chain)
-        _check_report_data(evidence, report_data)
-        return evidence
+        vcek, chain = certificates(extra) if self.tee == "sev-snp" else (b"", "")
+        return _checked(Evidence(self.tee, blob, vcek=vcek, chain=chain), report_data)
 
     def _attempt(self, entry: Path, report_data: bytes) -> tuple[bytes, str, bytes] | None:
         """One request; None if somebody else wrote in between, which the generation shows."""
@@ -176,9 +172,7 @@ class GramineProvider:
                 f"Gramine offers no attestation here ({error.strerror or error}).",
                 "Start the verifier with gramine-sgx, or use --evidence development.",
             ) from None
-        evidence = Evidence(self.tee, quote)
-        _check_report_data(evidence, report_data)
-        return evidence
+        return _checked(Evidence(self.tee, quote), report_data)
 
 
 def make_provider(kind: EvidenceKind) -> Provider:
@@ -222,11 +216,12 @@ def _check_length(report_data: bytes) -> None:
         raise EvidenceError(f"Report data must have {REPORT_DATA_BYTES} bytes, not {len(report_data)}.")
 
 
-def _check_report_data(evidence: Evidence, report_data: bytes) -> None:
-    """Compare what the report vouches for with what it was asked to; clients would refuse it anyway."""
+def _checked(evidence: Evidence, report_data: bytes) -> Evidence:
+    """The evidence, if its report vouches for what it was asked to; clients would refuse another one anyway."""
     if evidence.tee == "sev-snp":
         given = evidence.report[0x50:0x90] if len(evidence.report) == snp.REPORT_BYTES else b""
     else:
         given = dcap.signed_part(evidence.report)[-REPORT_DATA_BYTES:]
     if given != report_data:
         raise EvidenceError("The hardware's report is not about the data it was asked for.")
+    return evidence

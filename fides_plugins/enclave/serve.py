@@ -43,7 +43,7 @@ async def serve(
     bounds = limits or ServerLimits()
     queue = WorkQueue(bounds)
     listener = _listen(host, port)
-    http = make_server(HttpFront(verifier, queue, bounds), host, port, bounds)
+    http = make_server(HttpFront(verifier, queue, bounds), bounds)
     stopping = stop or asyncio.Event()
     if stop is None:
         loop = asyncio.get_running_loop()

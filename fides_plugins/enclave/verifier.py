@@ -144,6 +144,7 @@ class Verifier:
             configuration=json.dumps(self._configuration(), sort_keys=True, separators=(",", ":")),
             boot_id=os.urandom(16),
             issued_at=int(clock()),
+            challenge=b"",
         )
         self.key_id = self._statement.key_id
         self._nonces = SpentNonces(self.options.nonces, self.options.nonce_lifetime_s)
@@ -236,7 +237,7 @@ class Verifier:
         self._nonces.spend(asked.nonce)
         reference = self._reference(tensor)
         output = reference.tobytes()
-        if asked.scheme == "hpke":
+        if asked.client_key is not None:
             output = sealing.seal(output, asked.client_key, sealing.context(asked.nonce, digest))
         signed = receipt.Receipt(
             profile=receipt.DEVELOPMENT_PROFILE if self.tee == receipt.DEVELOPMENT_TEE else receipt.PROFILE,

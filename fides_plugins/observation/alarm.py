@@ -126,11 +126,9 @@ class ServiceAlarm:
             )
 
 
-def make_alarm(settings: Settings, bundle: Bundle | None, service: str, on_state: OnState) -> ServiceAlarm | None:
-    """The alarm for these settings; None where no built-in detector is calibrated."""
+def make_monitor(settings: Settings, bundle: Bundle | None) -> SequenceMonitor | None:
+    """The monitor for these settings; None where no built-in detector is calibrated."""
     known = bundle.calibrations() if bundle is not None else {}
     used = {"learned": (LEARNED,), "divergence": (settings.divergence,), "both": (LEARNED, settings.divergence)}
     counts = [known[name].n for name in used[settings.detector] if name in known]
-    if not counts:
-        return None
-    return ServiceAlarm(SequenceMonitor(min(counts), settings.monitor_error), service, on_state)
+    return SequenceMonitor(min(counts), settings.monitor_error) if counts else None

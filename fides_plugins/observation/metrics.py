@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fides_plugins.observation.alarm import ServiceAlarm, make_alarm
+from fides_plugins.observation.alarm import ServiceAlarm, make_monitor
 from fides_plugins.types import STATUS_TEXTS, Verdict
 
 if TYPE_CHECKING:
@@ -86,23 +86,8 @@ AUDIT_LINES = Metric(
     ("model", "outcome"),
 )  # fmt: skip
 
-#: Every metric by name; the order is that of the documentation.
-METRICS: Mapping[str, Metric] = MappingProxyType(
-    {
-        m.name: m
-        for m in (
-            VERDICTS,
-            PLUGIN_ERRORS,
-            SCORE,
-            STAGE_SECONDS,
-            LOG_E_VALUE,
-            UNDER_ATTACK,
-            FALSE_ALARM_RATE,
-            TIMEOUT_SECONDS,
-            AUDIT_LINES,
-        )
-    }
-)
+#: Every metric above by name; the order is that of the documentation.
+METRICS: Mapping[str, Metric] = MappingProxyType({m.name: m for m in list(vars().values()) if isinstance(m, Metric)})
 
 
 class MetricsBackend(Protocol):
@@ -172,9 +157,9 @@ class MetricsRecorder:
             self._increment(PLUGIN_ERRORS, plugin, 0)
         self._set(FALSE_ALARM_RATE, settings.false_alarm_rate)
         self._set(TIMEOUT_SECONDS, settings.timeout_ms / 1000.0)
-        if self._wants_alarm:
-            self.alarm = make_alarm(settings, pipeline.bundle, self.model, self._publish_alarm)
-        if self.alarm is not None:
+        monitor = make_monitor(settings, pipeline.bundle) if self._wants_alarm else None
+        if monitor is not None:
+            self.alarm = ServiceAlarm(monitor, self.model, self._publish_alarm)
             # A process that takes the place of an alarmed one withdraws its alarm without waiting for a row.
             self._set(LOG_E_VALUE, 0.0)
             self._set(UNDER_ATTACK, 0.0)

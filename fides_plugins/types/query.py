@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fides_plugins.errors import InputError
 from fides_plugins.types.arrays import EMPTY, Rows, frozen, set_field
 
-#: Name of the row-only tensor of a query whose inputs the host does not have.
+#: Name of the row-only tensor, (N, 0), of a query whose inputs the host does not have.
 ROWS_ONLY = "FIDES_ROWS"
 
 
@@ -74,17 +74,6 @@ class Query:
         set_field(self, "signed", tuple(self.signed) if any(part.request for part in self.signed) else ())
         if self.signed and sum(part.n_rows for part in self.signed) != self.n_rows:
             raise InputError(f"Signed requests of {sum(p.n_rows for p in self.signed)} rows for {self.n_rows} rows.")
-
-    @classmethod
-    def without_inputs(
-        cls,
-        n_rows: int,
-        request_ids: tuple[str, ...] = (),
-        model_name: str = "",
-        metadata: Mapping[str, str] = EMPTY,
-    ) -> Query:
-        """A query of N rows whose inputs the host does not have: its one tensor is empty, (N, 0)."""
-        return cls({ROWS_ONLY: np.empty((n_rows, 0), dtype=np.float32)}, request_ids, model_name, metadata)
 
     @classmethod
     def concat(cls, parts: Sequence[Query]) -> Query:

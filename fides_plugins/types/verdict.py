@@ -119,10 +119,6 @@ class Verdict:
         """(N,) strings: why each row has its status; empty for a trusted row."""
         return np.asarray(np.array(self.reasons or ("",))[self.reason_codes])
 
-    def is_status(self, status: Status) -> BoolArray:
-        """(N,) bool: rows with this status."""
-        return np.asarray(self.status == status)
-
     def counts(self) -> dict[str, int]:
         """Number of rows by status text."""
         return dict(zip(STATUS_TEXTS, np.bincount(self.status, minlength=len(STATUS_TEXTS)).tolist(), strict=True))

@@ -82,6 +82,7 @@ def statement(**changes: Any) -> Statement:
         "configuration": json.dumps({"bundle_version": 3, "clients": []}),
         "boot_id": b"\x44" * 16,
         "issued_at": int(NOW_S) - 60,
+        "challenge": b"",
     }
     return Statement(**{**values, **changes})
 

@@ -115,7 +115,7 @@ class Asked:
             "evidence_id": evidence_id(verifier.evidence()),
             "input_digest": tensor_digest(tensor),
             "scheme": scheme,
-            "client_key": self.key.public_key().public_bytes_raw() if scheme == "hpke" else b"",
+            "client_key": self.key.public_key().public_bytes_raw() if scheme == "hpke" else None,
         }
         self.request = SignedRequest(**{**values, **changes})
         self.text = self.request.encode(identity)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fides_plugins.attestation.keys import key_id
+from fides_plugins.attestation.cose import key_id
 from fides_plugins.attestation.receipt import open_receipt
 from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.attestation.request import from_text, to_text

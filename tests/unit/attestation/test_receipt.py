@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fides_plugins.attestation import cose, sealing
-from fides_plugins.attestation.keys import key_id
+from fides_plugins.attestation.cose import key_id
 from fides_plugins.attestation.receipt import DEVELOPMENT_PROFILE, PROFILE, open_receipt
 from fides_plugins.attestation.refusal import Refusal
 from tests.support.receipts import mutations, sample_receipt

@@ -38,7 +38,7 @@ def test_a_request_comes_back_with_its_signer() -> None:
     sent = request()
     received = SignedRequest.decode(sent.encode(CLIENT), frozenset((CLIENT_PUBLIC,)))
     assert received == dataclasses.replace(sent, client=CLIENT_PUBLIC)
-    committed = SignedRequest.decode(request(scheme="commitment", client_key=b"").encode(CLIENT), frozenset())
+    committed = SignedRequest.decode(request(scheme="commitment", client_key=None).encode(CLIENT), frozenset())
     assert committed.scheme == "commitment"
     assert sent.nonce != request().nonce
 
@@ -58,7 +58,10 @@ def test_a_text_that_is_no_request_is_malformed(text: str) -> None:
     assert refused_request(text) == "request-malformed"
 
 
-@pytest.mark.parametrize("change", [{"scheme": "plain"}, {"nonce": bytes(8)}, {"client_key": b""}])
+@pytest.mark.parametrize(
+    "change",
+    [{"scheme": "plain"}, {"nonce": bytes(8)}, {"client_key": b""}, {"client_key": None}, {"scheme": "commitment"}],
+)
 def test_what_a_client_signed_must_still_be_a_request(change: dict[str, object]) -> None:
     assert refused_request(request(**change).encode(CLIENT)) == "request-fields"
 

@@ -10,8 +10,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fides_plugins.attestation import development
+from fides_plugins.attestation.cose import key_id
 from fides_plugins.attestation.evidence import Evidence, Tee
-from fides_plugins.attestation.keys import key_id
 from fides_plugins.attestation.policy import EvidencePolicy, SnpTcb
 from fides_plugins.attestation.receipt import open_receipt
 from fides_plugins.attestation.refusal import Refusal

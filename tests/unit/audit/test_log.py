@@ -24,7 +24,7 @@ from fides_plugins.audit import writer as writer_module
 from fides_plugins.audit.chain import Head, read_key
 from fides_plugins.audit.log import AuditLog
 from fides_plugins.audit.verify import LogReport, read_anchors, verify_log
-from fides_plugins.audit.writer import LaneWriter
+from fides_plugins.audit.writer import AuditOptions, LaneWriter
 from fides_plugins.errors import InputError, SettingsError
 from fides_plugins.launch.process import wait_until
 from fides_plugins.pipeline import Pipeline
@@ -64,7 +64,8 @@ def records(tmp_path: Path, lane: int = 0) -> list[dict[str, Any]]:
 
 
 def small_log(folder: Path, n: int = 8, key: bytes | None = None, **options: Any) -> None:
-    log = LaneWriter(folder, {"service": "t"}, key=key, **options)
+    # Not validated: segments may be smaller here than people may make them.
+    log = LaneWriter(AuditOptions(path=str(folder)).model_copy(update=options), {"service": "t"}, key)
     for i in range(n):
         assert log.put(1, lambda i=i: [{"kind": "row", "time": "t", "request_id": f"r{i}", "status": "trusted"}])
     log.close()
@@ -110,8 +111,8 @@ def test_a_restart_continues_the_chain(tmp_path: Path, pipeline: Pipeline) -> No
 
 
 def test_two_processes_write_two_lanes(tmp_path: Path) -> None:
-    first = LaneWriter(tmp_path / "log", {})
-    second = LaneWriter(tmp_path / "log", {})
+    first = LaneWriter(AuditOptions(path=str(tmp_path / "log")), {})
+    second = LaneWriter(AuditOptions(path=str(tmp_path / "log")), {})
     for log in (first, second):
         log.put(1, lambda: [{"kind": "row"}])
     wait_until(lambda: first.line_counts["written"] + second.line_counts["written"] == 2, 10, "The writer")
@@ -258,7 +259,7 @@ def test_a_full_disk_never_blocks_and_the_loss_is_in_the_chain(tmp_path: Path, m
 
     monkeypatch.setattr(writer_module.os, "write", write)
     monkeypatch.setattr(writer_module, "RETRY_S", 0.05)
-    log = LaneWriter(tmp_path / "log", {})
+    log = LaneWriter(AuditOptions(path=str(tmp_path / "log")), {})
     log.put(1, lambda: [{"kind": "row", "request_id": "before"}])
     wait_until(lambda: log.line_counts["written"] == 1, 10, "The writer")
     full.set()
@@ -287,7 +288,7 @@ def test_a_hanging_disk_never_blocks_and_memory_is_bounded(tmp_path: Path, monke
         return real(fd, data)
 
     monkeypatch.setattr(writer_module.os, "write", write)
-    log = LaneWriter(tmp_path / "log", {}, queue_rows=100)
+    log = LaneWriter(AuditOptions(path=str(tmp_path / "log"), queue_rows=100), {})
     start = time.monotonic()
     accepted = sum(log.put(1, lambda: [{"kind": "row"}]) for _ in range(1000))
     assert time.monotonic() - start < 1.0
@@ -303,7 +304,7 @@ def test_a_hanging_disk_never_blocks_and_memory_is_bounded(tmp_path: Path, monke
 
 
 def test_a_record_that_is_no_json_is_counted_and_the_rest_goes_on(tmp_path: Path) -> None:
-    log = LaneWriter(tmp_path / "log", {})
+    log = LaneWriter(AuditOptions(path=str(tmp_path / "log")), {})
     log.put(1, lambda: [{"kind": "row", "request_id": b"bytes"}])
     log.put(1, lambda: [{"kind": "row", "request_id": 'text\n\u2028"}'}])
     log.close()
@@ -334,9 +335,8 @@ def test_the_plug_in_costs_the_pipeline_nothing_when_the_disk_hangs(
 KILLED = textwrap.dedent(
     """
     import sys, itertools
-    from pathlib import Path
-    from fides_plugins.audit.writer import LaneWriter
-    log = LaneWriter(Path(sys.argv[1]), {"service": "t"}, rotate_bytes=20_000, fsync="never")
+    from fides_plugins.audit.writer import AuditOptions, LaneWriter
+    log = LaneWriter(AuditOptions(path=sys.argv[1], rotate_bytes=20_000, fsync="never"), {"service": "t"})
     print("ready", flush=True)
     for i in itertools.count():
         log.put(1, lambda: [{"kind": "row", "time": "t", "request_id": f"r{i}", "padding": "x" * (i % 300)}])

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
-from fides_plugins.audit.writer import LaneWriter
+from fides_plugins.audit.writer import AuditOptions, LaneWriter
 from fides_plugins.cli import app
 from tests.support.recordings import PAIRS, recorded, write_parquet
 
@@ -88,7 +88,7 @@ def test_a_share_without_a_verdict_fails_the_check(tmp_path: Path, bundle_folder
 
 
 def test_audit_verify(tmp_path: Path) -> None:
-    log = LaneWriter(tmp_path / "log", {})
+    log = LaneWriter(AuditOptions(path=str(tmp_path / "log")), {})
     log.put(2, lambda: [{"kind": "row", "status": "attacked"}] * 2)
     log.close()
     result = CliRunner().invoke(app, ["audit", "verify", str(tmp_path / "log"), "--json"])

@@ -24,7 +24,6 @@ from fides_plugins.bundle import Bundle
 from fides_plugins.cli import app
 from fides_plugins.client import TorchServeClient, TritonClient
 from fides_plugins.client.calls import Reply
-from fides_plugins.client.judge import ClientJudge
 from fides_plugins.client.receipts import Brought, Pending, ReceiptChecker
 from fides_plugins.client.torchserve import decode_json, encode_json
 from fides_plugins.client.trust import EvidenceFile, EvidenceUrl, Trust
@@ -34,6 +33,7 @@ from fides_plugins.protection import Protection
 from fides_plugins.settings import Settings
 from fides_plugins.testing import fake_logits, memory_bundle, switch_top_two
 from fides_plugins.types import softmax
+from tests.support.clients import JudgingClient
 from tests.support.pki import NOW_S
 from tests.support.verifiers import IDENTITY, Hardware, digits_bundle, receipt_keys
 
@@ -247,12 +247,8 @@ def test_what_was_said_instead_of_a_receipt_is_told_and_changes_nothing(setting:
 # Judging
 
 
-def judge(settings: Settings | None = None) -> ClientJudge:
-    return ClientJudge(memory_bundle(), settings)
-
-
-def test_the_clients_judge_runs_no_model_of_its_own() -> None:
-    protection = judge().protection
+def test_a_client_runs_no_model_of_its_own() -> None:
+    protection = JudgingClient(memory_bundle()).protection
     # Its bundle has a verification model, and yet there is nobody here to ask for a reference.
     assert protection.verify(Query({"input": ROWS})).verification is None
     assert protection.settings.mode == "correct"
@@ -268,31 +264,33 @@ def test_refused_answers_are_attacked_recorded_and_counted() -> None:
         def fides_record(self, verdict: Any) -> None:
             seen.extend(verdict.reason.tolist())
 
-    mine = judge()
+    mine = JudgingClient(memory_bundle())
     mine.protection = Protection.load(
-        mine.protection.settings, bundle=mine.bundle, plugins={"recorder": Recorder()}, references="brought"
+        mine.protection.settings, bundle=memory_bundle(), plugins={"recorder": Recorder()}, references="brought"
     )
-    answer = mine.refuse(Query({"input": ROWS}), OUTPUT, Refusal("receipt-missing", "No receipt."), None)
+    answer = mine.judge(Query({"input": ROWS}), OUTPUT, Refusal("receipt-missing", "No receipt."))
     assert answer.verdict.status_text.tolist() == ["attacked"] * 2
     assert seen == ["receipt-missing: No receipt."] * 2
     assert mine.refusals == {"receipt-missing": 1}
 
 
 def test_the_monitor_alarms_on_the_client_and_can_be_reset() -> None:
-    mine = judge(Settings(mode="correct"))
+    mine = JudgingClient(memory_bundle(), Settings(mode="correct"))
     lie = np.log(switch_top_two(softmax(fake_logits(64, seed=3))))
     query = Query({"input": fake_logits(64, seed=3)})
-    mine.judge(query, lie, softmax(fake_logits(64, seed=3)), None)
+    mine.judge(query, lie, softmax(fake_logits(64, seed=3)))
     assert mine.alarm is not None
-    assert mine.e_value >= 1e6
+    assert mine.alarm.e_value >= 1e6
     mine.reset()
     assert mine.alarm is None
-    assert mine.e_value == 1.0
+    # The evidence starts again too: a few more lies alone raise no alarm.
+    mine.judge(query.rows(slice(2)), lie[:2], softmax(fake_logits(64, seed=3))[:2])
+    assert mine.alarm is None
 
 
 @pytest.mark.parametrize("output", [np.zeros((2, 3), np.float32), np.zeros(2, np.float32), np.array([["a"], ["b"]])])
 def test_answers_of_another_shape_are_errors_and_not_exceptions(output: NDArray[Any]) -> None:
-    answer = judge().judge(Query({"input": ROWS}), output, softmax(ROWS), None)
+    answer = JudgingClient(memory_bundle()).judge(Query({"input": ROWS}), output, softmax(ROWS))
     assert answer.verdict.status_text.tolist() == ["error"] * 2
     assert answer.verdict.refused.all()
 
@@ -300,7 +298,7 @@ def test_answers_of_another_shape_are_errors_and_not_exceptions(output: NDArray[
 def test_the_tensor_of_the_verifier_must_be_named() -> None:
     url, bundle, policy = "http://127.0.0.1:9", memory_bundle(), Hardware().policy(memory_bundle())
     client = TorchServeClient(url, "m", bundle, policy, verifier_url=url)
-    with pytest.raises(InputError, match="lack 'pixels'"):
+    with pytest.raises(InputError, match="none is called 'pixels'"):
         client.infer({"a": ROWS, "b": ROWS})
     with pytest.raises(InputError, match="evidence"):
         TorchServeClient(url, "m", bundle, policy)

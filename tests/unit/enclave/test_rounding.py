@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fides_plugins.client.judge import ClientJudge
 from fides_plugins.enclave.rounding import round_rows
 from fides_plugins.testing import fake_logits, memory_bundle
 from fides_plugins.types import Query, Status, softmax
+from tests.support.clients import JudgingClient
 
 
 @pytest.mark.parametrize("decimals", [1, 2, 3, 6, 9])
@@ -44,5 +44,5 @@ def test_soft_answers_need_two_decimals(margin: float, decimals: int, trusted: i
     """The figures of the how-to: the service answers as the verifier does, and only the rounding differs."""
     logits = fake_logits(200, margin=margin)
     query = Query({"pixels": logits})
-    verdict = ClientJudge(memory_bundle()).judge(query, logits, round_rows(softmax(logits), decimals), None).verdict
+    verdict = JudgingClient(memory_bundle()).judge(query, logits, round_rows(softmax(logits), decimals)).verdict
     assert (verdict.status == Status.TRUSTED).sum() == trusted

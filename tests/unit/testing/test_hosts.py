@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fides_plugins.client.judge import ClientJudge
 from fides_plugins.protection import Protection
 from fides_plugins.testing import INPUT_NAME, Answered, HostCase, check_host, host_cases, host_requests
 from fides_plugins.types import Float32Array, Query, softmax
+from tests.support.clients import JudgingClient
 
 CASES = list(host_cases())
 
@@ -34,11 +34,11 @@ class OnTheClient:
 
     def __init__(self, case: HostCase) -> None:
         self.case = case
-        self.judge = ClientJudge(case.bundle(), case.settings)
-        self.protection = self.judge.protection
+        self.client = JudgingClient(case.bundle(), case.settings)
+        self.protection = self.client.protection
 
     def ask(self, rows: Float32Array) -> Answered:
-        answer = self.judge.judge(Query({INPUT_NAME: rows}), self.case.service(rows), softmax(rows), None)
+        answer = self.client.judge(Query({INPUT_NAME: rows}), self.case.service(rows), softmax(rows))
         output, verdict = self.protection.correct(answer.output, answer.verdict)
         return Answered(tuple(verdict.status_text.tolist()), None if verdict.refused.any() else output)
 
