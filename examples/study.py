@@ -196,7 +196,6 @@ def run(example: Example, out: Path, seed: int, quiet: bool = False) -> dict[str
         task = bar.add_task("attack inputs and model", total=None)
         victim = Victim(
             TorchTeacher(network, example.name),
-            "logits",
             bundle,
             split.test.images[:ATTACKED_ROWS],
             split.service.images,
