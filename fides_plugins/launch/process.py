@@ -89,11 +89,6 @@ def descendants(pid: int) -> list[int]:
     return [child.pid for root in _found([pid]) for child in _below(root)]
 
 
-def is_alive(pid: int) -> bool:
-    """Whether a process with this id exists and is no zombie."""
-    return any(_lives(process) for process in _found([pid]))
-
-
 def command_line(pid: int) -> list[str]:
     """The program and its arguments; empty where the process has ended or is not ours to see."""
     for process in _found([pid]):
@@ -246,12 +241,7 @@ class Process:
         ServerError
             If the program does not exist or cannot be executed.
         """
-        env = {
-            **os.environ,
-            "TMPDIR": str(self.folder),
-            "TEMP": str(self.folder),
-            **self.env,
-        }
+        env = {**os.environ, "TMPDIR": str(self.folder), "TEMP": str(self.folder), **self.env}
         with self.log_path.open("ab") as log:
             try:
                 self._popen = subprocess.Popen(

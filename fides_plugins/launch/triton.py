@@ -17,6 +17,7 @@ import sys
 import sysconfig
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
 from fides_plugins.errors import ServerError
@@ -100,12 +101,13 @@ def _error_lines(log: str) -> str:
     return "\n".join(lines[:12]) or "\n".join(log.splitlines()[-12:])
 
 
+@dataclass(eq=False)
 class TritonServer(Server):
     """A real `tritonserver` on free ports; a context manager.
 
-    Parameters
+    Attributes
     ----------
-    model_repository:
+    repository:
         Folder of models.
     explicit:
         Start in explicit model-control mode: models are loaded and unloaded over the API. `load` names
@@ -115,8 +117,6 @@ class TritonServer(Server):
     auto_complete:
         False adds `--disable-auto-complete-config`, which spares a second start of every python model
         but wants every config complete.
-    extra_args:
-        Further arguments of `tritonserver`.
     env:
         Further environment variables.
     timeout_s:
@@ -131,30 +131,19 @@ class TritonServer(Server):
     True
     """
 
-    def __init__(
-        self,
-        model_repository: str | os.PathLike[str],
-        *,
-        explicit: bool = False,
-        load: Sequence[str] = ("*",),
-        config_name: str = "",
-        auto_complete: bool = True,
-        extra_args: Sequence[str] = (),
-        env: Mapping[str, str] | None = None,
-        timeout_s: float = 60.0,
-        grace_s: float = 10.0,
-    ) -> None:
-        self.repository = Path(model_repository).resolve()
-        self.explicit = explicit
-        self.load = tuple(load)
-        self.config_name = config_name
-        self.auto_complete = auto_complete
-        self.extra_args = tuple(extra_args)
-        self.env = dict(env or {})
-        self.timeout_s = timeout_s
-        self.grace_s = grace_s
-        self.http_port = self.grpc_port = self.metrics_port = 0
-        self._id = ""
+    repository: str | os.PathLike[str]
+    _: KW_ONLY
+    explicit: bool = False
+    load: Sequence[str] = ("*",)
+    config_name: str = ""
+    auto_complete: bool = True
+    env: Mapping[str, str] = field(default_factory=dict)
+    timeout_s: float = 60.0
+    grace_s: float = 10.0
+    http_port: int = field(default=0, init=False)
+    grpc_port: int = field(default=0, init=False)
+    metrics_port: int = field(default=0, init=False)
+    _id: str = field(default="", init=False)
 
     @property
     def http_address(self) -> str:
@@ -180,7 +169,7 @@ class TritonServer(Server):
         """The full command line."""
         command = [str(wheel_folder() / "bin" / "tritonserver")]
         command += [
-            f"--model-repository={self.repository}",
+            f"--model-repository={Path(self.repository).resolve()}",
             f"--backend-directory={backends}",
             f"--http-address={HOST}",
             f"--grpc-address={HOST}",
@@ -197,10 +186,10 @@ class TritonServer(Server):
             command += [f"--model-config-name={self.config_name}"]
         if not self.auto_complete:
             command += ["--disable-auto-complete-config"]
-        return [*command, *self.extra_args]
+        return command
 
     def _start_once(self) -> None:
-        if not self.repository.is_dir():
+        if not Path(self.repository).is_dir():
             raise ServerError(f"There is no model repository {str(self.repository)!r}.")
         self._id = f"fides-{uuid.uuid4().hex[:12]}"
         self.http_port, self.grpc_port, self.metrics_port = free_ports(3)
@@ -218,8 +207,6 @@ class TritonServer(Server):
         if not self.api.ready() or self.api.server_name() != self._id:
             return False
         # The metrics come up last, and a server that cannot bind their port ends after it said "ready".
-        if any(a.startswith("--allow-metrics") for a in self.extra_args):
-            return True
         try:
             self.api.metrics()
         except ServerError:

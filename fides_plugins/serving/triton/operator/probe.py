@@ -201,13 +201,11 @@ class InferenceProbe:
     outputs: Mapping[str, NDArray[Any]] | None = None
 
 
-def probe(
-    api: TritonApi, model: str, inputs: Mapping[str, NDArray[Any]], timeout_s: float, version: str = ""
-) -> InferenceProbe:
+def probe(api: TritonApi, model: str, inputs: Mapping[str, NDArray[Any]], timeout_s: float) -> InferenceProbe:
     """One inference; never raises for what the server does."""
     start = time.perf_counter()
     try:
-        outputs = api.infer(model, inputs, version=version, timeout_s=timeout_s)
+        outputs = api.infer(model, inputs, timeout_s=timeout_s)
     except InferenceRefused as error:
         detail = error.message
         own = detail.startswith("fides:") or " fides: " in detail
