@@ -17,8 +17,7 @@ class _LazyModel:
     def initialize(self, args: Mapping[str, str]) -> None:
         """Import the step and initialise it."""
         module = importlib.import_module(f"fides_plugins.serving.triton.{self.module}")
-        self._model = module.TritonPythonModel()
-        self._model.initialize(args)
+        self._model = module.TritonPythonModel(args)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """One response per request."""

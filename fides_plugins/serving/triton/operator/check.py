@@ -13,7 +13,7 @@ from fides_plugins.codec import OutputCodec
 from fides_plugins.errors import InputError, ServerError
 from fides_plugins.serving.finding import CheckFinding
 from fides_plugins.serving.triton import wire
-from fides_plugins.serving.triton.config import parse_json
+from fides_plugins.serving.triton.config import parse_json, queue_problem
 from fides_plugins.serving.triton.operator.api import TritonApi
 from fides_plugins.serving.triton.operator.probe import (
     InferenceProbe,
@@ -24,7 +24,6 @@ from fides_plugins.serving.triton.operator.probe import (
     sample_inputs,
     sample_references,
 )
-from fides_plugins.serving.triton.queues import queue_problem
 from fides_plugins.types import SUM_TOLERANCE
 
 #: Free bytes of /dev/shm below which a step may fail to grow its shared memory.
