@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fides_plugins.cli._output import console, print_json, print_table
+from fides_plugins.cli._output import AsJson, console, print_json, print_table
 
 if TYPE_CHECKING:
     from fides_plugins.manager import FidesPluginManager
@@ -41,7 +42,7 @@ def show(
         Path | None, typer.Option("--settings", help="TOML file with the settings; FIDES_ variables go on top.")
     ] = None,
     bundle: Annotated[Path | None, typer.Option("--bundle", help="Bundle that the built-ins load from.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what a server with these settings would load: from where, which hooks, in which order.
 
@@ -64,16 +65,8 @@ def show(
     manager = create_plugin_manager(loaded, content, strict=False)
     stops = _stops_start(manager, loaded.plugins.required)
     if as_json:
-        print_json(
-            {
-                "plugins": [
-                    {"name": p.name, "source": p.source, "state": p.state, "hooks": list(p.hooks), "detail": p.detail}
-                    for p in manager.report.plugins
-                ],
-                "order": _order(manager),
-                "stops_start": stops,
-            }
-        )
+        plugins = [asdict(plugin) for plugin in manager.report.plugins]
+        print_json({"plugins": plugins, "order": _order(manager), "stops_start": stops})
     else:
         _print(manager, stops, without_bundle=content is None)
     if stops:
@@ -99,7 +92,7 @@ def new(
 def check(
     target: Annotated[str, typer.Argument(help="The plug-in, as package.module or package.module:attribute.")],
     classes: Annotated[str, typer.Option("--classes", help="Numbers of classes to try.")] = "2,10,1000",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run a plug-in against the contract of its hooks. Exit status 1 if it breaks it.
 
@@ -137,10 +130,8 @@ def _stops_start(manager: FidesPluginManager, required: tuple[str, ...]) -> list
     """Names that would stop a server: required and not loaded, configured and failed, or built in and failed."""
     names = {n for n in required if manager.report.state(n) != "loaded"}
     for plugin in manager.report.plugins:
-        if plugin.state == "failed" and not plugin.source.startswith("entry point"):
-            names.add(plugin.name)
         # An installed plug-in that imports but cannot configure itself stops the start as well.
-        if plugin.state == "failed" and plugin.hooks:
+        if plugin.state == "failed" and (plugin.hooks or not plugin.source.startswith("entry point")):
             names.add(plugin.name)
     return sorted(names)
 
