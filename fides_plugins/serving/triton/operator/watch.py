@@ -109,11 +109,7 @@ class Watcher:
         self._inputs = inputs
         self.report = report
         self._clock = clock
-        self._retries: defaultdict[str, _Retry] = defaultdict(_Retry)
-        self._configs: dict[str, dict[str, Any]] = {}
-        self._seen: dict[str, Statistics] = {}
-        self._settled: set[str] = set()
-        self._reloaded_at: dict[str, float] = {}
+        self.forget()
 
     def look(self) -> bool:
         """Probe everything once, healing what is dead; True if all is protected at the end.
@@ -136,11 +132,11 @@ class Watcher:
 
     def forget(self) -> None:
         """Drop what was learned about the server: it may come back as another one."""
-        self._configs.clear()
-        self._seen.clear()
-        self._settled.clear()
-        self._reloaded_at.clear()
-        self._retries.clear()
+        self._configs: dict[str, dict[str, Any]] = {}
+        self._seen: dict[str, Statistics] = {}
+        self._settled: set[str] = set()
+        self._reloaded_at: dict[str, float] = {}
+        self._retries: defaultdict[str, _Retry] = defaultdict(_Retry)
 
     def _look_at(self, group: list[Protected], patience_s: float = 0.0) -> bool:
         if self._heal:
