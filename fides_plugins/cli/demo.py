@@ -88,26 +88,12 @@ def _run(server: str, seed: int, folder: Path, quiet: bool) -> DemoFigures:
 
 def _show(figures: DemoFigures) -> None:
     rate = f"{figures.false_alarm_rate:.0%}"
+    shares = {"none (false alarms)": [figures.false_alarms, figures.disagreement_false_alarms]}
+    for f in figures.attacks:
+        shares[f.attack] = [f.caught, f.caught_by_disagreement, f.recovered, f.recovered_of_caught]
     rows = [
-        (
-            "none (false alarms)",
-            str(figures.false_alarms.rows),
-            _percent(figures.false_alarms),
-            _percent(figures.disagreement_false_alarms),
-            "",
-            "",
-        )
-    ]
-    rows += [
-        (
-            f.attack,
-            str(f.caught.rows),
-            _percent(f.caught),
-            _percent(f.caught_by_disagreement),
-            _percent(f.recovered),
-            _percent(f.recovered_of_caught),
-        )
-        for f in figures.attacks
+        (name, str(found[0].rows), *[_percent(share) for share in found], *[""] * (4 - len(found)))
+        for name, found in shares.items()
     ]
     print_table(
         f"{figures.server}: held-out digits at a false-alarm budget of {rate} (95% intervals)",

@@ -193,10 +193,8 @@ class Process:
     env: Mapping[str, str] = field(default_factory=dict)
     cwd: Path | None = None
     grace_s: float = 10.0
-
-    def __post_init__(self) -> None:
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._popen: subprocess.Popen[bytes] | None = None
+    _folder: tempfile.TemporaryDirectory[str] | None = field(default=None, init=False)
+    _popen: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     @property
     def folder(self) -> Path:
@@ -324,9 +322,15 @@ class Server(ABC):
     def _start_once(self) -> None:
         """Set `_process` to a process with new ports, start it and wait until it is ready."""
 
-    @abstractmethod
     def stop(self) -> None:
-        """Stop all of the server's processes; may be called more than once."""
+        """Stop all of the server's processes, by id; may be called more than once."""
+        if self._process is not None:
+            self._process.stop(also=self._daemons(self._process))
+            self._process = None
+
+    def _daemons(self, process: Process) -> list[int]:
+        """Ids of processes that left the tree."""
+        return []
 
     def __enter__(self) -> Self:
         return self.start()

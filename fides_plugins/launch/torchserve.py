@@ -137,15 +137,10 @@ class TorchServeServer(Server):
         process.start()
         process.wait_ready(self._ready, self.ready_timeout_s)
 
-    def stop(self) -> None:
-        """Stop launcher, Java and workers, by id; may be called more than once."""
-        if self._process is None:
-            return
-        java: list[int] = []
+    def _daemons(self, process: Process) -> list[int]:
         with contextlib.suppress(OSError, ValueError):
-            java = [int((self._process.folder / PID_FILE).read_text())]
-        self._process.stop(also=java)
-        self._process = None
+            return [int((process.folder / PID_FILE).read_text())]
+        return []
 
     def _command(self) -> Sequence[str]:
         models = [f"{name}={archive}" for name, archive in self.models.items()]

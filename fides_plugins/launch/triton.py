@@ -24,6 +24,7 @@ from fides_plugins.errors import ServerError
 from fides_plugins.launch.process import HOST, Process, Server, command_line, free_ports
 from fides_plugins.serving.triton.operator.api import TritonApi
 
+_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 #: Lines that every start without a GPU logs as errors.
 _HARMLESS = ("CudaDriverHelper", "NVML", "DCGM", "CUDA driver version")
 
@@ -47,11 +48,11 @@ def wheel_folder() -> Path:
             "Install it with: pip install 'fides-plugins[triton]' (Linux x86-64 with glibc 2.35 or newer only).",
         )
     folder = Path(next(iter(spec.submodule_search_locations))) / "tritonserver"
-    stub = folder / "python_backend_stubs" / _python_version()
+    stub = folder / "python_backend_stubs" / _PYTHON
     for needed in (folder / "bin" / "tritonserver", stub):
         if not needed.exists():
             raise ServerError(
-                f"The wheel nvidia-pytriton has no {needed.name!r} for Python {_python_version()}.",
+                f"The wheel nvidia-pytriton has no {needed.name!r} for Python {_PYTHON}.",
                 "Use nvidia-pytriton 0.7.0 with Python 3.10 to 3.12.",
             )
     return folder
@@ -66,17 +67,13 @@ def is_available() -> bool:
     return True
 
 
-def _python_version() -> str:
-    return f"{sys.version_info.major}.{sys.version_info.minor}"
-
-
 def _make_backends(target: Path) -> Path:
     """Put the python backend and the stub for this interpreter into `target/python`."""
     wheel = wheel_folder()
     backend = target / "python"
     if not backend.exists():
         shutil.copytree(wheel / "backends" / "python", backend, ignore=shutil.ignore_patterns("__pycache__"))
-        for file in (wheel / "python_backend_stubs" / _python_version()).iterdir():
+        for file in (wheel / "python_backend_stubs" / _PYTHON).iterdir():
             shutil.copy2(file, backend / file.name)
     return target
 
@@ -215,13 +212,11 @@ class TritonServer(Server):
 
     def stop(self) -> None:
         """Stop the server and its stubs; may be called more than once."""
-        if self._process is not None:
-            self._process.stop()
-            self._process = None
-            # A killed process leaves its shared memory behind.
-            for region in Path("/dev/shm").glob(f"{self._id}*"):
-                with contextlib.suppress(OSError):
-                    region.unlink()
+        super().stop()
+        # A killed process leaves its shared memory behind.
+        for region in Path("/dev/shm").glob(f"{self._id}*") if self._id else ():
+            with contextlib.suppress(OSError):
+                region.unlink()
 
     def stub_pids(self, model: str) -> list[int]:
         """Process ids of the python-backend instances of `model`, found among the server's children."""

@@ -149,7 +149,7 @@ def check_plugin(
     """
     report = CheckReport(name or plugin_name(plugin))
     limits = {**TIME_LIMITS_MS, **(limits_ms or {})}
-    make = make_query or _default_query
+    make = make_query or (lambda n_rows, n_classes: fake_query(fake_logits(n_rows, n_classes)))
     for k in class_counts:
         bundle = memory_bundle(k, n_calibration=199)
         values = {"plugins": {"options": {report.name: dict(options or {})}}}
@@ -165,10 +165,6 @@ def check_plugin(
     if raises and report.problems:
         raise PluginError(f"Plug-in {report.name!r} breaks its contract: " + " ".join(report.problems))
     return report
-
-
-def _default_query(n_rows: int, n_classes: int) -> Query:
-    return fake_query(fake_logits(n_rows, n_classes))
 
 
 def _calls(query: Query, k: int, sound: bool = True) -> list[tuple[str, dict[str, Any]]]:

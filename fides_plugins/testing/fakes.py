@@ -7,7 +7,7 @@ package `onnx` (extra `testing`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,19 +85,14 @@ def make_bundle(
     manifest:
         Fields of the manifest to set otherwise.
     """
-    return write_bundle(folder, *_parts(n_classes, output_kind, n_calibration, manifest))
+    made = memory_bundle(n_classes, output_kind, n_calibration, **manifest)
+    return write_bundle(folder, made.manifest, {name: made.file(name) for name in made.file_names})
 
 
 def memory_bundle(
     n_classes: int = 10, output_kind: OutputKind = "logits", n_calibration: int = 999, **manifest: Any
 ) -> Bundle:
     """The bundle of `make_bundle`, in memory: a few kilobytes for ten classes, and nothing on disk."""
-    return Bundle.in_memory(*_parts(n_classes, output_kind, n_calibration, manifest))
-
-
-def _parts(
-    n_classes: int, output_kind: OutputKind, n_calibration: int, manifest: Mapping[str, Any]
-) -> tuple[Manifest, dict[str, bytes]]:
     logits = fake_logits(n_calibration, n_classes, seed=7)
     service, reference = fake_service(logits, seed=8).probabilities, softmax(logits)
     tv = np.clip(DIVERGENCES["total_variation"](service, reference), 0, 1)
@@ -119,4 +114,4 @@ def _parts(
         "reclassifier.onnx": reference_reclassifier_onnx(),
         "calibration.json": calibration_file(scores),
     }
-    return Manifest(**fields), files
+    return Bundle.in_memory(Manifest(**fields), files)

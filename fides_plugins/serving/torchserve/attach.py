@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,9 @@ class Attachment:
 
     original_handler: str
     handler: str
-    added: Sequence[str] = field(default=())
-    changed: Sequence[str] = field(default=())
-    notes: Sequence[str] = field(default=())
+    added: Sequence[str] = ()
+    changed: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
 
 def attach(
@@ -234,11 +234,7 @@ def _rewritten(manifest: Mapping[str, Any], config_name: str) -> bytes:
 
 
 def _record(original: ModelArchive, changed: Mapping[str, bytes], files: Mapping[str, bytes]) -> bytes:
-    before = {}
-    for name in changed:
-        entry = original.get(name)
-        assert entry is not None  # only existing entries are changed
-        before[name] = base64.b64encode(entry.read()).decode("ascii")
+    before = {e.name: base64.b64encode(e.read()).decode("ascii") for e in original.entries if e.name in changed}
     record = {"version": RECORD_VERSION, "added": sorted([*files, RECORD]), "before": before}
     return json.dumps(record, indent=2).encode()
 
