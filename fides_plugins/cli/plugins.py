@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import keyword
 import logging
+import re
 import sys
 from dataclasses import asdict
+from importlib import resources
 from pathlib import Path
+from string import Template
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fides_plugins import __version__
 from fides_plugins.cli._output import AsJson, console, print_json, print_table
+from fides_plugins.errors import InputError, SettingsError
 
 if TYPE_CHECKING:
     from fides_plugins.manager import FidesPluginManager
@@ -25,6 +31,9 @@ HOOK_ORDER = (
     "fides_unconfigure",
     "fides_attacks",
 )
+#: Hooks that a new package can start from.
+HOOKS = ("verify", "detect", "reclassify", "record")
+_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
 def register(app: typer.Typer) -> None:
@@ -81,9 +90,7 @@ def new(
     into: Annotated[Path, typer.Option("--into", help="Folder in which the package's folder is made.")] = Path("."),
 ) -> None:
     """Make a ready package: entry point, one hook, its tests, README."""
-    from fides_plugins.cli._new_plugin import write_package
-
-    folder = write_package(name, hook, into)
+    folder = _write_package(name, hook, into)
     typer.echo(f"Made {folder}. Next:")
     typer.echo(f"  pip install -e '{folder}[test]' && pytest {folder}")
     typer.echo("  fides plugins")
@@ -98,7 +105,6 @@ def check(
 
     The module may be in the current folder, as for `python -m`; a server looks only on its own path.
     """
-    from fides_plugins.errors import SettingsError
     from fides_plugins.manager import import_target
     from fides_plugins.testing import check_plugin
 
@@ -124,6 +130,44 @@ def check(
         typer.echo(f"{report.name} {verdict} ({len(report.calls)} calls{'; ' + times if times else ''}).")
     if not report.ok:
         raise typer.Exit(1)
+
+
+def _write_package(name: str, hook: str, into: Path) -> Path:
+    """Write the package `name` with an implementation of `hook` from the templates into a new folder below `into`."""
+    distribution = name.replace("_", "-").lower()
+    if not _NAME.fullmatch(distribution) or keyword.iskeyword(distribution):
+        raise InputError(f"{name!r} cannot be a package name.", "Use lower-case words and hyphens: fides-quiet-hours.")
+    chosen = hook.removeprefix("fides_")
+    if chosen not in HOOKS:
+        raise InputError(f"{hook!r} is no hook that a new package can start from.", f"Use one of: {', '.join(HOOKS)}.")
+    folder = into / distribution
+    if folder.exists():
+        raise InputError(f"{folder} exists already.", "Choose another name or folder.")
+    plugin = distribution.removeprefix("fides-")
+    module = distribution.replace("-", "_")
+    values = {
+        "distribution": distribution,
+        "module": module,
+        "plugin": plugin,
+        "class_name": "".join(part.capitalize() for part in plugin.split("-")),
+        "hook": f"fides_{chosen}",
+        # This release's hooks; added arguments do not break a plug-in, so no upper bound.
+        "fides_version": __version__,
+    }
+    files = {
+        "pyproject.toml": "pyproject.toml",
+        "README.md": "README.md",
+        f"src/{module}/__init__.py": f"{chosen}.py",
+        f"src/{module}/py.typed": "",
+        f"tests/test_{module}.py": f"test_{chosen}.py",
+    }
+    templates = resources.files("fides_plugins.cli") / "templates"
+    for path, template in files.items():
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source = templates.joinpath(f"{template}.tmpl").read_text(encoding="utf-8") if template else ""
+        target.write_text(Template(source).substitute(values), encoding="utf-8")
+    return folder
 
 
 def _stops_start(manager: FidesPluginManager, required: tuple[str, ...]) -> list[str]:

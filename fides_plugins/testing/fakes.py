@@ -26,13 +26,28 @@ from fides_plugins.bundle import (
     write_bundle,
 )
 from fides_plugins.statistics.divergences import DIVERGENCES, score
-from fides_plugins.testing.graphs import (
-    INPUT_NAME,
-    linear_onnx,
-    reference_reclassifier_onnx,
-    total_variation_detector_onnx,
-)
 from fides_plugins.types import OutputKind, Prediction, Query, softmax
+
+#: Name of the input tensor of fake queries and of the fake verification model.
+INPUT_NAME = "pixels"
+#: Opset of every graph made here; old enough for any supported onnxruntime.
+OPSET = 17
+#: A detector graph whose score is the total variation between both distributions.
+_TOTAL_VARIATION = """
+detector (float[N,K] service, float[N,K] verification) => (float[N] score)
+<int64[1] axes = {1}, float half = {0.5}, float zero = {0.0}, float one = {1.0}> {
+    difference = Sub(service, verification)
+    absolute = Abs(difference)
+    total = ReduceSum<keepdims = 0>(absolute, axes)
+    raw = Mul(total, half)
+    score = Clip(raw, zero, one)
+}
+"""
+#: A re-classifier graph that answers with the reference.
+_REFERENCE = """
+reclassifier (float[N,K] service, float[N,K] verification) => (float[N,K] probabilities)
+{ probabilities = Identity(verification) }
+"""
 
 
 def fake_logits(n_rows: int = 8, n_classes: int = 10, seed: int = 0, margin: float = 4.0) -> NDArray[np.float32]:
@@ -110,8 +125,31 @@ def memory_bundle(
     }
     files = {
         "verification.onnx": linear_onnx(np.eye(n_classes, dtype=np.float32)),
-        "detector.onnx": total_variation_detector_onnx(),
-        "reclassifier.onnx": reference_reclassifier_onnx(),
+        "detector.onnx": _graph(_TOTAL_VARIATION),
+        "reclassifier.onnx": _graph(_REFERENCE),
         "calibration.json": calibration_file(scores),
     }
     return Bundle.in_memory(Manifest(**fields), files)
+
+
+def linear_onnx(weight: NDArray[np.float32], input_name: str = INPUT_NAME, output_name: str = "logits") -> bytes:
+    """An ONNX graph x (N, D) -> x @ weight (N, K)."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    d, k = weight.shape
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", [input_name, "weight"], [output_name])],
+        "linear",
+        [helper.make_tensor_value_info(input_name, TensorProto.FLOAT, ["N", d])],
+        [helper.make_tensor_value_info(output_name, TensorProto.FLOAT, ["N", k])],
+        [numpy_helper.from_array(np.asarray(weight, np.float32), "weight")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8)
+    return bytes(model.SerializeToString())
+
+
+def _graph(text: str) -> bytes:
+    """A model from a graph in ONNX's own notation."""
+    import onnx
+
+    return bytes(onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": {OPSET}]> {text}').SerializeToString())
