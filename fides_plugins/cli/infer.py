@@ -186,8 +186,5 @@ def _show(answer: Answer, bundle: Bundle, as_json: bool) -> None:
         print_json({"rows": rows, "receipt_refused": code})
         return
     columns = ("status", "class_name", "score", "p_value", "reason")
-    print_table("Verdict", columns, [["" if r[c] is None else _text(r[c]) for c in columns] for r in rows])
-
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    texts = [[f"{r[c]:.4g}" if isinstance(r[c], float) else str(r[c] or "") for c in columns] for r in rows]
+    print_table("Verdict", columns, texts)

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -192,10 +192,10 @@ def _order(manager: FidesPluginManager) -> dict[str, list[str]]:
 
 
 def _print(manager: FidesPluginManager, stops: list[str], without_bundle: bool) -> None:
-    rows: list[Any] = []
-    for plugin in manager.report.plugins:
-        what = ", ".join(h.removeprefix("fides_") for h in plugin.hooks)
-        rows.append((plugin.name, plugin.state, what, plugin.source))
+    rows = [
+        (p.name, p.state, ", ".join(h.removeprefix("fides_") for h in p.hooks), p.source)
+        for p in manager.report.plugins
+    ]
     if rows:
         print_table("Plug-ins, in load order", ("plug-in", "state", "hooks", "from"), rows, "left")
         order = [(hook, " > ".join(names)) for hook, names in _order(manager).items() if names]

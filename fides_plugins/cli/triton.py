@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -172,7 +174,11 @@ def watch_triton(
     from fides_plugins.serving.triton.operator.watch import Watcher, watch_forever
 
     def report(event: Event) -> None:
-        _print_event(event, as_json)
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        if as_json:
+            typer.echo(json.dumps({"time": now, **event.__dict__}))
+        else:
+            typer.echo(f"{now} {event.kind} {event.model} ({event.seconds:.2f} s) {event.detail}".rstrip())
 
     watcher = Watcher(
         TritonApi(url), model=model, timeout_s=timeout, heal=not once, inputs=_read_data(data), report=report
@@ -208,17 +214,6 @@ def reset_triton(
         console().print(f"{done.step} is a new process; the service alarm of {model} {what}.")
     if done.under_attack:
         raise typer.Exit(1)
-
-
-def _print_event(event: Event, as_json: bool) -> None:
-    import json
-    from datetime import datetime, timezone
-
-    now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-    if as_json:
-        typer.echo(json.dumps({"time": now, **event.__dict__}))
-    else:
-        typer.echo(f"{now} {event.kind} {event.model} ({event.seconds:.2f} s) {event.detail}".rstrip())
 
 
 register_attach = adds("triton", attach_triton)

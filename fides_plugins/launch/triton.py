@@ -71,10 +71,8 @@ def _make_backends(target: Path) -> Path:
     """Put the python backend and the stub for this interpreter into `target/python`."""
     wheel = wheel_folder()
     backend = target / "python"
-    if not backend.exists():
-        shutil.copytree(wheel / "backends" / "python", backend, ignore=shutil.ignore_patterns("__pycache__"))
-        for file in (wheel / "python_backend_stubs" / _PYTHON).iterdir():
-            shutil.copy2(file, backend / file.name)
+    shutil.copytree(wheel / "backends" / "python", backend, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(wheel / "python_backend_stubs" / _PYTHON, backend, dirs_exist_ok=True)
     return target
 
 

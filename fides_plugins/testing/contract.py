@@ -230,27 +230,26 @@ def _check_call(
     k: int,
     report: CheckReport,
     limit_ms: float,
-    again: bool = False,
 ) -> None:
     query: Query = arguments["query"]
     where = f"{hook} with N={query.n_rows}, K={k}"
     before = {name: _digest(value) for name, value in arguments.items()}
-    start = time.perf_counter()
-    try:
-        results = getattr(manager.hook, hook)(**arguments)
-    except Exception as error:  # as above
-        hint = " (arguments are read-only: copy before you write)" if "read-only" in str(error) else ""
-        report.add(f"{where} raised {_text(error)}{hint}.")
-        return
-    finally:
-        for argument, value in arguments.items():
-            if _digest(value) != before[argument]:
-                report.add(f"{where} changed its argument `{argument}`.")
-    spent = (time.perf_counter() - start) * 1000.0
-    if spent > limit_ms and not again:
+    for _ in range(2):
         # Other work on the machine can hold up one call; a slow plug-in is slow twice.
-        _check_call(manager, hook, arguments, k, report, limit_ms, again=True)
-        return
+        start = time.perf_counter()
+        try:
+            results = getattr(manager.hook, hook)(**arguments)
+        except Exception as error:  # as above
+            hint = " (arguments are read-only: copy before you write)" if "read-only" in str(error) else ""
+            report.add(f"{where} raised {_text(error)}{hint}.")
+            return
+        finally:
+            for argument, value in arguments.items():
+                if _digest(value) != before[argument]:
+                    report.add(f"{where} changed its argument `{argument}`.")
+        spent = (time.perf_counter() - start) * 1000.0
+        if spent <= limit_ms:
+            break
     report.calls.append(CallTime(hook, query.n_rows, k, bool(results), spent))
     if spent > limit_ms:
         report.add(f"{where} took {spent:.0f} ms; at most {limit_ms:.0f} ms are allowed.")

@@ -178,9 +178,11 @@ def write_folder(root: Path, archive: ModelArchive) -> None:
 def _checked(source: Path, form: Form, entries: Sequence[Entry], comment: bytes = b"") -> ModelArchive:
     manifests = [e.name for e in entries if e.name == MANIFEST or e.name.endswith(f"/{MANIFEST}")]
     prefix = manifests[0][: -len(MANIFEST)] if len(manifests) == 1 else ""
-    if not manifests or any(not _inside(e.name, prefix) for e in entries):
+    # The folder around everything, where there is one, is an entry itself in some archives.
+    outside = [e for e in entries if not e.name.startswith(prefix) and e.name.rstrip("/") + "/" != prefix]
+    if not manifests or outside:
         raise InputError(f"{source.name} is no model archive: it has no {MANIFEST} at its top.", _LIMIT)
-    # The folder around everything becomes the entry with the empty name.
+    # It becomes the entry with the empty name.
     plain = [Entry(e.name[len(prefix) :], e.open, e.info) for e in entries]
     for entry in plain:
         parts = PurePosixPath(entry.name)
@@ -190,10 +192,6 @@ def _checked(source: Path, form: Form, entries: Sequence[Entry], comment: bytes 
     if twice:
         raise InputError(f"{source.name} holds {twice[0]!r} twice.", "Build the archive again.")
     return ModelArchive(form, prefix, tuple(plain), comment)
-
-
-def _inside(name: str, prefix: str) -> bool:
-    return name.startswith(prefix) or name.rstrip("/") + "/" == prefix
 
 
 def _zip_entry(zipped: zipfile.ZipFile, info: zipfile.ZipInfo) -> Entry:

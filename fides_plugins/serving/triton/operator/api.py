@@ -116,9 +116,6 @@ class TritonApi:
         self.metrics_url = metrics_url or f"http://{self.host}:8002/metrics"
         self.timeout_s = timeout_s
 
-    def __repr__(self) -> str:
-        return f"TritonApi({self.host}:{self.port})"
-
     def exchange(
         self,
         method: str,

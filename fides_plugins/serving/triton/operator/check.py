@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fides_plugins.codec import OutputCodec
-from fides_plugins.errors import InputError, ServerError
+from fides_plugins.errors import InputError
 from fides_plugins.serving.finding import CheckFinding
 from fides_plugins.serving.triton import wire
 from fides_plugins.serving.triton.config import parse_json, queue_problem
@@ -64,17 +64,10 @@ def check(
     ServerError
         If the server cannot be reached or `model` is not served, or not protected.
     """
-    try:
-        ready = api.ready()
-    except OSError as error:
-        raise ServerError(
-            f"Triton at {api.host}:{api.port} cannot be reached ({error}).", "Check the address."
-        ) from None
-    findings = [
-        CheckFinding("server ready", ready, "" if ready else "some model is not ready", "" if ready else "See its log.")
-    ]
     (item,) = find_protected(api, model)
-    findings.append(_state(item))
+    ready = api.ready()
+    detail, remedy = ("", "") if ready else ("some model is not ready", "See its log.")
+    findings = [CheckFinding("server ready", ready, detail, remedy), _state(item)]
     if api.host in _LOCAL:
         findings.append(_shared_memory())
     problem, remedy = queue_problem(parse_json(api.config(item.base)))
