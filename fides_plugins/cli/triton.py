@@ -98,16 +98,11 @@ def attach_triton(
     out.print(f"{done.public}: protected; {done.verdict_model} adds the verdict; {done.base} is the bare model.")
     for note in done.notes:
         out.print(f"Note: {note}")
+    flagged, plain = "Start tritonserver with:", "Start tritonserver as before."
     if live:
         out.print("The running server was switched.")
-    if live and done.flag:
-        out.print(f"Its next start needs: {done.flag}", soft_wrap=True)
-    elif live:
-        out.print("Its next start needs nothing more.")
-    elif done.flag:
-        out.print(f"Start tritonserver with: {done.flag}", soft_wrap=True)
-    else:
-        out.print("Start tritonserver as before.")
+        flagged, plain = "Its next start needs:", "Its next start needs nothing more."
+    out.print(f"{flagged} {done.flag}" if done.flag else plain, soft_wrap=True)
 
 
 def detach_triton(

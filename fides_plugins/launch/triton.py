@@ -60,11 +60,10 @@ def wheel_folder() -> Path:
 
 def is_available() -> bool:
     """Whether a Triton server can be started here."""
-    try:
+    with contextlib.suppress(ServerError):
         wheel_folder()
-    except ServerError:
-        return False
-    return True
+        return True
+    return False
 
 
 def _make_backends(target: Path) -> Path:
