@@ -24,17 +24,18 @@ from torch import nn
 from examples.glyphs.__main__ import CHARACTERS, FONTS, draw
 from examples.study import logits_of, train_network
 from fides_plugins.training.data import Dataset
+from fides_plugins.training.distil.augmentation import augment
 from fides_plugins.training.distil.distillation import (
     DistillationSettings,
     TransferSet,
     agreement,
-    augment,
     distil,
     predict,
 )
 from fides_plugins.training.distil.gdtl import Search
+from fides_plugins.training.distil.networks import small_cnn
 from fides_plugins.training.distil.pretrained import PretrainedNetwork, without_last_linear
-from fides_plugins.training.distil.students import Student, small_cnn
+from fides_plugins.training.distil.students import Student
 from fides_plugins.types import Float32Array
 
 WIDTH = 12
@@ -86,7 +87,7 @@ class _Study:
         """A transfer set from `n` rows, and 300 rows that choose the steps."""
         order = np.random.default_rng(seed).permutation(len(self.images))
         chosen, held = order[:n], order[-300:]
-        shown, labels = augment(self.images[chosen], self.labels[chosen], TRANSFER_ROWS // n - 1, seed)
+        shown, labels, _ = augment(self.images[chosen], self.labels[chosen], TRANSFER_ROWS // n - 1, seed)
         held_images = self.images[held]
         return (
             TransferSet(shown, logits_of(self.service, shown), labels),

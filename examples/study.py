@@ -26,7 +26,7 @@ from fides_plugins.onnx_model import OnnxModel
 from fides_plugins.training.attacks import default_registry
 from fides_plugins.training.attacks.model import Victim
 from fides_plugins.training.data import Dataset
-from fides_plugins.training.distil.distillation import Augmentation, augment
+from fides_plugins.training.distil.augmentation import Augmentation, augment
 from fides_plugins.training.evaluation.evaluate import evaluate
 from fides_plugins.training.evaluation.report import render
 from fides_plugins.training.evaluation.service_attacks import attack_from_inside
@@ -111,7 +111,7 @@ def train_network(
     labels = torch.from_numpy(rows.labels)
     network.train()
     for epoch in range(epochs):
-        copies, _ = augment(rows.images, None, 1, seed * 100_003 + epoch, chosen)
+        copies, _, _ = augment(rows.images, None, 1, seed * 100_003 + epoch, chosen)
         images = torch.from_numpy(copies[n:])
         order = torch.randperm(n, generator=generator)
         for start in range(0, n // size * size, size):

@@ -7,7 +7,7 @@ from torch import nn
 from examples.study import Example, Split, convolution, main
 from fides_plugins.demo.digits import CLASS_NAMES, Rows, load_digits_split
 from fides_plugins.training.data import Dataset
-from fides_plugins.training.distil.distillation import Augmentation
+from fides_plugins.training.distil.augmentation import Augmentation
 from fides_plugins.training.fit import FitOptions
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from examples.study import Example, Split, convolution, main, split_dataset
 from fides_plugins.training.data import Dataset
-from fides_plugins.training.distil.distillation import Augmentation
+from fides_plugins.training.distil.augmentation import Augmentation
 from fides_plugins.training.fit import FitOptions
 
 #: Look-alikes that no one could tell apart without context are left out (O and 0, l and I, c and C, ...).

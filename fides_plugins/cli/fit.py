@@ -46,7 +46,10 @@ def fit(
     ] = "",
     data: Annotated[
         Path | None,
-        service_option(help="An .npz file with `images` and optionally `labels`, or a folder of images by class."),
+        service_option(
+            help="An .npz file with the rows, named as the service's input, and optionally `labels` and `groups`; "
+            "or a folder of images by class."
+        ),
     ] = None,
     predictions: Annotated[
         Path | None, typer.Option(help="Instead of service and data: an .npz file with both models' answers.")
@@ -69,6 +72,12 @@ def fit(
     temperature: Annotated[float, _model(min=0.1, help="Temperature of the distillation.")] = 5.0,
     alpha: Annotated[float, _model(min=0.0, help="Weight of the service's answer.")] = 0.8,
     beta: Annotated[float, _model(min=0.0, help="Weight of the labels.")] = 0.2,
+    input_kind: Annotated[
+        str, service_option(help="image, vector, tokens, bytes or audio. Default: found from the rows.")
+    ] = "",
+    augment: Annotated[
+        str, _model(help="auto: ask the service about changed copies of the rows, too; none: only about the rows.")
+    ] = "auto",
     flip: Annotated[
         bool, _model("--flip", help="A mirrored image has the same class, so train on mirrored copies too.")
     ] = False,
@@ -102,6 +111,9 @@ def fit(
     student_mean: Annotated[str, _own(help="Mean of its normalisation, one number per channel: 0.5,0.5,0.5.")] = "",
     fine_tune_rate: Annotated[float, _own(min=1e-7, help="Highest learning rate of its unfrozen layers.")] = 4e-3,
     student_std: Annotated[str, _own(help="Standard deviation, likewise.")] = "",
+    student_from_scratch: Annotated[
+        bool, _own(help="Train the whole network from its first weights; it gives the classes itself.")
+    ] = False,
     engine: Annotated[str, _workers(help="What runs the distillation: local, torchrun or ray.")] = "local",
     workers: Annotated[int, _workers(min=1, help="Workers, for torchrun and ray.")] = 2,
     address: Annotated[str, _workers(help="Ray cluster; a local one is started where none is given.")] = "",
@@ -111,7 +123,9 @@ def fit(
     ] = None,
 ) -> None:
     """Make a bundle: verification model, detector, re-classifier and calibration."""
-    given = dict(locals())
+    given = {**locals(), "augment": augment != "none"}
+    if augment not in ("auto", "none"):
+        raise SettingsError(f"There is no augmentation {augment!r}.", "Choose auto or none.")
     if predictions is not None:
         if service or data is not None:
             raise SettingsError("--predictions stands in for --service and --data.", "Give one or the other.")
@@ -143,6 +157,7 @@ def fit(
         channels=student_channels,
         mean=_numbers(student_mean, "--student-mean"),
         std=_numbers(student_std, "--student-std"),
+        from_scratch=student_from_scratch,
     )
     rest = {option: given[option] for option in ("seed", "cache", "name", "bundle_version")}
     rest |= {"options": options, "students": students}
@@ -186,6 +201,8 @@ def _ticks(bar: Progress) -> stages.Progress:
 
 def show(report: FitReport) -> None:
     """Print a report for people."""
+    from fides_plugins.readiness import Readiness
+    from fides_plugins.training.stages import KEPT_BY_CHANGE
 
     def cost(value: Any) -> tuple[str, str]:
         return ("unknown", "unknown") if value is None else (f"{value.parameters:,}", f"{value.macs:,}")
@@ -201,6 +218,11 @@ def show(report: FitReport) -> None:
         rows,
     )
     screen = console()
+    screen.print(report.kind)
+    if report.changes:
+        kept = ", ".join(f"{name} {share:.0%}" for name, share in report.changes.items())
+        none = "" if max(report.changes.values()) >= KEPT_BY_CHANGE else ", so no copies were used"
+        screen.print(f"Changed copies that kept their class: {kept}{none}.")
     met = "" if report.reached else " (less than wanted; see --agreement, --max-cost, --max-size)"
     screen.print(f"Chosen: {report.student}, agreement {report.agreement:.4f} on rows that no training saw{met}.")
     if report.service_accuracy is not None and report.verification_accuracy is not None:
@@ -223,6 +245,9 @@ def show(report: FitReport) -> None:
         screen.print(
             f"The service answers so already: {report.told_form}. What was trained has learned from such answers."
         )
+    readiness = Readiness.model_validate(report.readiness)
+    screen.print(readiness.sentence())
+    print_table("Ready for", ("mode", "grade", "why"), readiness.table(), justify="left")
     if report.scale != 1.0:
         screen.print(f"Pixel values were multiplied by {report.scale:.6g}.")
     screen.print(f"Bundle {report.bundle}, digest {report.digest[:16]}..., {sum(report.seconds.values()):.0f} s.")
@@ -255,7 +280,7 @@ def _from_predictions(
 
 def _students(specs: Sequence[str], weights: Sequence[Path], **form: Any) -> stages.MakeStudents | None:
     if not specs:
-        if weights or any(v is not None for v in form.values()):
+        if weights or any(v not in (None, False) for v in form.values()):
             raise SettingsError("The options --student-... describe a student.", "Name it with --student.")
         return None
     if weights and len(weights) != len(specs):

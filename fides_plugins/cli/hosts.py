@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import typer
 import typer.main
 from typer.core import TyperGroup
 
+from fides_plugins.cli._output import console
 from fides_plugins.errors import FidesError, PluginError, SettingsError
+from fides_plugins.settings import Settings
 
 ENTRY_POINT_GROUP = "fides_plugins.hosts"
 
@@ -54,6 +57,26 @@ def assignments(pairs: Sequence[str] | None) -> dict[str, str]:
             raise SettingsError(f"--set {pair!r} is not of the form key=value.")
         values[key] = value
     return values
+
+
+def graded(folder: Path, mode: str, force: bool) -> dict[str, str] | None:
+    """The grade of a bundle for a mode, told on standard error first; None where its fit measured none.
+
+    Raises
+    ------
+    FidesError
+        If there is no such bundle or mode, or the grade is FAIL and `force` is not given.
+    """
+    from fides_plugins.bundle import Bundle
+    from fides_plugins.readiness import Readiness, require_ready
+
+    bundle = Bundle.load(folder)
+    found = require_ready(bundle, Settings.from_mapping({"mode": mode}).mode, force)
+    readiness = Readiness.of(bundle)
+    if found is None or readiness is None:
+        return None
+    console(stderr=True).print(f"{found.grade} for {mode}. {readiness.sentence()}", markup=False)
+    return found._asdict()
 
 
 class _HostGroup(TyperGroup):

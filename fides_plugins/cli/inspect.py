@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fides_plugins.cli._output import AsJson, print_json, print_table
+from fides_plugins.cli._output import AsJson, console, print_json, print_table
 
 
 def register(app: typer.Typer) -> None:
@@ -21,6 +21,7 @@ def inspect(
 ) -> None:
     """Check every digest of a bundle and show what it holds."""
     from fides_plugins.bundle import Bundle
+    from fides_plugins.readiness import Readiness
 
     loaded = Bundle.load(bundle)
     manifest = loaded.manifest
@@ -39,6 +40,10 @@ def inspect(
         rows.append(("input", f"{manifest.input.name} {manifest.input.dtype} {shape}"))
     if manifest.calibration is not None:
         rows.append(("calibration", f"{manifest.calibration.n_rows} rows"))
+    readiness = Readiness.of(loaded)
+    if readiness is not None:
+        console().print(readiness.sentence(), markup=False)
+        print_table("Ready for", ("mode", "grade", "why"), readiness.table(), justify="left")
     print_table(f"Bundle {manifest.name}", ("what", "value"), rows)
     print_table(
         "Files (all digests hold)",

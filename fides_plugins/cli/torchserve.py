@@ -10,10 +10,14 @@ from typing import Annotated
 import typer
 
 from fides_plugins.cli._output import AsJson, console, print_findings, print_json, read_file
-from fides_plugins.cli.hosts import adds, assignments
+from fides_plugins.cli.hosts import adds, assignments, graded
 from fides_plugins.errors import SettingsError
 
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace the output if it exists.")]
+Insist = Annotated[
+    bool,
+    typer.Option("--force", "-f", help="Replace the output if it exists; attach a bundle that fails for the mode."),
+]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Where the new archive goes.")]
 
 
@@ -31,7 +35,7 @@ def attach_torchserve(
     vendor: Annotated[bool, typer.Option("--vendor", help="Put the package into the archive.")] = False,
     python: Annotated[str, typer.Option(help="The server's Python, to import the handler with.")] = "",
     skip_import_check: Annotated[bool, typer.Option("--skip-import-check", help="Do not import the handler.")] = False,
-    force: Force = False,
+    force: Insist = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a protected copy of a model archive."""
@@ -49,6 +53,7 @@ def attach_torchserve(
         except yaml.YAMLError:
             raise SettingsError(f"--set {key}: the value is not valid yaml.") from None
     section = nest(section, prefix="")
+    readiness = graded(bundle, str(section["mode"]), force)
     done = attach(
         archive,
         bundle,
@@ -60,7 +65,7 @@ def attach_torchserve(
         check_import=not skip_import_check,
     )
     if as_json:
-        print_json({"output": str(output), **asdict(done)})
+        print_json({"output": str(output), **asdict(done), "readiness": readiness})
         return
     out = console()
     out.print(f"{output.name} is protected in mode {section['mode']}.")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fides_plugins.cli._output import AsJson, console, print_findings, print_json
-from fides_plugins.cli.hosts import adds, assignments
+from fides_plugins.cli.hosts import adds, assignments, graded
 from fides_plugins.errors import InputError, SettingsError
 
 if TYPE_CHECKING:
@@ -68,6 +68,9 @@ def attach_triton(
         list[str] | None,
         typer.Option("--set", help="Any setting, as key=value; may be repeated."),
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", "-f", help="Attach although the bundle fails for the mode.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Protect MODEL of a Triton REPOSITORY with new files only; print the start-up flag that switches it on."""
@@ -80,6 +83,7 @@ def attach_triton(
     options = AttachOptions(
         bundle, serve_as, version or None, input_name, output_name, output_kind, decode, pass_inputs, values
     )
+    readiness = graded(bundle, str(values["mode"]), force)
     done = attach(repository, model, options, from_server=from_server, live=live)
     if as_json:
         print_json(
@@ -91,6 +95,7 @@ def attach_triton(
                 "flag": done.flag,
                 "written": sorted([*done.files, *done.links]),
                 "notes": list(done.notes),
+                "readiness": readiness,
             }
         )
         return

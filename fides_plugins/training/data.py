@@ -1,7 +1,8 @@
 """Images or vectors for training: read from a file or a folder, shaped for the service, split without leaks.
 
-Two sources are understood: an ``.npz`` file with `images` (N, ...) and optionally `labels` (N,) and
-`class_names` (K,), and a folder of pictures, one sub-folder for each class (or no sub-folder: no labels).
+Two sources are understood: an ``.npz`` file with the rows (N, ...), under the name of the service's input or any other,
+and optionally `labels` (N,), `class_names` (K,) and `groups` (N,); and a folder of pictures, one sub-folder for each
+class (or no sub-folder: no labels).
 Labels are never needed to fit a bundle, because the service model answers for every row.
 """
 
@@ -40,12 +41,15 @@ class Dataset:
         K names, or empty where the source has none.
     digest:
         SHA-256 (hex) over shape, dtype and bytes of images and labels.
+    groups:
+        (N,) or None. Rows of one group (the same user, the same file) never fall into two parts.
     """
 
     images: Array
     labels: IntArray | None = None
     class_names: tuple[str, ...] = ()
     digest: str = ""
+    groups: Array | None = None
 
     def __post_init__(self) -> None:
         if self.images.ndim < 2 or self.images.size == 0:
@@ -67,6 +71,8 @@ class Dataset:
             if self.labels.dtype.kind not in "iu":
                 raise TrainingError(f"The labels have dtype {self.labels.dtype}; expected integers.")
             object.__setattr__(self, "labels", self.labels.astype(np.int64))
+        if self.groups is not None and self.groups.shape != (len(self.images),):
+            raise TrainingError(f"There are {len(self.images)} rows and groups of shape {self.groups.shape}.")
         if not self.digest:
             object.__setattr__(self, "digest", array_digest(self.images, self.labels))
 
@@ -138,19 +144,30 @@ def load_data(path: str | Path, spec: InputSpec | None = None) -> Dataset:
     try:
         with np.load(source, allow_pickle=False) as archive:
             names = set(archive.files)
-            if "images" not in names:
-                raise TrainingError(
-                    f"{source.name} holds {sorted(names)} and no array `images`.",
-                    "Save it with numpy.savez(path, images=..., labels=...).",
-                )
-            images = archive["images"]
+            images = archive[_rows_name(source.name, names, spec)]
             labels = archive["labels"] if "labels" in names else None
+            groups = archive["groups"] if "groups" in names else None
             class_names = tuple(str(n) for n in archive["class_names"]) if "class_names" in names else ()
     except (ValueError, OSError, zipfile.BadZipFile) as error:
         raise TrainingError(
             f"{source.name} cannot be read: {error}.", "Save plain arrays with numpy.savez; objects are refused."
         ) from error
-    return Dataset(images, labels, class_names)
+    return Dataset(images, labels, class_names, groups=groups)
+
+
+def _rows_name(file: str, names: set[str], spec: InputSpec | None) -> str:
+    """The array that holds the rows: named as the service's input, or `images`, or the only one that may be it."""
+    others = sorted(names - {"labels", "class_names", "groups"})
+    for wanted in (spec.name if spec is not None else "", "images"):
+        if wanted in others:
+            return wanted
+    if len(others) != 1:
+        name = spec.name if spec is not None else "images"
+        raise TrainingError(
+            f"{file} holds {sorted(names)}, and none of these arrays is named after the service's input {name!r}.",
+            f"Save it with numpy.savez(path, {name if name.isidentifier() else 'images'}=..., labels=...).",
+        )
+    return others[0]
 
 
 def _load_folder(folder: Path, spec: InputSpec | None) -> Dataset:
@@ -253,8 +270,10 @@ def match_input(data: Dataset, spec: InputSpec, scale: float | None = None) -> t
     return replace(data, images=images), float(scale)
 
 
-def split_rows(images: Array, shares: Mapping[str, float], seed: int) -> dict[str, IntArray]:
-    """Disjoint random row indices for each name, sorted; identical images never fall into two parts.
+def split_rows(
+    images: Array, shares: Mapping[str, float], seed: int, groups: Array | None = None
+) -> dict[str, IntArray]:
+    """Disjoint random row indices for each name, sorted; identical rows never fall into two parts.
 
     Parameters
     ----------
@@ -264,6 +283,8 @@ def split_rows(images: Array, shares: Mapping[str, float], seed: int) -> dict[st
         Name to share of the rows; the shares sum to one.
     seed:
         Same seed, same split.
+    groups:
+        (N,) labels: nor do rows with the same one.
 
     Raises
     ------
@@ -274,6 +295,8 @@ def split_rows(images: Array, shares: Mapping[str, float], seed: int) -> dict[st
         raise TrainingError(f"The shares {dict(shares)} must be positive and sum to one.")
     keys = np.array([hashlib.sha256(row.tobytes()).hexdigest() for row in images])
     _, group = np.unique(keys, return_inverse=True)
+    if groups is not None:
+        group = _joined(group, groups)
     n_groups = int(group.max()) + 1
     if n_groups < len(shares):
         raise TrainingError(f"{n_groups} distinct rows cannot be split into {len(shares)} parts.", "Give more data.")
@@ -287,3 +310,16 @@ def split_rows(images: Array, shares: Mapping[str, float], seed: int) -> dict[st
     if any(len(rows) == 0 for rows in parts.values()):
         raise TrainingError(f"{len(images)} rows are too few for the parts {sorted(shares)}.", "Give more data.")
     return parts
+
+
+def _joined(first: IntArray, second: Array) -> IntArray:
+    """(N,) numbers from 0: rows that share either label, or are linked by others that do, share theirs."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    _, second = np.unique(second, return_inverse=True)
+    n = int(first.max()) + 1
+    links = coo_array((np.ones(len(first)), (first, n + second)), shape=(n + int(second.max()) + 1,) * 2)
+    _, component = connected_components(links, directed=False)
+    _, joined = np.unique(component[first], return_inverse=True)
+    return np.asarray(joined, np.int64)

@@ -11,11 +11,13 @@ from importlib import metadata
 from pathlib import Path
 
 from fides_plugins.bundle import Bundle, Manifest, ServiceSpec, check_target, write_bundle
+from fides_plugins.readiness import KEY
 from fides_plugins.training.attacks import DEFAULT_OUTPUT_ATTACKS, GENERATOR, AttackRegistry
 from fides_plugins.training.data import Dataset
 from fides_plugins.training.distil.gdtl import GdtlResult
 from fides_plugins.training.distil.workers import Worker
 from fides_plugins.training.fit_report import FitReport
+from fides_plugins.training.kinds import describe
 from fides_plugins.training.service.teacher import Teacher
 from fides_plugins.training.service.teachers import AnswerCache, load_teacher
 from fides_plugins.training.stages import (
@@ -100,7 +102,7 @@ def fit_service(
             found = distil_model(fit, split, answers, students, who)
         if who.first:
             with _timed(seconds, "detection"):
-                detection = fit_detection(fit, split, answers, found.model, attacks, registry)
+                detection = fit_detection(fit, split, answers, found, attacks, registry)
             made = _Made(fit, split, answers, found, detection)
             files = {VERIFICATION_FILE: detection.graph, **detection.artifacts.files()}
             bundle = write_bundle(out, made.manifest(name, bundle_version), files)
@@ -136,8 +138,7 @@ class _Made:
     def rows(self) -> dict[str, int]:
         """Number of rows in each part."""
         counts = {part: len(index) for part, index in self.split.parts.items()}
-        calibration = int(self.detection.artifacts.provenance["calibration_rows"])
-        return {**counts, "transfer": self.answers.transfer.n_rows, "calibration": calibration}
+        return {**counts, "transfer": self.answers.transfer.n_rows}
 
     def manifest(self, name: str, bundle_version: int) -> Manifest:
         """Of the bundle, without its files."""
@@ -155,7 +156,12 @@ class _Made:
                     "sha256": self.fit.teacher.digest,
                     "cost": self.answers.cost and asdict(self.answers.cost),
                 },
-                "data": {"sha256": split.data.digest, "rows": split.data.n_rows, "scale": split.scale},
+                "data": {
+                    "sha256": split.data.digest,
+                    "rows": split.data.n_rows,
+                    "scale": split.scale,
+                    "kind": split.kind,
+                },
                 "rows": self.rows(),
                 "seed": self.fit.seed,
                 "options": asdict(self.fit.options),
@@ -167,6 +173,7 @@ class _Made:
                     "steps": [asdict(s) for s in found.steps],
                 },
                 "detection": self.detection.artifacts.provenance,
+                KEY: self.detection.artifacts.readiness,
                 "versions": {
                     p: metadata.version(p) for p in ("fides-plugins", "torch", "onnx", "onnxruntime", "numpy")
                 },
@@ -193,6 +200,9 @@ class _Made:
             asked=teacher.asked,
             remembered=teacher.remembered,
             scale=self.split.scale,
+            kind=describe(self.split.kind, self.split.data.images),
+            changes=dict(self.answers.changes),
+            readiness=self.detection.artifacts.readiness,
             told_form=self.detection.told_form,
             forms=self.detection.forms,
             seconds=seconds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from fides_plugins.training.costs import Cost
 from fides_plugins.training.distil.gdtl import SearchStep
@@ -23,15 +24,19 @@ class FitReport:
         The chosen student, the trade-off table, and whether the wanted agreement was reached on the
         selection rows.
     agreement:
-        On the detection rows, which had no part in distillation or selection.
+        On the calibration rows, which had no part in distillation, selection or the training of the detector.
     service_accuracy, verification_accuracy:
-        On the detection rows, where labels are known.
+        There, where labels are known.
     rows:
         Number of rows in each part.
     asked, remembered:
         Rows the service answered, and rows found in the cache of an earlier run.
     scale:
         Factor that was applied to the pixel values.
+    kind, changes:
+        A line about the kind of input, and the changes tried on copies with the share of rows that kept their class.
+    readiness:
+        JSON of `fides_plugins.readiness.Readiness`.
     told_form, forms:
         The coarse form that the service answers in (empty: none), and what share of lies would be caught in others.
     seconds:
@@ -53,6 +58,9 @@ class FitReport:
     asked: int
     remembered: int
     scale: float
+    readiness: dict[str, Any] = field(default_factory=dict)
+    kind: str = ""
+    changes: dict[str, float] = field(default_factory=dict)
     told_form: str = ""
     forms: tuple[FormCost, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)

@@ -1,8 +1,10 @@
 """The stages of a fit: each is a frozen result, made by one function from the results before it.
 
 split -> answers -> verification model -> detection. The rows are cut into three disjoint parts: for distillation, for
-choosing among students, and for detection, of which `train_on` again keeps a part that only calibrates. No part sees
-another's rows, so what is reported as agreement and as false-alarm budget holds for rows that nothing was trained on.
+choosing among students, and for calibration. What is reported as agreement and as false-alarm budget is of the last
+one, whose rows nothing was trained on or chosen by. The detector needs pairs of answers that look as they will in
+service, so from rows that the verification model did not learn from; the rows of distillation give them by
+cross-fitting: models like the chosen one learn from half of them and answer the other half.
 """
 
 from __future__ import annotations
@@ -23,12 +25,14 @@ from fides_plugins.training.costs import Cost, onnx_cost
 from fides_plugins.training.data import Dataset, load_data, match_input, split_rows
 from fides_plugins.training.detector.calibration import require_rows
 from fides_plugins.training.detector.detection import DETECTOR_FILE, DetectionArtifacts, train_on
-from fides_plugins.training.distil.distillation import Augmentation, DistillationSettings, TransferSet, augment
+from fides_plugins.training.distil.augmentation import Augmentation, augment, changes
+from fides_plugins.training.distil.distillation import DistillationSettings, TransferSet, predict
 from fides_plugins.training.distil.gdtl import GdtlResult, Search
-from fides_plugins.training.distil.students import Student, VerificationModel, built_in_students
+from fides_plugins.training.distil.students import Student, built_in_students
 from fides_plugins.training.distil.workers import Worker
 from fides_plugins.training.evaluation.forms import FormCost, form_costs
 from fides_plugins.training.export import export_onnx
+from fides_plugins.training.kinds import Kind, check_kind, input_kind
 from fides_plugins.training.predictions import Predictions, run_graph
 from fides_plugins.training.service.teacher import Teacher
 from fides_plugins.training.service.teachers import AnswerCache, output_kind
@@ -37,13 +41,20 @@ from fides_plugins.types import Float32Array, IntArray, OutputKind
 VERIFICATION_FILE = "verification.onnx"
 OUTPUT_NAME = "logits"
 
-#: Share of the rows for each part.
-SHARES = {"distillation": 0.45, "selection": 0.10, "detection": 0.45}
-#: Share of the detection rows that only calibrate.
-CALIBRATION_FRACTION = 0.5
+#: Share of the rows for each part, and the most that it gets; distillation has the rest.
+SHARES = {"calibration": 0.25, "selection": 0.10}
+MOST = {"calibration": 4_000, "selection": 1_000}
+#: Parts of the distillation rows that models like the chosen one are kept from, each in turn.
+FOLDS = 2
+#: A change is made to copies where the service keeps its class on at least this share of some rows.
+KEPT_BY_CHANGE = 0.5
+#: So many rows are asked about for it.
+CHANGES_TRIED_ON = 128
 #: The transfer set never takes more memory than this.
 MAX_TRANSFER_BYTES = 1 << 30
 MAX_COPIES = 40
+#: Copies are fewer where the service would take more multiply-adds to answer them: a minute or two.
+MAX_ASKED_MACS = 4e12
 
 #: Called as work goes on: name of the stage, units done, units in all.
 Progress = Callable[[str, int, int], None]
@@ -53,7 +64,7 @@ MakeStudents = Callable[[NDArray[Any], int], Sequence[Student]]
 
 @dataclass(frozen=True)
 class FitOptions:
-    """What can be chosen; the defaults suit small images.
+    """What can be chosen; the defaults are meant to be left alone.
 
     Attributes
     ----------
@@ -73,6 +84,10 @@ class FitOptions:
         Factor for pixel values, see `data.match_input`.
     flip:
         Mirrored copies are fine for these images.
+    input_kind:
+        One of `kinds.KINDS`; empty: found from the rows.
+    augment:
+        Whether the service is also asked about changed copies.
     output_kind:
         What the service answers; empty: told by its answers.
     """
@@ -92,6 +107,8 @@ class FitOptions:
     fine_tune_rate: float = 4e-3
     scale: float | None = None
     flip: bool = False
+    input_kind: str = ""
+    augment: bool = True
     output_kind: OutputKind | None = None
 
     def distillation(self) -> DistillationSettings:
@@ -123,13 +140,16 @@ class SplitData:
         The tensor that they are.
     scale:
         Factor that was applied to the pixel values.
+    kind:
+        Of the rows.
     parts:
-        Name of each of `SHARES` to its row indices.
+        "distillation", "selection" and "calibration" to their row indices.
     """
 
     data: Dataset
     input: InputSpec
     scale: float
+    kind: Kind
     parts: Mapping[str, IntArray]
 
     def images(self, part: str) -> NDArray[Any]:
@@ -150,17 +170,20 @@ class AnsweredData:
     codec:
         Reads its outputs, here and in every host.
     outputs:
-        (n, K) as it gave them, of "selection" and "detection".
+        (n, K) as it gave them, of each part.
     transfer:
         The distillation rows and changed copies of them, answered.
     cost:
         Of the service for one row; None where it cannot be counted.
+    changes:
+        Changes that were tried on copies, and the share of rows whose class the service kept.
     """
 
     codec: OutputCodec
     outputs: Mapping[str, Float32Array]
     transfer: TransferSet
     cost: Cost | None
+    changes: Mapping[str, float]
 
     @property
     def n_classes(self) -> int:
@@ -177,7 +200,7 @@ class FittedDetection:
     graph, spec, cost:
         The verification model's ONNX bytes, how it is called and read, and what it costs.
     rows:
-        What both models answered to the detection rows.
+        What both models answered to the calibration rows.
     artifacts:
         Detector, re-classifier and calibration.
     told_form, forms:
@@ -205,10 +228,17 @@ def split_data(fit: Fit, source: str | Path | Dataset) -> SplitData:
     spec = _spec(fit.teacher, data)
     data, scale = match_input(data, spec, fit.options.scale)
     given = InputSpec(name=spec.name, dtype=data.images.dtype.name, shape=(None, *data.images.shape[1:]))
-    parts = split_rows(data.images, SHARES, fit.seed)
-    calibration = int(CALIBRATION_FRACTION * len(parts["detection"]))
-    require_rows(calibration, CALIBRATION_FRACTION * SHARES["detection"], fit.options.false_alarm_rate)
-    return SplitData(data, given, scale, parts)
+    kind = check_kind(fit.options.input_kind, data.images) if fit.options.input_kind else input_kind(data.images)
+    shares = part_shares(data.n_rows)
+    parts = split_rows(data.images, shares, fit.seed, data.groups)
+    require_rows(len(parts["calibration"]), shares["calibration"], fit.options.false_alarm_rate)
+    return SplitData(data, given, scale, kind, parts)
+
+
+def part_shares(n_rows: int) -> dict[str, float]:
+    """The share of the rows that each part gets."""
+    shares = {part: min(share, MOST[part] / n_rows) for part, share in SHARES.items()}
+    return {"distillation": 1.0 - sum(shares.values()), **shares}
 
 
 def _spec(teacher: Teacher, data: Dataset) -> InputSpec:
@@ -226,31 +256,57 @@ def collect_answers(fit: Fit, split: SplitData) -> AnsweredData:
     TrainingError
         If the service stops answering, or a label is none of its classes.
     """
-    options, images = fit.options, split.images("distillation")
-    copies = _copies(images, options.transfer_rows)
-    shown, labels = augment(images, split.labels("distillation"), copies, fit.seed, Augmentation(flip=options.flip))
-    held = {part: split.images(part) for part in ("selection", "detection")}
-    total = len(shown) + sum(map(len, held.values()))
+    options, rows = fit.options, split.images("distillation")
+    cost = fit.teacher.cost(rows)
+    copies = _copies(rows, options.transfer_rows, cost) if options.augment else 0
+    held = {part: split.images(part) for part in ("selection", "calibration")}
+    total = len(rows) * (1 + copies) + sum(map(len, held.values()))
     done = 0
 
-    def ask(rows: NDArray[Any]) -> Float32Array:
+    def ask(asked: NDArray[Any]) -> Float32Array:
         nonlocal done
-        raw = fit.teacher.ask(rows, lambda n: fit.tell("ask the service", done + n, total))
-        done += len(rows)
+        raw = fit.teacher.ask(asked, lambda n: fit.tell("ask the service", done + n, total))
+        done += len(asked)
         return raw
 
     # The real rows first: an unusable service or label is found before thousands of copies are answered.
-    outputs = {part: ask(rows) for part, rows in held.items()}
-    split.data.check_labels(outputs["detection"].shape[1])
-    raw = ask(shown)
+    outputs = {part: ask(asked) for part, asked in held.items()} | {"distillation": ask(rows)}
+    split.data.check_labels(outputs["calibration"].shape[1])
+    kept = _tried(fit, split, outputs["distillation"]) if copies else {}
+    made = Augmentation(flip=options.flip).only([n for n, share in kept.items() if share >= KEPT_BY_CHANGE])
+    shown, labels, origins = augment(rows, split.labels("distillation"), copies, fit.seed, made, split.kind)
+    raw = (
+        np.concatenate([outputs["distillation"], ask(shown[len(rows) :])])
+        if len(shown) > len(rows)
+        else outputs["distillation"]
+    )
     codec = OutputCodec(options.output_kind or output_kind(np.concatenate([raw, *outputs.values()])))
-    return AnsweredData(codec, outputs, TransferSet(shown, codec.logits(raw), labels), fit.teacher.cost(shown))
+    transfer = TransferSet(shown, codec.logits(raw), labels, origins)
+    return AnsweredData(codec, outputs, transfer, cost, kept)
 
 
-def _copies(images: NDArray[Any], transfer_rows: int) -> int:
-    """Changed copies of each row: as many as are wanted and fit into memory."""
+def _tried(fit: Fit, split: SplitData, answers: Float32Array) -> dict[str, float]:
+    """Each change of the kind, and the share of some rows whose class the service keeps when they are changed so.
+
+    A change under which most rows become something else teaches a student what the service says to nonsense.
+    """
+    rows = split.images("distillation")
+    some = np.random.default_rng(fit.seed).permutation(len(rows))[:CHANGES_TRIED_ON]
+    own = answers[some].argmax(axis=1)
+    settings = Augmentation(flip=fit.options.flip)
+    shares = {}
+    for name in changes(split.kind, rows, settings):
+        shown, _, _ = augment(rows[some], None, 1, fit.seed, settings.only([name]), split.kind)
+        shares[name] = round(float((fit.teacher.ask(shown[len(some) :]).argmax(axis=1) == own).mean()), 4)
+    return shares
+
+
+def _copies(images: NDArray[Any], transfer_rows: int, cost: Cost | None) -> int:
+    """Changed copies of each row: as many as are wanted, fit into memory, and are answered before long."""
     wanted = transfer_rows // len(images) - 1
     affordable = MAX_TRANSFER_BYTES // max(1, images[0].size * 4 * len(images)) - 1
+    if cost is not None and cost.macs:
+        affordable = min(affordable, int(MAX_ASKED_MACS / (cost.macs * len(images))))
     return int(np.clip(min(wanted, affordable), 0, MAX_COPIES))
 
 
@@ -270,20 +326,44 @@ def distil_model(
         macs = _least(macs, options.max_cost * cost.macs)
         parameters = _least(parameters, options.max_size * cost.parameters)
     if students is None:
-        candidates: Sequence[Student] = built_in_students(rows, answers.n_classes, parameters, macs)
+        candidates: Sequence[Student] = built_in_students(rows, answers.n_classes, parameters, macs, split.kind)
     else:
         candidates = students(rows, answers.n_classes)
-    search = Search(
+    return _search(fit, split, answers, who).run(
+        candidates, parameters, macs, lambda share: fit.tell("distil", round(100 * share), 100)
+    )
+
+
+def _search(fit: Fit, split: SplitData, answers: AnsweredData, who: Worker) -> Search:
+    return Search(
         answers.transfer,
         split.images("selection"),
         answers.codec.logits(answers.outputs["selection"]),
-        options.agreement,
-        options.tolerance,
-        options.distillation(),
+        fit.options.agreement,
+        fit.options.tolerance,
+        fit.options.distillation(),
         fit.seed,
         who,
     )
-    return search.run(candidates, parameters, macs, lambda share: fit.tell("distil", round(100 * share), 100))
+
+
+def cross_fit(fit: Fit, split: SplitData, answers: AnsweredData, found: GdtlResult) -> Float32Array:
+    """Logits (n, K) of the distillation rows, each by a model like the one found that did not learn from it."""
+    rows, groups = split.images("distillation"), split.data.groups
+    own_groups = None if groups is None else groups[split.parts["distillation"]]
+    folds = split_rows(rows, {str(fold): 1.0 / FOLDS for fold in range(FOLDS)}, fit.seed, own_groups)
+    search = _search(fit, split, answers, Worker())
+    logits: Float32Array | None = None
+    for index, fold in enumerate(folds.values()):
+
+        def report(share: float, index: int = index) -> None:
+            fit.tell("cross-fit", round(100 * (index + share) / FOLDS), 100)
+
+        given = predict(search.again(found, answers.transfer.without(fold), report), rows[fold])
+        logits = np.zeros((len(rows), given.shape[1]), np.float32) if logits is None else logits
+        logits[fold] = given
+    assert logits is not None  # there are folds
+    return logits
 
 
 def _least(limit: int | None, other: float) -> int:
@@ -294,11 +374,11 @@ def fit_detection(
     fit: Fit,
     split: SplitData,
     answers: AnsweredData,
-    model: VerificationModel,
+    found: GdtlResult,
     attacks: Sequence[str],
     registry: AttackRegistry | None,
 ) -> FittedDetection:
-    """Export the verification model, and train and calibrate detection on the graph's own answers.
+    """Export the verification model, train detection by cross-fitting, and calibrate it on the graph's own answers.
 
     Raises
     ------
@@ -307,30 +387,40 @@ def fit_detection(
     SettingsError
         If an attack is unknown.
     """
-    images = split.images("detection")
+    images = split.images("calibration")
     spec = VerificationSpec(file=VERIFICATION_FILE, input_name=split.input.name, output_name=OUTPUT_NAME)
-    graph = export_onnx(model, images, spec.input_name, spec.output_name)
-    output = run_graph(OnnxModel(graph, name=spec.file), spec.output_name, **{spec.input_name: images})
-    rows = Predictions.check(
-        answers.outputs["detection"],
-        output,
-        split.labels("detection"),
-        service_codec=answers.codec,
-        verification_codec=spec.codec,
+    graph = export_onnx(found.model, images, spec.input_name, spec.output_name)
+    model = OnnxModel(graph, name=spec.file)
+
+    def pairs(parts: Sequence[str], verification: Float32Array) -> Predictions:
+        index = np.concatenate([split.parts[part] for part in parts])
+        return Predictions.check(
+            np.concatenate([answers.outputs[part] for part in parts]),
+            verification,
+            None if split.data.labels is None else split.data.labels[index],
+            service_codec=answers.codec,
+            verification_codec=spec.codec,
+        )
+
+    def answer(part: str) -> Float32Array:
+        return run_graph(model, spec.output_name, **{spec.input_name: split.images(part)})
+
+    training = pairs(
+        ("distillation", "selection"), np.concatenate([cross_fit(fit, split, answers, found), answer("selection")])
     )
+    held_out = pairs(("calibration",), answer("calibration"))
     artifacts = train_on(
-        rows,
+        training,
         attacks=attacks,
         registry=registry,
         false_alarm_rate=fit.options.false_alarm_rate,
-        calibration_fraction=CALIBRATION_FRACTION,
+        held_out=held_out,
         seed=fit.seed,
         progress=lambda share: fit.tell("train detection", round(100 * share), 100),
     )
-    _, held_out = rows.split(CALIBRATION_FRACTION, fit.seed)
     # The built-in ones: a registry of the caller's own need not have them.
     lies = [default_registry().output(name) for name in ("switch", "random")]
     detector = OnnxModel(artifacts.detector_onnx, name=DETECTOR_FILE)
     forms = form_costs(detector, held_out, lies, fit.options.false_alarm_rate, fit.seed)
-    told = answers.codec.coarse_form(answers.outputs["detection"])
-    return FittedDetection(graph, spec, onnx_cost(graph, images.shape[1:]), rows, artifacts, told, forms)
+    told = answers.codec.coarse_form(answers.outputs["calibration"])
+    return FittedDetection(graph, spec, onnx_cost(graph, images.shape[1:]), held_out, artifacts, told, forms)

@@ -18,6 +18,7 @@ from fides_plugins.bundle import (
 )
 from fides_plugins.errors import TrainingError
 from fides_plugins.onnx_model import OnnxModel
+from fides_plugins.readiness import KEY
 from fides_plugins.statistics.conformal import Calibration
 from fides_plugins.training.attacks import (
     DEFAULT_OUTPUT_ATTACKS,
@@ -26,6 +27,7 @@ from fides_plugins.training.attacks import (
     default_registry,
 )
 from fides_plugins.training.detector.calibration import LEARNED, balanced_threshold, benign_scores, require_rows
+from fides_plugins.training.detector.readiness import measure_readiness
 from fides_plugins.training.predictions import Predictions, load_predictions
 from fides_plugins.types import Float32Array
 
@@ -58,6 +60,8 @@ class DetectionArtifacts:
         The budget the rows were checked to support.
     provenance:
         JSON: seeds, row counts, temperatures, attacks, agreement.
+    readiness:
+        JSON of `readiness.Readiness`.
     """
 
     detector_onnx: bytes
@@ -66,6 +70,7 @@ class DetectionArtifacts:
     calibrations: Mapping[str, Float32Array]
     false_alarm_rate: float
     provenance: dict[str, Any] = field(default_factory=dict)
+    readiness: dict[str, Any] = field(default_factory=dict)
 
     def files(self) -> dict[str, bytes]:
         """File name to bytes."""
@@ -98,7 +103,7 @@ def train_on(
     attacks: Sequence[str] = (*DEFAULT_OUTPUT_ATTACKS, GENERATOR),
     registry: AttackRegistry | None = None,
     false_alarm_rate: float = 0.01,
-    calibration_fraction: float = CALIBRATION_FRACTION,
+    held_out: Predictions | None = None,
     seed: int = 0,
     progress: Callable[[float], None] | None = None,
 ) -> DetectionArtifacts:
@@ -115,8 +120,8 @@ def train_on(
         Where the names are looked up; the built-in attacks by default.
     false_alarm_rate:
         The smallest budget that the calibration must support.
-    calibration_fraction:
-        Share of the rows held out for calibration.
+    held_out:
+        Rows that calibrate and train nothing; by default a share of `rows` is kept for it.
     seed:
         Decides the split, the attacks and the training.
     progress:
@@ -137,8 +142,10 @@ def train_on(
 
     known = registry or default_registry()
     chosen = [known.output(name) for name in attacks if name != GENERATOR]
-    training, held_out = rows.split(calibration_fraction, seed)
-    require_rows(held_out.n_rows, calibration_fraction, false_alarm_rate)
+    training = rows
+    if held_out is None:
+        training, held_out = rows.split(CALIBRATION_FRACTION, seed)
+        require_rows(held_out.n_rows, CALIBRATION_FRACTION, false_alarm_rate)
     if training.n_rows < MIN_TRAINING_ROWS:
         raise TrainingError(
             f"{training.n_rows} rows are left for training; at least {MIN_TRAINING_ROWS} are needed.",
@@ -175,12 +182,14 @@ def train_on(
         ("probabilities", "truth"),
     )
     generator = export(networks.generator, ("service", "noise"), ("attacked",)) if GENERATOR in attacks else None
+    models = OnnxModel(detector, name=DETECTOR_FILE), OnnxModel(reclassifier, name=RECLASSIFIER_FILE)
     return DetectionArtifacts(
         detector_onnx=detector,
         reclassifier_onnx=reclassifier,
         generator_onnx=generator,
-        calibrations=benign_scores(OnnxModel(detector, name=DETECTOR_FILE), held_out),
+        calibrations=benign_scores(models[0], held_out),
         false_alarm_rate=false_alarm_rate,
+        readiness=measure_readiness(*models, held_out, false_alarm_rate, seed).model_dump(),
         provenance={
             "seed": seed,
             "attacks": list(attacks),
@@ -224,7 +233,7 @@ def fit_predictions(
         name=name,
         class_names=names,
         service=ServiceSpec(output_kind=rows.service_codec.kind, temperature=rows.service_codec.temperature),
-        provenance={"predictions": Path(path).name, "detection": artifacts.provenance},
+        provenance={"predictions": Path(path).name, "detection": artifacts.provenance, KEY: artifacts.readiness},
         **artifacts.manifest_parts(),
     )
     return write_bundle(out, manifest, artifacts.files())

@@ -1,12 +1,7 @@
-"""Distillation: a transfer set that the teacher has answered, and the training of a student on it.
-
-The teacher answers whatever it is shown, so a few rows go a long way: each one is also shown shifted, rotated,
-scaled, with noise, and mixed with another row.
-"""
+"""Distillation: a transfer set that the teacher has answered, and the training of a student on it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +12,6 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from fides_plugins.training.data import image_layout
 from fides_plugins.training.distil.workers import Session, Worker
 from fides_plugins.types import Float32Array, IntArray
 
@@ -40,6 +34,8 @@ class DistillationSettings:
         (Hinton et al. 2015; the values are those of Kumar et al. 2024). Rows without a label have no second term.
     epochs, batch_size, learning_rate, weight_decay:
         For AdamW with a one-cycle learning rate.
+    most_macs, fewest_epochs:
+        Fewer epochs, but no fewer than these, where all would take more forward multiply-adds.
     fine_tune_learning_rate:
         Highest rate for pre-trained layers.
     """
@@ -52,110 +48,38 @@ class DistillationSettings:
     learning_rate: float = 4e-3
     fine_tune_learning_rate: float = 4e-3
     weight_decay: float = 1e-4
+    most_macs: float = 1e12
+    fewest_epochs: int = 8
 
-
-@dataclass(frozen=True)
-class Augmentation:
-    """How far a shown row may differ from a real one.
-
-    Attributes
-    ----------
-    degrees, scale, shift:
-        Largest rotation, relative change of size, and shift (as a share of the image's size).
-    noise:
-        Largest standard deviation of added noise, in standard deviations of the data.
-    mix:
-        Share of copies that are blends of two rows.
-    flip:
-        Mirror half of the images left to right; wrong for anything with writing in it.
-    """
-
-    degrees: float = 15.0
-    scale: float = 0.12
-    shift: float = 0.12
-    noise: float = 0.2
-    mix: float = 0.25
-    flip: bool = False
+    def epochs_for(self, macs: int, n_rows: int) -> int:
+        """Epochs over so many rows for a student of so many multiply-adds a row."""
+        affordable = int(self.most_macs / max(1, macs * n_rows))
+        return min(self.epochs, max(self.fewest_epochs, affordable))
 
 
 @dataclass(frozen=True)
 class TransferSet:
     """Rows, the teacher's logits for them, and labels where known (-1: none).
 
-    images (N, ...) in the service's dtype; logits (N, K) float32; labels (N,) int64.
+    images (N, ...) in the service's dtype; logits (N, K) float32; labels (N,) int64; origins (N, 2) as `augment` gives
+    them.
     """
 
     images: NDArray[Any]
     logits: Float32Array
     labels: IntArray
+    origins: IntArray | None = None
+
+    def without(self, rows: IntArray) -> TransferSet:
+        """Only what does not come from these rows, not even in a blend."""
+        assert self.origins is not None  # a set that is cross-fitted knows them
+        kept = ~np.isin(self.origins, rows).any(axis=1)
+        return TransferSet(self.images[kept], self.logits[kept], self.labels[kept], self.origins[kept])
 
     @property
     def n_rows(self) -> int:
         """N, the number of rows."""
         return len(self.images)
-
-
-def augment(
-    images: NDArray[Any], labels: IntArray | None, copies: int, seed: int, settings: Augmentation | None = None
-) -> tuple[NDArray[Any], IntArray]:
-    """The rows themselves, then `copies` changed versions of each, in the same dtype and range of values.
-
-    Parameters
-    ----------
-    images:
-        (N, ...).
-    labels:
-        (N,) or None. A blend of two rows has no label (-1).
-
-    Returns
-    -------
-    Images (N * (1 + copies), ...) and labels of the same length.
-    """
-    chosen = settings or Augmentation()
-    known = np.full(len(images), -1, np.int64) if labels is None else labels
-    generator = torch.Generator().manual_seed(seed)
-    layout = image_layout((None, *images.shape[1:]))
-    x = torch.from_numpy(np.ascontiguousarray(images)).float()
-    if layout is not None:
-        x = x.unsqueeze(1) if images.ndim == 3 else x
-        x = x.permute(0, 3, 1, 2) if layout.channels_last else x
-    low, high = float(x.min()), float(x.max())
-    spread = float(x.std()) if layout is not None else x.std(0, keepdim=True)
-    parts, answers = [images], [known]
-    n = len(x)
-    for _ in range(copies):
-        y = _move(x, generator, chosen) if layout is not None else x
-        blend = torch.rand(n, generator=generator) < chosen.mix
-        other = torch.randperm(n, generator=generator)
-        weight = torch.where(blend, torch.rand(n, generator=generator), torch.ones(n))
-        weight = weight.reshape(-1, *[1] * (y.dim() - 1))
-        y = weight * y + (1 - weight) * y[other]
-        strength = torch.rand(weight.shape, generator=generator) * chosen.noise
-        y = (y + strength * spread * torch.randn(y.shape, generator=generator)).clamp(low, high)
-        if layout is not None:
-            y = y.permute(0, 2, 3, 1) if layout.channels_last else y
-            y = y.squeeze(1) if images.ndim == 3 else y
-        out = y.numpy()
-        parts.append((np.rint(out) if images.dtype.kind in "iu" else out).astype(images.dtype))
-        answers.append(np.where(blend.numpy(), -1, known))
-    return np.concatenate(parts), np.concatenate(answers)
-
-
-def _move(x: torch.Tensor, generator: torch.Generator, settings: Augmentation) -> torch.Tensor:
-    """Rotate, scale and shift each image (N, C, H, W) at random; beyond the border, its pixels are repeated."""
-    n = len(x)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return 2 * torch.rand(*shape, generator=generator) - 1
-
-    angle = draw(n) * math.radians(settings.degrees)
-    size = 1 + draw(n) * settings.scale
-    shift = 2 * draw(n, 2) * settings.shift
-    mirror = torch.where(torch.rand(n, generator=generator) < 0.5, -1.0, 1.0) if settings.flip else torch.ones(n)
-    cos, sin = size * angle.cos(), size * angle.sin()
-    rows = [torch.stack([cos * mirror, -sin, shift[:, 0]], 1), torch.stack([sin * mirror, cos, shift[:, 1]], 1)]
-    grid = functional.affine_grid(torch.stack(rows, 1), list(x.shape), align_corners=False)
-    return functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
 def distillation_loss(

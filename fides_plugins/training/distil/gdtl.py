@@ -41,6 +41,8 @@ from fides_plugins.types import Float32Array
 
 #: A backbone is cut into at most this many groups of layers; one is unfrozen at a time.
 MAX_GROUPS = 5
+#: Where a student stays so far behind the wanted agreement, only the most expensive one is tried after it.
+FAR_AWAY = 0.1
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,22 @@ class SearchStep:
 class GdtlResult:
     """The chosen verification model and how it was found.
 
-    `agreement` is measured on the held-out rows; `reached` says whether it is what was wanted.
+    `agreement` is measured on the held-out rows; `reached` says whether it is what was wanted; `unfrozen` is the number
+    of groups of layers of a pre-trained student that were trained.
     """
 
     model: VerificationModel
-    student: str
+    chosen: Student
+    unfrozen: int
     cost: Cost
     agreement: float
     reached: bool
     steps: tuple[SearchStep, ...]
+
+    @property
+    def student(self) -> str:
+        """Name of the chosen student."""
+        return self.chosen.name
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +122,8 @@ class Search:
         -------
         The first student that certainly reaches the agreement (see `certain`). If none does, the one with the highest
         agreement, and among equals the one with the lowest divergence from the service. Where the held-out rows are
-        too few to be certain of any student, only the most expensive one is trained.
+        too few to be certain of any student, only the most expensive one is trained; where a student stays far behind,
+        only that one after it.
 
         Raises
         ------
@@ -135,20 +145,29 @@ class Search:
         steps: list[SearchStep] = []
         best: tuple[tuple[float, float], GdtlResult] | None = None
         for index, (cost, student) in enumerate(fitting):
+            if best is not None and best[1].agreement < self.agreement - FAR_AWAY and index < len(fitting) - 1:
+                continue
 
             def report(done: float, index: int = index) -> None:
                 progress((index + done) / len(fitting))
 
             model = student.model(rows, self.seed)
-            value = _Training(self, student.name, cost, model, report, steps).run()
+            value, unfrozen = _Training(self, student.name, cost, model, report, steps).run()
             rank = (value, -divergence(self.logits, predict(model, self.images)))
             if best is None or rank > best[0]:
-                best = rank, GdtlResult(model, student.name, cost, value, value >= self.agreement, ())
+                best = rank, GdtlResult(model, student, unfrozen, cost, value, value >= self.agreement, ())
             if self.is_certain(value):
                 break
         progress(1.0)
         assert best is not None
         return replace(best[1], steps=tuple(steps))
+
+    def again(self, found: GdtlResult, transfer: TransferSet, progress: Share = silent) -> VerificationModel:
+        """A model like the one found, trained in the same steps on other rows, by this process alone."""
+        search = replace(self, transfer=transfer, who=Worker())
+        model = found.chosen.model(transfer.images, self.seed)
+        _Training(search, found.student, found.cost, model, progress, [], found.unfrozen).run()
+        return model
 
     def is_certain(self, share: float) -> bool:
         """Whether this share of the held-out rows is surely enough."""
@@ -171,7 +190,7 @@ def divergence(service: Float32Array, student: Float32Array) -> float:
 
 @dataclass(frozen=True)
 class _Training:
-    """The training of one student, which adds its steps to `steps`."""
+    """The training of one student, which adds its steps to `steps`; `unfreeze` groups of layers, or greedily."""
 
     search: Search
     student: str
@@ -179,14 +198,20 @@ class _Training:
     model: VerificationModel
     report: Share
     steps: list[SearchStep]
+    unfreeze: int | None = None
 
-    def run(self) -> float:
-        """All layers at once, or a fresh head and then one group of layers after the other; held-out agreement."""
+    def run(self) -> tuple[float, int]:
+        """All layers at once, or a fresh head and then one group of layers after the other.
+
+        Returns
+        -------
+        Agreement on the held-out rows, and the groups of layers that were unfrozen.
+        """
         network, search = self.model.network, self.search
         images = torch.from_numpy(search.transfer.images)
         if not isinstance(network, PretrainedNetwork):
             self._train(self.model, images, search.distillation.learning_rate, 0, 1)
-            return self._note("train all layers", kept=True)
+            return self._note("train all layers", kept=True), 0
         for parameter in network.backbone.parameters():
             parameter.requires_grad_(False)
         groups = layer_groups(network.backbone, MAX_GROUPS)
@@ -195,9 +220,9 @@ class _Training:
         body = nn.Sequential(self.model.preprocess, network.backbone, network.pool)
         features = torch.from_numpy(predict(body, search.transfer.images))
         self._train(network.head, features, search.distillation.learning_rate, 0, n_steps)
-        value = self._note("fresh head", kept=True)
+        value, unfrozen = self._note("fresh head", kept=True), 0
         for number, group in enumerate(groups):
-            if search.is_certain(value):
+            if search.is_certain(value) if self.unfreeze is None else number == self.unfreeze:
                 break
             before = copy.deepcopy(network.state_dict())
             for layer in group:
@@ -205,14 +230,14 @@ class _Training:
                     parameter.requires_grad_(True)
             self._train(self.model, images, search.distillation.fine_tune_learning_rate, number + 1, n_steps)
             after = self._agreement()
-            paid = after > value + search.tolerance
+            paid = self.unfreeze is not None or after > value + search.tolerance
             self._note(f"unfreeze {len(group)} layers", kept=paid, value=after)
             if not paid:
                 network.load_state_dict(before)
                 break
-            value = after
+            value, unfrozen = after, number + 1
         self.model.eval()
-        return value
+        return value, unfrozen
 
     def _train(self, module: nn.Module, inputs: torch.Tensor, rate: float, step: int, n_steps: int) -> None:
         search = self.search
@@ -221,7 +246,8 @@ class _Training:
             self.report((step + done) / n_steps)
 
         how, seed = search.distillation, search.seed + step
-        distil(module, inputs, search.transfer, how, rate, how.epochs, seed, on_epoch, search.who)
+        epochs = how.epochs_for(self.cost.macs, search.transfer.n_rows)
+        distil(module, inputs, search.transfer, how, rate, epochs, seed, on_epoch, search.who)
 
     def _agreement(self) -> float:
         """On the held-out rows."""

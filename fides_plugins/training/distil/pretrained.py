@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fides_plugins.errors import TrainingError
+from fides_plugins.training.data import image_layout
 from fides_plugins.training.distil.students import Student
 from fides_plugins.training.service.torch_modules import load_factory, load_torchscript, load_weights
 
@@ -57,8 +58,9 @@ def pretrained_student(
     channels: int | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    from_scratch: bool = False,
 ) -> Student:
-    """A student from a pre-trained network, with a fresh head.
+    """A student from a network that somebody brings: a pre-trained one under a fresh head, or one to train as a whole.
 
     Parameters
     ----------
@@ -71,6 +73,9 @@ def pretrained_student(
         A ``.safetensors`` state dict for the factory's module.
     size, channels, mean, std:
         What the network was trained with, see `Student`.
+    from_scratch:
+        The network gives K logits itself, and all of it is trained. Whole numbers that are not pictures reach it as
+        they come.
 
     Raises
     ------
@@ -85,9 +90,11 @@ def pretrained_student(
         module = load_factory(spec)
         if weights is not None:
             load_weights(module, Path(weights))
-        return without_last_linear(module)
+        return module if from_scratch else without_last_linear(module)
 
-    student = Student(path.stem.partition(":")[2] or path.stem, load, size, channels, mean, std)
+    ids = images.dtype.kind in "iu" and image_layout((None, *images.shape[1:])) is None
+    dtype = torch.int64 if ids else None
+    student = Student(path.stem.partition(":")[2] or path.stem, load, size, channels, mean, std, dtype)
     probe = student.model(images[:2], 0)
     probe.eval()
     try:
@@ -99,6 +106,10 @@ def pretrained_student(
             "State the size and the channels that it takes.",
         ) from error
     n_features = int(y.shape[1])
+    if from_scratch:
+        if n_features != n_classes:
+            raise TrainingError(f"The student {spec} gives {n_features} classes, the service {n_classes}.")
+        return student
     return replace(student, build=lambda: PretrainedNetwork(load(), n_features, n_classes))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,23 @@ from torch import nn
 from fides_plugins.errors import TrainingError
 from fides_plugins.training.costs import Cost, torch_cost
 from fides_plugins.training.data import image_layout
+from fides_plugins.training.distil.networks import (
+    ColumnEncoding,
+    SequenceNetwork,
+    WaveformNetwork,
+    small_cnn,
+    small_mlp,
+)
+from fides_plugins.training.kinds import Kind, input_kind
 
 #: Images wider than this are down-sampled before the built-in students see them.
 LARGEST_SIZE = 64
 #: Channels of the first layer (CNN) or units of a layer (MLP) in the built-in family.
 WIDTHS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128, 192, 256, 384, 512)
+#: Columns times pieces of their quantiles, in a student for vectors; vectors of more columns are normalised instead.
+MOST_PLACES = 512
+#: Entries of an embedding; larger ids share the last.
+MOST_SYMBOLS = 8192
 #: Shares of the parameters that may be spent, one built-in student for each.
 SHARES = (0.25, 0.5, 1.0)
 
@@ -88,10 +101,22 @@ class Preprocess(nn.Module):
         return (self.resize(x) - mean) / std
 
 
+class AsTheyCame(nn.Module):
+    """The service's tensor (N, ...) as rows (N, L) of one dtype, for networks that make their own of it."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, ...) to (N, L)."""
+        return x.to(self.dtype).flatten(1)
+
+
 class VerificationModel(nn.Module):
     """Pre-processing and student in one: the service's tensor to logits (N, K)."""
 
-    def __init__(self, preprocess: Preprocess, network: nn.Module) -> None:
+    def __init__(self, preprocess: nn.Module, network: nn.Module) -> None:
         super().__init__()
         self.preprocess = preprocess
         self.network = network
@@ -117,6 +142,8 @@ class Student:
     mean, std:
         The normalisation that a pre-trained network was trained with, one number per channel; None to
         measure it on the data.
+    dtype:
+        Give the network the rows as they came, flat and in this dtype; None: normalised, see `Preprocess`.
     """
 
     name: str
@@ -125,6 +152,7 @@ class Student:
     channels: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    dtype: torch.dtype | None = None
 
     def model(self, images: NDArray[Any], seed: int) -> VerificationModel:
         """The whole verification model, untrained but for pre-trained layers.
@@ -140,6 +168,8 @@ class Student:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = self.build()
+        if self.dtype is not None:
+            return VerificationModel(AsTheyCame(self.dtype), network)
         one = np.ones(1, np.float32)
         blank = Preprocess(row_shape, 0 * one, one, self.size, self.channels)
         if self.mean is not None and self.std is not None:
@@ -158,57 +188,31 @@ class Student:
         return torch_cost(self.model(images[:2], 0), images)
 
 
-def _conv(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
-    return [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
-
-
-def small_cnn(channels: int, size: tuple[int, int], width: int, n_classes: int) -> nn.Module:
-    """A small convolutional network for images (N, channels, *size).
-
-    Plain 3x3 convolutions, halving the map and doubling the width (up to four times `width`) until the map
-    is at most 7 wide, then one weight per place of the map instead of an average, which keeps what little
-    spatial information a tiny image has (a global depth-wise convolution, Chen et al. 2018, MobileFaceNets).
-    """
-    stride = 2 if min(size) > 32 else 1
-    layers = _conv(channels, width, stride)
-    h, w = (math.ceil(s / stride) for s in size)
-    now = width
-    first = True
-    while first or max(h, w) > 7:
-        wider = min(2 * now, 4 * width)
-        down = 2 if max(h, w) > 4 else 1
-        layers += _conv(now, wider, down) + _conv(wider, wider, 1)
-        h, w, now, first = math.ceil(h / down), math.ceil(w / down), wider, False
-    layers += [nn.Conv2d(now, now, (h, w), groups=now, bias=False), nn.BatchNorm2d(now), nn.Flatten()]
-    return nn.Sequential(*layers, nn.Linear(now, n_classes))
-
-
-def small_mlp(features: int, width: int, n_classes: int) -> nn.Module:
-    """Two hidden layers of `width` units, for vectors (N, features)."""
-    return nn.Sequential(
-        nn.Linear(features, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, n_classes)
-    )
-
-
 def built_in_students(
-    images: NDArray[Any], n_classes: int, max_parameters: int | None = None, max_macs: int | None = None
+    rows: NDArray[Any],
+    n_classes: int,
+    max_parameters: int | None = None,
+    max_macs: int | None = None,
+    kind: Kind | None = None,
 ) -> tuple[Student, ...]:
-    """Small students within a budget, cheapest first: CNNs for images, MLPs for anything else.
+    """Small students for a kind of input within a budget, cheapest first.
 
     Parameters
     ----------
-    images:
+    rows:
         (N, ...) rows of the service's tensor.
     max_parameters, max_macs:
         The most that a student may cost; None for no limit. Of the students that may have 25%, 50% and 100% of
         `max_parameters`, the largest of each is taken; without that limit, those of the widths 8, 16 and 32.
+    kind:
+        Of the rows; found from them by default.
 
     Raises
     ------
     TrainingError
         If even the smallest student costs more.
     """
-    costs = {student: student.cost(images) for student in _family(images.shape[1:], n_classes)}
+    costs = {student: student.cost(rows) for student in _FAMILIES[kind or input_kind(rows)](rows, n_classes)}
     fitting = [student for student, cost in costs.items() if cost.within(max_parameters, max_macs)]
     if not fitting:
         smallest = min(costs.values(), key=lambda cost: cost.parameters)
@@ -226,18 +230,67 @@ def built_in_students(
     return tuple(sorted(chosen or fitting[:1], key=lambda s: (costs[s].macs, costs[s].parameters)))
 
 
-def _family(row_shape: tuple[int, ...], n_classes: int) -> Iterator[Student]:
-    layout = image_layout((None, *row_shape))
-    if layout is None:
-        features = math.prod(row_shape)
-        for width in WIDTHS:
-            yield Student(f"mlp-{width}", lambda w=width: small_mlp(features, w, n_classes))  # type: ignore[misc]
-        return
+def _for_images(rows: NDArray[Any], n_classes: int) -> Iterator[Student]:
+    layout = image_layout((None, *rows.shape[1:]))
+    assert layout is not None  # what makes them images
     h, w = int(layout.height or 0), int(layout.width or 0)
     while max(h, w) > LARGEST_SIZE:
         h, w = math.ceil(h / 2), math.ceil(w / 2)
-    channels = layout.channels
     for size in {(h, w), (h // 2, w // 2) if min(h, w) >= 16 else (h, w)}:
         for width in (width for width in WIDTHS if width <= 128):
-            name = f"cnn-{size[0]}x{size[1]}-{width}"
-            yield Student(name, lambda s=size, v=width: small_cnn(channels, s, v, n_classes), size)  # type: ignore[misc]
+            build = partial(small_cnn, layout.channels, size, width, n_classes)
+            yield Student(f"cnn-{size[0]}x{size[1]}-{width}", build, size)
+
+
+def _for_vectors(rows: NDArray[Any], n_classes: int) -> Iterator[Student]:
+    flat = rows.reshape(len(rows), -1)
+    pieces = min(16, MOST_PLACES // flat.shape[1])
+    if pieces < 2:
+        for width in WIDTHS:
+            yield Student(f"mlp-{width}", partial(small_mlp, flat.shape[1], width, n_classes))
+        return
+    edges = torch.from_numpy(_edges(flat, pieces))
+    for width in WIDTHS:
+        build = partial(_encoded_mlp, edges, width, n_classes)
+        yield Student(f"mlp-quantiles-{width}", build, dtype=torch.float32)
+
+
+def _for_sequences(rows: NDArray[Any], n_classes: int) -> Iterator[Student]:
+    # Ids that never came count as the last one that did.
+    symbols = min(int(rows.max()) + 1, MOST_SYMBOLS)
+    for width in WIDTHS:
+        build = partial(SequenceNetwork, symbols, rows[0].size, width, n_classes)
+        yield Student(f"conv1d-{width}", build, dtype=torch.int64)
+
+
+def _for_audio(rows: NDArray[Any], n_classes: int) -> Iterator[Student]:
+    for width in WIDTHS:
+        build = partial(WaveformNetwork, rows[0].size, width, n_classes)
+        yield Student(f"waveform-{width}", build, dtype=torch.float32)
+
+
+_FAMILIES: dict[Kind, Callable[[NDArray[Any], int], Iterator[Student]]] = {
+    "image": _for_images,
+    "vector": _for_vectors,
+    "tokens": _for_sequences,
+    "bytes": _for_sequences,
+    "audio": _for_audio,
+}
+
+
+def _encoded_mlp(edges: torch.Tensor, width: int, n_classes: int) -> nn.Module:
+    encoding = ColumnEncoding(edges)
+    features = edges.shape[0] * edges.shape[1]
+    return nn.Sequential(encoding, small_mlp(features, width, n_classes))
+
+
+def _edges(rows: NDArray[Any], pieces: int) -> NDArray[np.float32]:
+    """(F, pieces + 1) quantiles of each column, strictly rising: where its values are fewer, the rest lies above."""
+    columns = []
+    for column in rows[:20_000].astype(np.float64).T:
+        known = column[np.isfinite(column)]
+        found = np.unique(np.quantile(known, np.linspace(0, 1, pieces + 1))) if len(known) else np.zeros(1)
+        step = max(1.0, abs(float(found[-1])))
+        beyond = found[-1] + step * np.arange(1, pieces + 2 - len(found))
+        columns.append(np.concatenate([found, beyond]))
+    return np.array(columns, np.float32)

@@ -26,9 +26,18 @@ def test_npz_round_trip(tmp_path: Path) -> None:
     assert data.digest == Dataset(images, np.arange(5)).digest != Dataset(images).digest
 
 
-def test_npz_without_images_names_what_is_there(tmp_path: Path) -> None:
-    np.savez(tmp_path / "d.npz", pictures=np.zeros((2, 3)))
-    with pytest.raises(TrainingError, match=r"pictures.*no array `images`"):
+def test_the_rows_may_have_any_name_and_of_several_that_of_the_input(tmp_path: Path) -> None:
+    rows, other = np.zeros((2, 3)), np.ones((2, 4))
+    np.savez(tmp_path / "d.npz", pictures=rows, labels=np.zeros(2, np.int64))
+    assert load_data(tmp_path / "d.npz").images.shape == (2, 3)
+    np.savez(tmp_path / "d.npz", pixels=rows, other=other)
+    spec = InputSpec(name="other", dtype="float32", shape=(None, 4))
+    assert load_data(tmp_path / "d.npz", spec).images.shape == (2, 4)
+
+
+def test_several_arrays_of_which_none_is_the_input_are_named(tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", pictures=np.zeros((2, 3)), more=np.zeros((2, 3)))
+    with pytest.raises(TrainingError, match=r"more.*pictures.*none of these arrays.*numpy.savez"):
         load_data(tmp_path / "d.npz")
 
 

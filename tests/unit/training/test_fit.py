@@ -22,7 +22,7 @@ from fides_plugins.training.export import export_onnx
 from fides_plugins.training.fit import FitOptions, fit_service
 from fides_plugins.training.fit_report import FitReport
 from fides_plugins.training.service.teachers import OnnxTeacher
-from fides_plugins.training.stages import CALIBRATION_FRACTION, SHARES
+from fides_plugins.training.stages import CHANGES_TRIED_ON, part_shares
 from fides_plugins.types import Query
 
 QUICK = FitOptions(agreement=0.9, epochs=6, transfer_rows=3000, false_alarm_rate=0.05)
@@ -93,9 +93,7 @@ def test_hosts_see_the_very_scores_that_calibration_saw(tmp_path: Path) -> None:
     bundle = Bundle.load(tmp_path / "b")
     assert bundle.manifest.service.output_kind == "probabilities"
     # The rows that calibrated, as fit chose them.
-    rows = split_rows(data.images, SHARES, 3)["detection"]
-    order = np.random.default_rng(3).permutation(len(rows))
-    rows = rows[np.sort(order[len(rows) - int(CALIBRATION_FRACTION * len(rows)) :])]
+    rows = split_rows(data.images, part_shares(480), 3)["calibration"]
     output = OnnxModel(service.data).run({"features": data.images[rows]})["classes"]
     assert output.shape == (len(rows), 60, 1, 1)
     settings = Settings(bundle=str(tmp_path / "b"), false_alarm_rate=0.05, timeout_ms=60_000)
@@ -108,9 +106,9 @@ def test_hosts_see_the_very_scores_that_calibration_saw(tmp_path: Path) -> None:
 def test_parts_are_disjoint_and_counted(fitted: tuple[Path, FitReport]) -> None:
     out, report = fitted
     n = report.rows
-    assert n["distillation"] + n["selection"] + n["detection"] == 600
-    assert n["calibration"] == n["detection"] // 2
-    assert report.asked == n["transfer"] + n["selection"] + n["detection"]
+    assert n["distillation"] + n["selection"] + n["calibration"] == 600
+    tried = CHANGES_TRIED_ON * len(report.changes)
+    assert report.asked == n["transfer"] + n["selection"] + n["calibration"] + tried
     provenance = Bundle.load(out).manifest.provenance
     assert provenance["rows"] == n
     assert provenance["seed"] == 3

@@ -9,12 +9,11 @@ from torch import nn
 from torch.nn import functional
 
 from fides_plugins.errors import TrainingError
+from fides_plugins.training.distil.augmentation import Augmentation, augment
 from fides_plugins.training.distil.distillation import (
-    Augmentation,
     DistillationSettings,
     TransferSet,
     agreement,
-    augment,
     distil,
     distillation_loss,
     predict,
@@ -61,7 +60,7 @@ def test_loss_is_the_published_one() -> None:
 def test_copies_keep_shape_dtype_and_range(shape: tuple[int, ...], dtype: type) -> None:
     x = (RNG.random((7, *shape)) * 200).astype(dtype)
     labels = np.arange(7)
-    shown, answers = augment(x, labels, 3, 0)
+    shown, answers, origins = augment(x, labels, 3, 0)
     assert shown.shape == (28, *shape)
     assert shown.dtype == dtype
     assert np.array_equal(shown[:7], x)
@@ -69,21 +68,25 @@ def test_copies_keep_shape_dtype_and_range(shape: tuple[int, ...], dtype: type) 
     assert shown.max() <= x.max()
     assert not np.array_equal(shown[7:14], x)
     assert set(np.unique(answers)) <= set(range(-1, 7))
-    again, _ = augment(x, labels, 3, 0)
+    again, _, _ = augment(x, labels, 3, 0)
     assert np.array_equal(shown, again)
+    assert np.array_equal(origins[:, 0], np.tile(np.arange(7), 4))
+    assert np.array_equal(answers == -1, origins[:, 0] != origins[:, 1])
 
 
 def test_blends_have_no_label() -> None:
     x = RNG.random((50, 4)).astype(np.float32)
-    _, answers = augment(x, np.zeros(50, np.int64), 1, 0, Augmentation(mix=1.0))
-    assert (answers[50:] == -1).all()
-    _, answers = augment(x, np.zeros(50, np.int64), 1, 0, Augmentation(mix=0.0))
+    _, answers, origins = augment(x, np.zeros(50, np.int64), 1, 0, Augmentation(mix=1.0))
+    blended = origins[:, 0] != origins[:, 1]
+    assert blended[50:].mean() > 0.9  # a row may draw itself
+    assert np.array_equal(answers == -1, blended)
+    _, answers, _ = augment(x, np.zeros(50, np.int64), 1, 0, Augmentation(mix=0.0))
     assert (answers == 0).all()
 
 
 def test_no_change_without_strength() -> None:
     x = RNG.random((4, 1, 9, 9)).astype(np.float32)
-    shown, _ = augment(x, None, 1, 0, Augmentation(degrees=0, scale=0, shift=0, noise=0, mix=0))
+    shown, _, _ = augment(x, None, 1, 0, Augmentation(degrees=0, scale=0, shift=0, noise=0, mix=0))
     assert np.allclose(shown[4:], x, atol=1e-5)
 
 

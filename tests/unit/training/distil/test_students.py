@@ -13,8 +13,9 @@ from torch import nn
 from fides_plugins.errors import TrainingError
 from fides_plugins.onnx_model import OnnxModel
 from fides_plugins.training.costs import Cost, onnx_cost, torch_cost
+from fides_plugins.training.distil.networks import small_cnn
 from fides_plugins.training.distil.pretrained import PretrainedNetwork, pretrained_student, without_last_linear
-from fides_plugins.training.distil.students import Preprocess, Student, built_in_students, small_cnn
+from fides_plugins.training.distil.students import Preprocess, Student, built_in_students
 from fides_plugins.training.export import export_onnx
 from fides_plugins.training.service.torch_modules import load_weights
 
