@@ -58,7 +58,7 @@ def verify(
         ]
         print_table(f"Audit log {log.name}", ("lane", "lines", "rows", "attacked", "lost", "head", "findings"), rows)
         for finding in report.findings:
-            console().print(f"[red]{finding}[/red]", soft_wrap=True)
+            console().print(str(finding), style="red", soft_wrap=True)
         console().print("Every line holds." if report.ok else "The log was tampered with, or its disk lost lines.")
     if not report.ok:
         raise typer.Exit(1)
@@ -138,8 +138,8 @@ def _print_summary(name: str, summary: dict[str, Any], max_unjudged: float) -> N
         )
     if _too_few_judged(summary, max_unjudged):
         out.print(
-            f"[red]{summary['unjudged']:,} of {rows:,} rows could not be judged: whether they were attacked is "
-            "not known.[/red]",
+            f"{summary['unjudged']:,} of {rows:,} rows could not be judged: whether they were attacked is not known.",
+            style="red",
             soft_wrap=True,
         )
     for reason, count in summary["reasons"].items():

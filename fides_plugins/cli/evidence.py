@@ -62,7 +62,7 @@ def verify(
             evidence = dataclasses.replace(sniff(data), **given)
             trusted = verify_evidence(evidence, rules, moment, insecure_development=insecure_accept_development)
         for warning in caught:
-            console(stderr=True).print(f"[bold red]warning:[/] {warning.message}")
+            console(stderr=True).print(f"warning: {warning.message}", style="bold red")
         answer |= {"trusted": True, **trusted.summary()}
     except Refusal as refusal:
         answer |= {"code": refusal.code, "reason": refusal.cause_text, "remedy": refusal.remedy}
@@ -76,7 +76,8 @@ def verify(
 
 def _print(answer: dict[str, Any]) -> None:
     if not answer["trusted"]:
-        console().print(f"[bold red]refused[/] ({answer['code']}): {answer['reason']} {answer['remedy']}".rstrip())
+        text = f"refused ({answer['code']}): {answer['reason']} {answer['remedy']}".rstrip()
+        console().print(text, style="bold red")
         return
     rows = [(name, value) for name, value in answer.items() if name not in ("trusted", "measurements")]
     rows += list(answer["measurements"].items())

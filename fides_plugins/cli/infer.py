@@ -105,7 +105,8 @@ def infer(
             with TritonClient(url, model, loaded, rules, protocol=protocol, output=output, **options) as client:
                 answer = client.ask(inputs)
     if any(issubclass(w.category, InsecureEvidenceWarning) for w in caught):
-        console(stderr=True).print("[bold red]warning:[/] development evidence: nothing is protected from the host")
+        text = "warning: development evidence: nothing is protected from the host"
+        console(stderr=True).print(text, style="bold red")
     _show(answer, loaded, as_json)
     if answer.verdict.counts()["trusted"] != answer.verdict.n_rows:
         raise typer.Exit(1)

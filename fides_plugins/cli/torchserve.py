@@ -84,7 +84,8 @@ def attach_torchserve(
     for note in done.notes:
         out.print(f"  note: {note}")
     out.print("Serve it like the original; for metrics, config.properties needs:")
-    out.print("  metrics_mode=prometheus\n  model_metrics_auto_detect=true")
+    out.print("  metrics_mode=prometheus")
+    out.print("  model_metrics_auto_detect=true")
 
 
 def detach_torchserve(

@@ -224,7 +224,8 @@ def _print_event(event: Event, json_output: bool) -> None:
     if json_output:
         typer.echo(json.dumps({"time": now, **event.__dict__}))
     else:
-        typer.echo(f"{now} {event.kind} {event.model} ({event.seconds:.2f} s) {event.detail}".rstrip())
+        text = f"{now} {event.kind} {event.model} ({event.seconds:.2f} s) {event.detail}".rstrip()
+        console().print(text, soft_wrap=True)
 
 
 register_attach = adds("triton", attach_triton)
