@@ -26,22 +26,12 @@ Data = Annotated[
 
 
 def _read_data(path: Path | None) -> dict[str, Any] | None:
-    import numpy as np
+    from fides_plugins.array_files import open_npz
 
     if path is None:
         return None
-    try:
-        content = np.load(path, allow_pickle=False)
-        if isinstance(content, np.ndarray):
-            raise ValueError("it holds one array without a name")
-        with content:
-            found = {name: content[name] for name in content.files}
-    # A damaged file makes numpy's readers raise nearly anything: zip, zlib, end-of-file and even tokenizer errors.
-    except Exception as error:
-        raise InputError(
-            f"{path.name} is not an .npz file of plain arrays: {error}.",
-            "Make it with numpy.savez(FILE, INPUT_NAME=ROWS).",
-        ) from None
+    with open_npz(path) as archive:
+        found = archive.read(*archive.names)
     if not found:
         raise InputError(f"{path.name} holds no array.", "Make it with numpy.savez(FILE, INPUT_NAME=ROWS).")
     return found
