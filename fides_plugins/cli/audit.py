@@ -27,15 +27,19 @@ def register(app: typer.Typer) -> None:
 def verify(
     log: Annotated[Path, typer.Argument(help="Folder of the log.", metavar="LOG")],
     key_file: Annotated[str, typer.Option(help="File with the key of a keyed log.")] = "",
-    anchor: Annotated[str, typer.Option(help="Output of an earlier `verify --json`: its lines must be there.")] = "",
+    anchor: Annotated[
+        str,
+        typer.Option(help="The log's `anchor_file`, or an earlier `verify --json`: its lines must be there."),
+    ] = "",
     archived: Annotated[
         bool, typer.Option("--archived", help="Accept that the oldest segments were moved away.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Find any line of an audit log that was removed, moved or altered. Exit status 1 if there is one."""
+    from fides_plugins.audit.anchor import read_anchors
     from fides_plugins.audit.chain import read_key
-    from fides_plugins.audit.verify import read_anchors, verify_log
+    from fides_plugins.audit.verify import verify_log
 
     anchors = read_anchors(anchor) if anchor else None
     with progress(quiet=as_json) as bar:
