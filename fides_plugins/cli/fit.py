@@ -69,7 +69,9 @@ def fit(
     tolerance: Annotated[float, _model(min=0.0, help="What an unfreezing step must add to be kept.")] = 0.002,
     epochs: Annotated[int, _model(min=1, help="Epochs per step.")] = 20,
     transfer_rows: Annotated[int, _model(min=1, help="About how many rows the service is asked.")] = 16_000,
-    temperature: Annotated[float, _model(min=0.1, help="Temperature of the distillation.")] = 5.0,
+    temperature: Annotated[
+        float | None, _model(min=0.1, help="Temperature of the distillation. Default: 5, less for many classes.")
+    ] = None,
     alpha: Annotated[float, _model(min=0.0, help="Weight of the service's answer.")] = 0.8,
     beta: Annotated[float, _model(min=0.0, help="Weight of the labels.")] = 0.2,
     input_kind: Annotated[

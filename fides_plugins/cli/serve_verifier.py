@@ -91,12 +91,11 @@ def _announce(verifier: Verifier, where: str) -> None:
     out.print(f"verifier ready: HTTP on {where}", soft_wrap=True)
     out.print(f"bundle {verifier.bundle.digest}, key {verifier.key_id.hex()}, {verifier.tee}", soft_wrap=True)
     if verifier.tee == "development":
-        out.print("[bold red]warning:[/] development evidence: no hardware protects this verifier", soft_wrap=True)
+        text = "warning: development evidence: no hardware protects this verifier"
+        out.print(text, style="bold red", soft_wrap=True)
     if not verifier.options.clients:
-        out.print(
-            "[bold yellow]warning:[/] no --client is given: the host can ask for references in its own name",
-            soft_wrap=True,
-        )
+        text = "warning: no --client is given: the host can ask for references in its own name"
+        out.print(text, style="bold yellow", soft_wrap=True)
 
 
 def _key(text: str) -> bytes:

@@ -9,8 +9,7 @@ Labels are never needed to fit a bundle, because the service model answers for e
 from __future__ import annotations
 
 import hashlib
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fides_plugins.array_files import open_npz
 from fides_plugins.bundle import InputSpec
-from fides_plugins.errors import TrainingError
+from fides_plugins.errors import InputError, TrainingError
 from fides_plugins.types import IntArray
 
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
@@ -142,22 +142,18 @@ def load_data(path: str | Path, spec: InputSpec | None = None) -> Dataset:
     if source.suffix != ".npz":
         raise TrainingError(f"{source.name} is not an .npz file.", "Save it with numpy.savez(path, images=..., ...).")
     try:
-        with np.load(source, allow_pickle=False) as archive:
-            names = set(archive.files)
-            images = archive[_rows_name(source.name, names, spec)]
-            labels = archive["labels"] if "labels" in names else None
-            groups = archive["groups"] if "groups" in names else None
-            class_names = tuple(str(n) for n in archive["class_names"]) if "class_names" in names else ()
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise TrainingError(
-            f"{source.name} cannot be read: {error}.", "Save plain arrays with numpy.savez; objects are refused."
-        ) from error
-    return Dataset(images, labels, class_names, groups=groups)
+        with open_npz(source) as archive:
+            name = _rows_name(source.name, archive.names, spec)
+            found = archive.read(name, "labels", "class_names", "groups")
+    except InputError as error:
+        raise TrainingError(error.cause_text, error.remedy) from None
+    class_names = tuple(str(n) for n in found.get("class_names", np.empty(0)).ravel())
+    return Dataset(found[name], found.get("labels"), class_names, groups=found.get("groups"))
 
 
-def _rows_name(file: str, names: set[str], spec: InputSpec | None) -> str:
+def _rows_name(file: str, names: Collection[str], spec: InputSpec | None) -> str:
     """The array that holds the rows: named as the service's input, or `images`, or the only one that may be it."""
-    others = sorted(names - {"labels", "class_names", "groups"})
+    others = sorted({*names} - {"labels", "class_names", "groups"})
     for wanted in (spec.name if spec is not None else "", "images"):
         if wanted in others:
             return wanted

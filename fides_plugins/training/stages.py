@@ -26,7 +26,12 @@ from fides_plugins.training.data import Dataset, load_data, match_input, split_r
 from fides_plugins.training.detector.calibration import require_rows
 from fides_plugins.training.detector.detection import DETECTOR_FILE, DetectionArtifacts, train_on
 from fides_plugins.training.distil.augmentation import Augmentation, augment, changes
-from fides_plugins.training.distil.distillation import DistillationSettings, TransferSet, predict
+from fides_plugins.training.distil.distillation import (
+    DistillationSettings,
+    TransferSet,
+    distillation_temperature,
+    predict,
+)
 from fides_plugins.training.distil.gdtl import GdtlResult, Search
 from fides_plugins.training.distil.students import Student, built_in_students
 from fides_plugins.training.distil.workers import Worker
@@ -78,8 +83,10 @@ class FitOptions:
         The smallest budget that the calibration must support.
     transfer_rows:
         About how many rows the teacher is asked: the distillation rows and changed copies of them.
-    epochs, temperature, alpha, beta, fine_tune_rate:
+    epochs, alpha, beta, fine_tune_rate:
         Of distillation, see `DistillationSettings`.
+    temperature:
+        Of distillation; None: found by `distillation_temperature`.
     scale:
         Factor for pixel values, see `data.match_input`.
     flip:
@@ -101,7 +108,7 @@ class FitOptions:
     false_alarm_rate: float = 0.01
     transfer_rows: int = 16_000
     epochs: int = 20
-    temperature: float = 5.0
+    temperature: float | None = None
     alpha: float = 0.8
     beta: float = 0.2
     fine_tune_rate: float = 4e-3
@@ -111,10 +118,11 @@ class FitOptions:
     augment: bool = True
     output_kind: OutputKind | None = None
 
-    def distillation(self) -> DistillationSettings:
-        """The part that distillation needs."""
+    def distillation(self, logits: Float32Array) -> DistillationSettings:
+        """The part that distillation needs, for a service that gives logits like these (N, K)."""
+        temperature = self.temperature or distillation_temperature(logits)
         return DistillationSettings(
-            self.temperature, self.alpha, self.beta, self.epochs, fine_tune_learning_rate=self.fine_tune_rate
+            temperature, self.alpha, self.beta, self.epochs, fine_tune_learning_rate=self.fine_tune_rate
         )
 
 
@@ -341,7 +349,7 @@ def _search(fit: Fit, split: SplitData, answers: AnsweredData, who: Worker) -> S
         answers.codec.logits(answers.outputs["selection"]),
         fit.options.agreement,
         fit.options.tolerance,
-        fit.options.distillation(),
+        fit.options.distillation(answers.transfer.logits),
         fit.seed,
         who,
     )

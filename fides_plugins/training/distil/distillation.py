@@ -23,6 +23,11 @@ def silent(done: float) -> None:
     """Report no progress."""
 
 
+#: Temperatures that are tried, the published one first (Kumar et al. 2024), and the mean top probability wanted.
+TEMPERATURES = (5.0, 4.0, 3.0, 2.0, 1.5, 1.0)
+NAMED = 0.3
+
+
 @dataclass(frozen=True)
 class DistillationSettings:
     """How a student is trained.
@@ -80,6 +85,17 @@ class TransferSet:
     def n_rows(self) -> int:
         """N, the number of rows."""
         return len(self.images)
+
+
+def distillation_temperature(logits: Float32Array) -> float:
+    """The highest of `TEMPERATURES` at which the answers still name a class: their mean top probability is `NAMED`.
+
+    Of ten classes, a temperature of 5 shows what else an answer holds besides its class. Of hundreds, it leaves next to
+    nothing of the class itself, and a student learns the noise of the others instead.
+    """
+    some = torch.from_numpy(logits[:4096])
+    tops = {t: float(functional.softmax(some / t, dim=1).amax(1).mean()) for t in TEMPERATURES}
+    return next((t for t, top in tops.items() if top >= NAMED), TEMPERATURES[-1])
 
 
 def distillation_loss(

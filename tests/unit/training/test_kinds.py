@@ -82,7 +82,7 @@ def test_what_fills_sequences_up_is_found():
 
 
 def test_a_kind_that_the_rows_cannot_be_is_refused():
-    with pytest.raises(TrainingError, match="no kind of input 'picture'.*image, vector, tokens"):
+    with pytest.raises(TrainingError, match=r"no kind of input 'picture'.*image, vector, tokens"):
         check_kind("picture", files())
     with pytest.raises(TrainingError, match="are no images"):
         check_kind("image", files())
