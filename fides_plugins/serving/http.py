@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -29,6 +29,10 @@ MAX_HEADER_LENGTH = 256
 NOT_ONE_TO_ONE = "rows and requests are not one to one, and the rule `rows` is not set for it"
 AMBIGUOUS = "the calls of inference() may be passes over all requests or parts of the batch; set `calls`"
 NO_PASSES = "the calls of inference() are not passes over all requests, although `calls` says so"
+NO_ROW = "the request has no row"
+
+#: Sums of rows that are followed while a batch is divided; no honest batch comes near.
+_MAX_SUMS = 10_000
 
 HTTP_ATTACKED = 409
 HTTP_UNAVAILABLE = 503
@@ -68,7 +72,7 @@ def rows_of(verdict: Verdict) -> list[RowVerdict]:
 def request_verdict(verdict: Verdict) -> RowVerdict:
     """The verdict of a request with rows of its own: that of its worst row; `indeterminate` where it has none."""
     if not verdict.n_rows:
-        return RowVerdict(Status.INDETERMINATE, reason="the request has no row")
+        return RowVerdict(Status.INDETERMINATE, reason=NO_ROW)
     return _combined(rows_of(verdict), "worst")
 
 
@@ -79,14 +83,15 @@ def per_request(
     rows_per_request: int | None,
     unjudged: Callable[[str], RowVerdict],
     layout: CallsRule | None = None,
+    counts: Sequence[Collection[int]] | None = None,
 ) -> list[RowVerdict]:
     """One verdict per request.
 
-    Rows and requests that are one to one, in order, need no rule. Otherwise nothing is guessed: with
-    `rows_per_request` declared each request has its own block of rows; without it every request of the
-    batch answers for all rows of the batch; and under `refuse` no request is judged. Where the rows of a
-    request cannot be told and one of the batch was attacked, every request counts as attacked: one client's
-    odd request must not open the door for lies to all others.
+    Rows and requests that are one to one, in order, need no rule. Otherwise nothing is guessed: a request has its own
+    block of rows where `rows_per_request` is declared, or where the requests can be read in only one way that makes
+    as many rows; else every request of the batch answers for all rows of the batch; and under `refuse` no request is
+    judged. Where the rows of a request cannot be told and one of the batch was attacked, every request counts as
+    attacked: one client's odd request must not open the door for lies to all others.
 
     Parameters
     ----------
@@ -96,6 +101,8 @@ def per_request(
         Makes the verdict of a request that cannot be judged, from the reason.
     layout:
         What several calls are, where it is known; otherwise their sizes have to tell.
+    counts:
+        The numbers of rows that each request may have made; unset: as many as are declared, or one.
     """
     calls = [call for call in calls if call]
     rows = [row for call in calls for row in call]
@@ -108,31 +115,65 @@ def per_request(
             verdict = worst if worst is verdict else replace(worst, reason=f"{why}; {worst.reason}")
         return [verdict] * n_requests
 
-    if n_requests and len(rows) == n_requests * declared and (declared == 1 or rule != "refuse"):
-        passes = _are_passes([len(call) for call in calls], n_requests, declared, layout)
+    split = only_split([{declared}] * n_requests if counts is None else counts, len(rows))
+    if rows and split is not None:
+        having = [i for i, n in enumerate(split) if n]
+        counted = any(split[i] != declared for i in having)
+        passes = _are_passes([len(call) for call in calls], len(having), declared, layout, counted)
         if passes is None:
             return undecided(NO_PASSES if layout else AMBIGUOUS)
-        blocks = [
-            [r for part in (calls if passes else [rows]) for r in _share(part, i, n_requests)]
-            for i in range(n_requests)
-        ]
+        blocks: list[Sequence[RowVerdict]] = [()] * n_requests
+        start = 0
+        for position, index in enumerate(having):
+            if passes:
+                blocks[index] = [r for call in calls for r in _share(call, position, len(having))]
+            else:
+                blocks[index] = rows[start : start + split[index]]
+                start += split[index]
     elif rule == "refuse" or not rows or rows_per_request is not None:
         return undecided(NOT_ONE_TO_ONE)
     else:
         blocks = [rows] * n_requests
-    return [block[0] if len(block) == 1 else _combined(block, rule) for block in blocks]
+    return [
+        unjudged(NO_ROW) if not block else block[0] if len(block) == 1 else _combined(block, rule) for block in blocks
+    ]
 
 
-def _are_passes(sizes: Sequence[int], n_requests: int, declared: int, layout: CallsRule | None) -> bool | None:
+def only_split(counts: Sequence[Collection[int]], total: int) -> list[int] | None:
+    """The one way to take a number from each of `counts` so that they sum to `total`; None where there is none, or
+    more than one.
+    """
+    # Sum so far to at most two ways to reach it: two are as good as many.
+    ways: dict[int, list[tuple[int, ...]]] = {0: [()]}
+    for numbers in counts:
+        longer: dict[int, list[tuple[int, ...]]] = {}
+        for reached, found in ways.items():
+            for number in set(numbers):
+                if reached + number <= total:
+                    known = longer.setdefault(reached + number, [])
+                    known += [(*way, number) for way in found[: 2 - len(known)]]
+        if len(longer) > _MAX_SUMS:
+            return None
+        ways = longer
+    found = ways.get(total, [])
+    return list(found[0]) if len(found) == 1 else None
+
+
+def _are_passes(
+    sizes: Sequence[int], n_requests: int, declared: int, layout: CallsRule | None, counted: bool
+) -> bool | None:
     """Whether every call had rows of all requests; None where its size fits that and another reading too.
 
     A pass has as many rows of each request, so its size is a multiple of the requests. A call on some of the
     requests, in order, has all rows of each, so its size is a multiple of the rows per request. Where no pass
-    is possible the rows can only be in order, however they were cut into calls.
+    is possible the rows can only be in order, however they were cut into calls. Rows that were `counted`, not
+    declared, fit every cut.
     """
     if len(sizes) == 1 or n_requests == 1 or layout == "parts":
         return False
     fits_passes = all(size % n_requests == 0 for size in sizes)
+    if counted:
+        return None if fits_passes or layout == "passes" else False
     if layout == "passes":
         return True if fits_passes else None
     fits_parts = all(size % declared == 0 for size in sizes)

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 from ts.context import Context, RequestProcessor
+from ts.torch_handler.request_envelope.json import JSONEnvelope
+from ts.torch_handler.request_envelope.kservev2 import KServev2Envelope
 
 from fides_plugins.errors import FidesError
 from fides_plugins.pipeline import Pipeline
@@ -19,6 +21,8 @@ from fides_plugins.types import Status
 from tests.support.torchserve_models import (
     CLASS,
     FAULTY,
+    INPUTS,
+    INSTANCES,
     MICRO_BATCHING,
     MIXED,
     PASSES,
@@ -29,21 +33,27 @@ from tests.support.torchserve_models import (
     STREAM,
     backdoor_bundle,
     body,
+    kserve_v2,
     rows,
 )
 
 MODULES = ("digits", "common", "faulty", "slow")
+ENVELOPES = {"json": JSONEnvelope, "kservev2": KServev2Envelope}
 
 
 class Worker:
     """What a TorchServe worker does with a handler, one batch at a time."""
 
-    def __init__(self, model_dir: Path, **section: Any) -> None:
+    def __init__(self, model_dir: Path, service_envelope: str = "", **section: Any) -> None:
         config = {"fides": {"handler": "digits.py", "bundle": "bundle", "metrics": False, **section}}
         self.context = Context("digits", str(model_dir), {"model": {}}, 8, None, "0.12.0", True, None, config)
         # BaseHandler reports a time of its own for every batch.
         self.context.metrics = NoMetrics()
         self.handler = FidesHandler()
+        # In TorchServe's order: an envelope takes the handler's `handle` before the handler is initialized.
+        self.entry = (
+            ENVELOPES[service_envelope](self.handler.handle).handle if service_envelope else self.handler.handle
+        )
         self.handler.initialize(self.context)
 
     def send(self, items: list[Any], explain: tuple[int, ...] = (), **request_headers: str) -> list[Any]:
@@ -53,7 +63,7 @@ class Worker:
             RequestProcessor({"url_path": "", **request_headers, **({"explain": "True"} if i in explain else {})})
             for i in range(len(items))
         ]
-        return list(self.handler.handle(items, self.context))
+        return list(self.entry(items, self.context))
 
     def headers(self, index: int = 0) -> dict[str, str]:
         return dict(self.context.get_response_headers(index))
@@ -347,16 +357,68 @@ def test_inference_outside_of_a_request_is_left_alone(work: Callable[..., Worker
     assert worker.headers()["x-fides-status"] == "trusted"
 
 
-def test_items_of_a_service_envelope_share_their_requests_fate(work: Callable[..., Worker]) -> None:
-    """An envelope such as `json` hands over rows, not requests, and joins the answers afterwards."""
-    worker = work(mode="reject", rows="any", rows_per_request=2)
-    flat = items(6, attacked=(3,))
-    worker.send(flat[:2])
-    worker.context.request_ids = {i: str(i) for i in range(3)}
-    worker.context.request_processor = [RequestProcessor({"url_path": ""}) for _ in range(3)]
-    answers = worker.handler.handle(flat, worker.context)
-    assert [worker.status(i) for i in range(3)] == [200, 409, 200]
-    assert ["fides" in a for a in answers] == [False, False, True, True, False, False]
+def instances(*groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One request for each group, as clients of the envelope `json` and of KServe v1 write it."""
+    return [{"body": {"instances": group}} for group in groups]
+
+
+def test_a_service_envelope_tells_which_rows_are_whose(work: Callable[..., Worker]) -> None:
+    """TorchServe's envelope `json` hands a handler the rows of all requests in one list, and joins the answers."""
+    worker = work(mode="reject", service_envelope="json")
+    flat = items(9, attacked=(2, 8))
+    # Eight clients; the second sends two instances.
+    answers = worker.send(instances(flat[:1], flat[1:3], *([item] for item in flat[3:])))
+    assert [worker.status(i) for i in range(8)] == [200, 409, 200, 200, 200, 200, 200, 409]
+    assert [worker.headers(i)["x-fides-status"] for i in (0, 1)] == ["trusted", "attacked"]
+    # A refusal is the whole body: among the predictions it would be one more answer.
+    assert answers[1]["type"] == "FidesAttackDetected"
+    assert set(json.loads(answers[0])) == {"predictions"}
+    # Each batch is divided by its own lengths.
+    worker.send(instances(flat[:2], flat[2:3]))
+    assert [worker.status(i) for i in range(2)] == [200, 409]
+
+
+def test_inputs_of_a_kserve_v2_request_are_its_rows(work: Callable[..., Worker]) -> None:
+    worker = work(INPUTS, mode="reject", service_envelope="kservev2")
+    worker.context.manifest = {"model": {"modelName": "digits", "modelVersion": "1.0"}}
+
+    def request(*attacked: int) -> list[dict[str, Any]]:
+        return [{"body": kserve_v2(rows(2, seed=33, attacked=attacked))}]
+
+    (honest,) = worker.send(request())
+    assert (worker.status(), worker.headers()["x-fides-status"]) == (200, "trusted")
+    assert [o["name"] for o in honest["outputs"]] == ["row-0", "row-1"]
+    (refused,) = worker.send(request(1))
+    assert (worker.status(), refused["code"]) == (409, 409)
+    assert "outputs" not in refused
+
+
+def test_rows_are_counted_in_bodies_where_no_envelope_counts_them(work: Callable[..., Worker]) -> None:
+    worker = work(INSTANCES, mode="reject")
+    flat = [item["body"] for item in items(6, attacked=(1, 4))]
+    worker.send(instances(flat[:3], flat[3:4], flat[4:]))
+    assert [worker.status(i) for i in range(3)] == [409, 200, 409]
+    # A request without rows: who has two, or whether each has one, cannot be told. An attack shuts the door for both.
+    worker.send(instances([], flat[2:4]))
+    assert [worker.headers(i)["x-fides-status"] for i in range(2)] == ["error", "error"]
+    worker.send(instances([], flat[1:3]))
+    assert [worker.status(i) for i in range(2)] == [409, 409]
+
+
+@pytest.mark.parametrize("header", ["explain", "describe"])
+def test_an_explanation_takes_no_row_of_another_request(work: Callable[..., Worker], header: str) -> None:
+    """Two rows of two requests: one of each, or both of the second, if the first was answered otherwise."""
+    source = INSTANCES.replace('d["body"]["instances"] for d in data', 'd["body"]["instances"] for d in data[1:]')
+    source = source.replace("return [{", "return [[]] + [{")
+    worker = work(source, mode="reject")
+    flat = [item["body"] for item in items(3, attacked=(1,))]
+    worker.context.request_ids = {0: "a", 1: "b"}
+    worker.context.request_processor = [
+        RequestProcessor({"url_path": "", header: "True"}),
+        RequestProcessor({"url_path": ""}),
+    ]
+    worker.entry(instances(flat[:1], flat[1:]), worker.context)
+    assert worker.status(1) == 409
 
 
 def test_envelope_rules(work: Callable[..., Worker]) -> None:
