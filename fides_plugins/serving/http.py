@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from fides_plugins.types import Status, Verdict
@@ -23,6 +23,7 @@ HEADER_SCORE = "x-fides-score"
 HEADER_LABEL = "x-fides-label"
 HEADER_P_VALUE = "x-fides-p-value"
 HEADER_REASON = "x-fides-reason"
+HEADER_JUDGED = "x-fides-judged"
 #: A longer value is cut: a header is for machines, records hold the whole reason.
 MAX_HEADER_LENGTH = 256
 
@@ -45,7 +46,16 @@ _ANY_ORDER = {Status.ATTACKED: 3, Status.TRUSTED: 2, Status.ERROR: 1, Status.IND
 
 @dataclass(frozen=True)
 class RowVerdict:
-    """One row of a `Verdict`, or the row that stands for a request."""
+    """One row of a `Verdict`, or the row that stands for a request.
+
+    Attributes
+    ----------
+    labels:
+        The labels of a request's own rows, where it is known which those are.
+    judged:
+        How much of the way to the client was judged: "inference" (what the model gave) or "answer" (and the class
+        that the final body names); empty where nothing was.
+    """
 
     status: Status
     score: float = math.nan
@@ -56,6 +66,8 @@ class RowVerdict:
     corrected: bool = False
     refused: bool = False
     reason: str = ""
+    labels: tuple[int, ...] = field(default=(), compare=False)
+    judged: str = ""
 
     @property
     def http_status(self) -> int:
@@ -63,9 +75,23 @@ class RowVerdict:
         return HTTP_ATTACKED if self.status is Status.ATTACKED else HTTP_UNAVAILABLE
 
 
+#: The fields of a `RowVerdict` that are columns of a `Verdict`, in order.
+_COLUMNS = (
+    "status",
+    "score",
+    "p_value",
+    "label",
+    "service_label",
+    "verified_label",
+    "corrected",
+    "refused",
+    "reason",
+)
+
+
 def rows_of(verdict: Verdict) -> list[RowVerdict]:
     """The rows of a verdict as objects; a server answers requests one by one."""
-    columns = zip(*(getattr(verdict, field.name).tolist() for field in fields(RowVerdict)), strict=True)
+    columns = zip(*(getattr(verdict, name).tolist() for name in _COLUMNS), strict=True)
     return [RowVerdict(Status(status), *rest) for status, *rest in columns]
 
 
@@ -112,7 +138,7 @@ def per_request(
         verdict = unjudged(why)
         if any(row.status is Status.ATTACKED for row in rows):
             worst = _combined([*rows, verdict], "worst")
-            verdict = worst if worst is verdict else replace(worst, reason=f"{why}; {worst.reason}")
+            verdict = verdict if worst == verdict else replace(worst, reason=f"{why}; {worst.reason}")
         return [verdict] * n_requests
 
     split = only_split([{declared}] * n_requests if counts is None else counts, len(rows))
@@ -134,9 +160,8 @@ def per_request(
         return undecided(NOT_ONE_TO_ONE)
     else:
         blocks = [rows] * n_requests
-    return [
-        unjudged(NO_ROW) if not block else block[0] if len(block) == 1 else _combined(block, rule) for block in blocks
-    ]
+    own = split is not None
+    return [_combined(block, rule, own) if block else unjudged(NO_ROW) for block in blocks]
 
 
 def only_split(counts: Sequence[Collection[int]], total: int) -> list[int] | None:
@@ -185,7 +210,9 @@ def _share(rows: Sequence[RowVerdict], index: int, n_requests: int) -> Sequence[
     return rows[index * each : (index + 1) * each]
 
 
-def _combined(rows: Sequence[RowVerdict], rule: RowsRule) -> RowVerdict:
+def _combined(rows: Sequence[RowVerdict], rule: RowsRule, own: bool = False) -> RowVerdict:
+    """The row that stands for all; `own`: they belong to one request, which keeps their labels."""
+
     def weight(row: RowVerdict) -> tuple[float, ...]:
         # Among equals the most suspicious row speaks; NaN scores come last.
         score = -1.0 if math.isnan(row.score) else row.score
@@ -194,7 +221,7 @@ def _combined(rows: Sequence[RowVerdict], rule: RowsRule) -> RowVerdict:
         # A row that must not be handed out outranks an attacked one that was corrected.
         return (row.refused, _SEVERITY[row.status], score)
 
-    return max(rows, key=weight)
+    return replace(max(rows, key=weight), labels=tuple(row.label for row in rows) if own else ())
 
 
 def printable(value: object, limit: int = MAX_HEADER_LENGTH) -> str:
@@ -214,6 +241,8 @@ def headers(verdict: RowVerdict) -> dict[str, str]:
         values[HEADER_P_VALUE] = f"{verdict.p_value:.6g}"
     if verdict.reason:
         values[HEADER_REASON] = verdict.reason
+    if verdict.judged:
+        values[HEADER_JUDGED] = verdict.judged
     return {name: printable(value) for name, value in values.items()}
 
 
@@ -229,6 +258,7 @@ def as_json(verdict: RowVerdict, class_names: Sequence[str] = ()) -> dict[str, A
         "corrected": verdict.corrected,
         "refused": verdict.refused,
         "reason": printable(verdict.reason),
+        "judged": verdict.judged or None,
     }
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fides_plugins.errors import FidesError, SettingsError
 from fides_plugins.observation.metrics import MetricsBackend
 from fides_plugins.protection import INTERNAL
 from fides_plugins.serving.http import RowVerdict, envelope, headers, only_split, per_request, refusal
+from fides_plugins.serving.torchserve.answer import AnswerReader
 from fides_plugins.serving.torchserve.body import BodyParser, make_parser
 from fides_plugins.serving.torchserve.body_capture import Bodies
 from fides_plugins.serving.torchserve.envelopes import items_per_request, stand_outside
@@ -41,6 +43,8 @@ NO_ROWS = "the input or the output of inference() cannot be read"
 EXPLAINED = "explanations and descriptions are not verified"
 REFUSED = "the handler refused this request itself"
 STREAMED = "streamed answers are not verified"
+ANOTHER = "the answer names another class than inference() gave"
+UNREADABLE = "the class in the answer cannot be read where `answer` says it is"
 MIXED = f"{NOT_CALLED}; a request of its batch asked for an explanation"
 
 
@@ -86,6 +90,7 @@ class FidesHandler:
             self.options, self.judge, found, self._parser = prepare(
                 context.model_yaml_config, context.system_properties["model_dir"], context.model_name, metrics
             )
+            self._reader = AnswerReader(self.options.answer, self.judge.protection.class_names)
             self.original = protect(found, self._capture if self._parser is None else None)
         except FidesError as error:
             raise RuntimeError(f"Fides cannot protect this model: {error}") from error
@@ -128,6 +133,7 @@ class FidesHandler:
             else:
                 streamed = {i: STREAMED for i in range(n_requests) if _streamed(context, i)}
                 verdicts = self._verdicts({**streamed, **explained}, n_requests, data)
+            verdicts = self._compared(answer, context, verdicts)
             answered = self._answer(answer, context, verdicts, wanted) if visible else answer
             if self._receipts is not None:
                 self._receipts.write(context)
@@ -205,6 +211,36 @@ class FidesHandler:
             else:
                 (verdicts[index],) = self.judge.unjudged(1, why, [self._request_ids[index]], exempt=True)
         return verdicts
+
+    def _compared(self, answer: Any, context: Any, verdicts: list[RowVerdict]) -> list[RowVerdict]:
+        """The verdicts once the class that each final body names was compared with the label that was judged.
+
+        What `postprocess()` and `handle()` do after `inference()` is code of the service like the model. Only answers
+        that would be handed out as good are compared.
+        """
+        if not isinstance(answer, list) or len(answer) != len(verdicts):
+            return verdicts
+        corrects = self.settings.mode == "correct"
+        made = list(verdicts)
+        for index, verdict in enumerate(verdicts):
+            if verdict.status not in (Status.TRUSTED, Status.ATTACKED):
+                continue
+            # A parser reads the final body.
+            by_body = self._parser is not None
+            labels = (verdict.label,) if by_body else verdict.labels
+            made[index] = replace(verdict, judged="answer" if by_body else "inference")
+            good = verdict.status is Status.TRUSTED or (verdict.corrected and corrects)
+            if not good or verdict.refused or _streamed(context, index) or _refused_by_handler(context, index):
+                continue
+            agrees = self._reader.agrees(answer[index], labels)
+            if agrees:
+                made[index] = replace(verdict, judged="answer")
+            elif agrees is False:
+                lie = self.judge.lied(len(labels), self._request_ids[index], ANOTHER)
+                made[index] = replace(lie, judged="answer")
+            elif self._reader.required and labels:
+                made[index] = self.judge.failed(UNREADABLE)
+        return made
 
     def _counts(self, data: Sequence[Any], n_requests: int, n_rows: int) -> list[frozenset[int]]:
         """The numbers of rows that each request may have made."""
