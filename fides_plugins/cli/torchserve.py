@@ -54,7 +54,9 @@ def attach_torchserve(
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any other key, as key=value.")] = None,
     vendor: Annotated[bool, typer.Option("--vendor", help="Put the package into the archive.")] = False,
     python: Annotated[str, typer.Option(help="The server's Python, to import the handler with.")] = "",
-    skip_import_check: Annotated[bool, typer.Option("--skip-import-check", help="Do not import the handler.")] = False,
+    skip_import_check: Annotated[
+        bool, typer.Option("--skip-import-check", help="Run none of the archive's code: no import, no row to try.")
+    ] = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
