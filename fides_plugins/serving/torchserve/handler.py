@@ -38,6 +38,9 @@ logger = logging.getLogger("fides_plugins")
 #: Asks for the verdict in the body: an HTTP header, or an extra key of the inputs over gRPC.
 ENVELOPE_KEY = "x-fides-envelope"
 
+#: In the names of a workflow's nodes, and nowhere else by default.
+_NODE = "__"
+
 NOT_CALLED = "the handler did not call inference()"
 NO_ROWS = "the input or the output of inference() cannot be read"
 EXPLAINED = "explanations and descriptions are not verified"
@@ -98,6 +101,8 @@ class FidesHandler:
         if self.options.metrics and context.metrics is not None:
             metrics.start(context.metrics)
         logger.info("Fides protects %s in mode %s", found.description, self.settings.mode)
+        if _NODE in context.model_name:
+            logger.warning("%s is a node of a workflow: only refusals reach clients, no headers", context.model_name)
 
     def enclose(self, envelope: type) -> None:
         """Put a service envelope around the original handler, once; see `envelopes`."""
@@ -153,7 +158,7 @@ class FidesHandler:
         which reads tensors in every body.
         """
         of_tensors = type(self._envelope).__name__ == "KServev2Envelope"
-        return "__" in context.model_name or (of_tensors and not _over_http(context, 0))
+        return _NODE in context.model_name or (of_tensors and not _over_http(context, 0))
 
     def _capture(self, call: Callable[[], Any], data: Any, micro_batch: int | None) -> Any:
         """Around each `inference()` of the original handler."""
