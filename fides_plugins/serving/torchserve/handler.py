@@ -253,12 +253,15 @@ class FidesHandler:
         if declared is not None or n_requests == n_rows == 1:
             return [frozenset({declared or 1})] * n_requests
         items = items_per_request(self._envelope, n_requests)
-        return [row_counts(item) for item in data] if items is None else [frozenset({n}) for n in items]
+        return [row_counts(item, None if items is None else items[i]) for i, item in enumerate(data)]
 
     def _wants_envelope(self, data: Any, context: Any, index: int) -> bool:
         """Whether this request's verdict goes into the body; takes our own key out of gRPC inputs."""
         item = data[index] if isinstance(data, list) and index < len(data) else None
         asked = isinstance(item, MutableMapping) and item.pop(ENVELOPE_KEY, None) is not None
+        if _NODE in context.model_name:
+            # A client's headers reach every node of a workflow, and a body goes to the next one.
+            return self.options.envelope == "always"
         properties = context.get_all_request_header(index)
         asked = asked or any(str(k).lower() == ENVELOPE_KEY for k in properties)
         rule = self.options.envelope
@@ -347,5 +350,6 @@ def _streamed(context: Any, index: int) -> bool:
 
 
 def _refused_by_handler(context: Any, index: int) -> bool:
+    """Whether the handler refused a request itself; over gRPC no status reaches the client, so its answer is judged."""
     code, _ = context.get_response_status(index)
-    return isinstance(code, int) and code >= 400
+    return _over_http(context, index) and isinstance(code, int) and code >= 400

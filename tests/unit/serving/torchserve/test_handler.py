@@ -13,6 +13,7 @@ import pytest
 from ts.context import Context, RequestProcessor
 from ts.torch_handler.request_envelope.json import JSONEnvelope
 from ts.torch_handler.request_envelope.kservev2 import KServev2Envelope
+from ts.utils.util import PredictionException
 
 from fides_plugins.errors import FidesError
 from fides_plugins.pipeline import Pipeline
@@ -508,6 +509,28 @@ def test_a_declared_path_must_hold_the_class(work: Callable[..., Worker], on_err
     worker = work(lying("number"), mode="reject", answer={"compare": False})
     worker.send(items(1))
     assert (worker.headers()["x-fides-judged"], worker.status()) == ("inference", 200)
+
+
+def test_a_status_that_no_client_sees_hides_no_attack(work: Callable[..., Worker]) -> None:
+    """A handler's own refusal passes as it is; over gRPC its status is dropped and its body is handed on."""
+    source = CLASS.replace(
+        "return answers(logits)", "self.context.set_all_response_status(400)\n        return answers(logits)"
+    )
+    worker = work(source, mode="reject")
+    (over_http,) = worker.send(items(1, attacked=(0,)))
+    assert (worker.status(), "label" in over_http) == (400, True)
+    worker.context.request_processor = [RequestProcessor({})]
+    (over_grpc,) = worker.entry(items(1, attacked=(0,)), worker.context)
+    assert over_grpc["code"] == 409
+
+
+def test_a_node_of_a_workflow_fails_its_batch_and_wraps_no_answer(work: Callable[..., Worker]) -> None:
+    worker = work(mode="reject")
+    worker.context.model_name = "zoo__digits"
+    (answer,) = worker.send(items(1), **{"x-fides-envelope": "1"})
+    assert "fides" not in answer
+    with pytest.raises(PredictionException, match="tampered"):
+        worker.send(items(2, attacked=(1,)))
 
 
 def test_envelope_rules(work: Callable[..., Worker]) -> None:

@@ -25,6 +25,8 @@ ROW = [0.0] * 11
         ({"inputs": [{"name": "a", "shape": [11], "data": ROW}] * 2}, {1, 2, 11, 22}),
         ({"inputs": [{"name": "a", "shape": [4, 11], "data": ROW * 4}]}, {1, 4}),
         ({"x": [ROW, ROW]}, {1, 2}),
+        ({"instances": [[], ROW]}, {1, 2}),
+        ({"instances": [[ROW, ROW], ROW]}, {1, 2, 3}),
         ([ROW, ROW, ROW], {1, 3}),
         ("no list", {1}),
         (b"\xff\xd8\xff\xe0 an image", {1}),
@@ -37,6 +39,15 @@ def test_a_body_offers_what_it_can_be_read_to_have(body: Any, counts: set[int]) 
     assert row_counts({"body": body}) == counts
     if isinstance(body, (dict, list)):
         assert row_counts({"data": json.dumps(body).encode()}) == counts
+
+
+def test_an_envelopes_items_may_be_empty_or_hold_several_rows() -> None:
+    """Clients around another one could else shift the rows of all three, if a handler joins what items hold."""
+    assert row_counts({"body": {"instances": [ROW, ROW], "other": [ROW] * 5}}, 2) == {2}
+    assert row_counts({"body": {"instances": [[]]}}, 1) == {0, 1}
+    assert row_counts({"body": {"instances": [[ROW, ROW]]}}, 1) == {1, 2}
+    shifted = [row_counts({"body": {"instances": [i]}}, 1) for i in ([ROW, ROW], ROW, [])]
+    assert only_split(shifted, 3) is None
 
 
 def test_only_one_way_to_divide_a_batch_counts() -> None:
