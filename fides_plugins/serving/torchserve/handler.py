@@ -126,7 +126,7 @@ class FidesHandler:
         self._request_ids = tuple(str(context.get_request_id(i)) for i in range(n_requests))
         self._receipts = Receipts(context, n_requests) if REMOTE in self.settings.plugins.options else None
         try:
-            if self._parser is not None and len(explained) < n_requests:
+            if self._parser is not None:
                 bodies = Bodies(self.judge, self._parser, data, self._request_ids, explained)
             self._collecting = self._parser is None
             answer = self.original.handle(data, context)

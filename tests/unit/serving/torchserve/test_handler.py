@@ -261,8 +261,17 @@ def test_predictions_answered_with_explanations_are_errors(
     assert [worker.headers(i)["x-fides-status"] for i in range(2)] == ["indeterminate"] * 2
 
 
+#: Knows explanations, and gives class outputs to the others.
+EXPLAINS = PURE.replace(
+    "    return answers(service(rows(decoded(data))))\n",
+    "    made = answers(service(rows(decoded(data))))\n"
+    "    asked = [context.get_request_header(i, 'explain') == 'True' for i in range(len(data))]\n"
+    "    return [{'importance': [1.0]} if yes else answer for yes, answer in zip(asked, made)]\n",
+)
+
+
 def test_an_explanation_exempts_itself_alone_where_bodies_are_read(work: Callable[..., Worker], tmp_path: Path) -> None:
-    worker = work(PURE, mode="correct", plugins=audit(tmp_path / "log"), **PURE_PARSER)
+    worker = work(EXPLAINS, mode="correct", plugins=audit(tmp_path / "log"), **PURE_PARSER)
     sent = items(4, attacked=(0, 1, 3))
     answers = worker.send(sent, explain=(0,))
     assert [worker.headers(i)["x-fides-status"] for i in range(4)] == [
@@ -271,7 +280,7 @@ def test_an_explanation_exempts_itself_alone_where_bodies_are_read(work: Callabl
         "trusted",
         "attacked",
     ]
-    plain = work(PURE, mode="flag", **PURE_PARSER).send(sent)
+    plain = work(EXPLAINS, mode="flag", **PURE_PARSER).send(sent, explain=(0,))
     assert [a == b for a, b in zip(answers, plain, strict=True)] == [True, False, True, False]
     rows = logged(worker, tmp_path / "log")
     assert sorted(r[:2] for r in rows) == [
@@ -279,6 +288,21 @@ def test_an_explanation_exempts_itself_alone_where_bodies_are_read(work: Callabl
         ("request-1", "attacked"),
         ("request-3", "attacked"),
     ]
+
+
+@pytest.mark.parametrize("asked", [{"explain": (0, 1, 2)}, {"describe": "True"}])
+@pytest.mark.parametrize(("mode", "statuses"), [("correct", [200] * 3), ("reject", [409, 200, 409])])
+def test_a_header_hides_no_attack_where_bodies_are_read(
+    work: Callable[..., Worker], asked: dict[str, Any], mode: str, statuses: list[int]
+) -> None:
+    """This handler predicts whatever was asked for."""
+    worker = work(PURE, mode=mode, **PURE_PARSER)
+    sent = items(3, attacked=(0, 2))
+    answers = worker.send(sent, **asked)
+    assert [worker.headers(i)["x-fides-status"] for i in range(3)] == ["attacked", "indeterminate", "attacked"]
+    assert [worker.status(i) for i in range(3)] == statuses
+    plain = work(PURE, mode="flag", **PURE_PARSER).send(sent)
+    assert [a == b for a, b in zip(answers, plain, strict=True)] == [False, True, False]
 
 
 def test_explanations_and_streams_are_counted(work: Callable[..., Worker], tmp_path: Path) -> None:
