@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from math import isnan
 from numbers import Real
 from typing import Any
 
@@ -84,7 +85,10 @@ class AnswerReader:
         if not isinstance(value, list) or not value:
             return None
         if len(value) == self._n_classes > 1 and all(isinstance(v, float) for v in value):
-            return self._top([(frozenset({i}), score) for i, score in enumerate(value)])
+            best = max(value)
+            return (
+                frozenset(i for i, score in enumerate(value) if score == best) if not any(map(isnan, value)) else None
+            )
         ranked = [self._named(v) if isinstance(v, str) else None for v in value]
         if len(ranked) > 1 and None not in ranked:
             return ranked[0]

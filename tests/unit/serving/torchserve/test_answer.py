@@ -54,7 +54,8 @@ def test_forms_that_are_read_without_being_told(body: Any) -> None:
     "body",
     [
         None, True, 4, -1, 1.0, "horse", "", {}, [], {"label": 1}, {"cat": "dog"}, {"cat": True}, {"cat": float("nan")},
-        {"horse": 0.9, "dog": 0.1}, [0.3, 0.7], [1, 0, 0, 0], b"\x89PNG" + bytes(9000), "[" * 100_000, object(),
+        {"horse": 0.9, "dog": 0.1}, [0.3, 0.7], [1, 0, 0, 0],
+        [0.1, 0.9, float("nan"), 0.0], b"\x89PNG" + bytes(9000), "[" * 100_000, object(),
         {"outputs": [1]}, {"outputs": []}, {"predictions": {}}, [None],
     ],
 )  # fmt: skip
