@@ -89,12 +89,18 @@ class SnpTcb(_PolicyPart):
     microcode: int = Field(ge=0, le=255)
 
 
+class ModelRule(_PolicyPart):
+    """The bundles that may answer for one model; more than one while a new bundle replaces an old one."""
+
+    bundle_digests: tuple[Hex, ...] = Field(min_length=1, description="SHA-256 of the manifests that are trusted.")
+    minimum_bundle_version: int = Field(0, ge=0, description="Older bundles are refused.")
+
+
 class EvidencePolicy(_PolicyPart):
     """What a client demands of a verifier's evidence."""
 
     measurements: tuple[Measurement, ...] = Field((), description="Programs that are trusted; none: nothing is.")
-    bundle_digests: tuple[Hex, ...] = Field((), description="SHA-256 of the manifests of bundles that are trusted.")
-    minimum_bundle_version: int = Field(0, ge=0, description="Older bundles are refused.")
+    models: dict[str, ModelRule] = Field({}, description="Models by name, with the bundles that are trusted for each.")
     maximum_age_s: float = Field(86_400.0, gt=0, description="Seconds after which evidence must be fetched again.")
     clients: tuple[Hex, ...] = Field(
         (), description="The verifier must answer these clients (Ed25519 public keys) and no others."

@@ -40,6 +40,8 @@ class Receipt:
         The reference distribution: bytes of the tensor, sealed in the scheme "hpke", and what they hold.
     bundle_digest, bundle_version:
         The bundle that answered; 32 bytes and an integer.
+    model, classes, judge:
+        What the answer may be judged by: see `Judge`.
     evidence_id, tee, boot_id:
         Which evidence the key is bound to (32 bytes), the kind of TEE, and the start (16 bytes).
     sequence:
@@ -65,6 +67,9 @@ class Receipt:
     output_shape: Shape
     bundle_digest: Bytes32
     bundle_version: Count
+    model: Text
+    classes: Bytes32
+    judge: Bytes32
     evidence_id: Bytes32
     tee: Text
     boot_id: Bytes16
@@ -78,7 +83,7 @@ class Receipt:
         return _PAYLOAD.encode(self)
 
     def sign(self, key: Ed25519PrivateKey, key_id: bytes) -> bytes:
-        """The signed receipt, about 450 bytes for a single row of ten classes."""
+        """The signed receipt, about 550 bytes for a single row of ten classes."""
         return cose.sign(self.encode(), key, key_id, self.profile.encode("ascii"))
 
 

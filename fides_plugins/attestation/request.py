@@ -31,8 +31,8 @@ PROFILE = "fides-request/1"
 NONCE_BYTES = 32
 SESSION_BYTES = 16
 _DIGEST_BYTES = 32
-#: A request is about 300 bytes; anything much longer is not one.
-_MAX_TEXT = 1024
+#: A request is about 400 bytes and its model's name; anything much longer is not one.
+_MAX_TEXT = 2048
 
 
 def to_text(data: bytes) -> str:
@@ -71,6 +71,8 @@ class SignedRequest:
         32 and 16 random bytes; the nonce is used once, the session is the client object's.
     evidence_id:
         The evidence (32 bytes) that the client checked.
+    model, classes, judge:
+        What the client judges by: see `Judge`.
     input_digest:
         `tensor_digest` of the input (32 bytes).
     scheme:
@@ -85,6 +87,9 @@ class SignedRequest:
     nonce: Bytes32 = field(default_factory=lambda: os.urandom(NONCE_BYTES))
     session: Bytes16 = bytes(SESSION_BYTES)
     evidence_id: Bytes32
+    model: Text
+    classes: Bytes32
+    judge: Bytes32
     input_digest: Bytes32
     scheme: Scheme
     client_key: Bytes32 | None = None

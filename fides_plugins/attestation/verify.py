@@ -233,13 +233,16 @@ def _check_statement(
         raise Refusal("evidence-age", f"The evidence is {age:.0f} s old; the policy allows {policy.maximum_age_s:.0f}.")
     if age < -CLOCK_SKEW_S:
         raise Refusal("evidence-age", "The evidence is from the future.")
-    if not policy.bundle_digests:
-        raise Refusal("policy-empty", "The policy names no bundle digest, so it trusts no answer.", "Add one.")
-    if statement.bundle_digest.hex() not in policy.bundle_digests:
-        raise Refusal("evidence-bundle", "The verifier runs a bundle that the policy does not trust.")
+    if not policy.models:
+        raise Refusal("policy-empty", "The policy names no model, so it trusts no answer.", "Add one to `models`.")
     settings = statement.settings
+    rule = policy.models.get(str(settings.get("model")))
+    if rule is None:
+        raise Refusal("evidence-model", "The verifier answers for a model that the policy does not name.")
+    if statement.bundle_digest.hex() not in rule.bundle_digests:
+        raise Refusal("evidence-bundle", "The verifier runs a bundle that the policy does not trust for its model.")
     version = settings.get("bundle_version")
-    if not isinstance(version, int) or version < policy.minimum_bundle_version:
+    if not isinstance(version, int) or version < rule.minimum_bundle_version:
         raise Refusal("evidence-bundle-version", f"The verifier's bundle has version {version}: too old.")
     if not policy.clients and not policy.allow_any_client:
         raise Refusal(

@@ -153,7 +153,7 @@ class Client(ABC):
                 raise InputError("No evidence can be fetched.", "Give verifier_url, or a file as evidence.")
             source = EvidenceFile(evidence) if evidence is not None else EvidenceUrl(verifier_url, timeout_s)
             trust = Trust(policy, source, roots=roots, insecure_development=insecure_development)
-        self.checker = ReceiptChecker(trust, identity, scheme, loaded.n_classes)
+        self.checker = ReceiptChecker(trust, identity, scheme, loaded)
         self.receipt_from: ReceiptFrom = receipt_from
         self.alarm: Alarm | None = None
         self.refusals: Counter[str] = Counter()

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from fides_plugins import __version__
 from fides_plugins.attestation import receipt, sealing
 from fides_plugins.attestation.evidence import CHALLENGE_BYTES, Evidence, Statement
+from fides_plugins.attestation.judge import Judge
 from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.attestation.request import Scheme, SignedRequest, decode_commitment
 from fides_plugins.attestation.tensors import tensor_digest
@@ -127,6 +128,7 @@ class Verifier:
     ) -> None:
         self.options = options or VerifierOptions()
         self.bundle = bundle
+        self._judge = Judge.of(bundle)
         self.tee = provider.tee
         self._provider = provider
         self._clock = clock
@@ -221,6 +223,7 @@ class Verifier:
         asked = SignedRequest.decode(request, self.options.clients)
         if asked.scheme not in self.options.schemes:
             raise Refusal("request-scheme", f"This verifier does not offer the scheme {asked.scheme!r}.")
+        self._judge.check(asked, "request")
         rows = tensor.shape[0] if tensor.ndim else 0
         if rows > self.options.max_rows:
             raise InputError(f"{rows} rows in one request; at most {self.options.max_rows} are answered.")
@@ -253,6 +256,9 @@ class Verifier:
             output_shape=reference.shape,
             bundle_digest=self._statement.bundle_digest,
             bundle_version=self.bundle.manifest.bundle_version,
+            model=self._judge.model,
+            classes=self._judge.classes,
+            judge=self._judge.judge,
             evidence_id=asked.evidence_id,
             tee=self.tee,
             boot_id=self._statement.boot_id,

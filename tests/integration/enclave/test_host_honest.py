@@ -125,7 +125,8 @@ def test_infer_from_a_shell(world: World, tmp_path: Path, lie: bool) -> None:
     public = runner.invoke(app, ["new-identity", str(identity)]).stdout.strip()
     options = VerifierOptions(clients=frozenset((bytes.fromhex(public),)))
     rules = tmp_path / "policy.toml"
-    rules.write_text(f'[evidence]\nbundle_digests = ["{world.bundle.digest}"]\nclients = ["{public}"]\n')
+    name, digest = world.bundle.manifest.name, world.bundle.digest
+    rules.write_text(f'[evidence]\nclients = ["{public}"]\nmodels.{name}.bundle_digests = ["{digest}"]\n')
     np.save(tmp_path / "rows.npy", rows(2))
     if lie:
         world.front.on_response = lie_with(swap_top_two)

@@ -20,6 +20,7 @@ import tritonclient.http
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fides_plugins.attestation.evidence import Evidence
+from fides_plugins.attestation.judge import Judge
 from fides_plugins.attestation.policy import EvidencePolicy
 from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.attestation.request import SignedRequest
@@ -34,7 +35,7 @@ from fides_plugins.enclave.providers import DevelopmentProvider
 from fides_plugins.enclave.verifier import Verifier, VerifierOptions
 from fides_plugins.launch.process import wait_until
 from tests.support.verifier_process import Process, body, checker, image, receipt_in
-from tests.support.verifiers import IDENTITY, RunningVerifier, digits_bundle
+from tests.support.verifiers import IDENTITY, RunningVerifier, digits_bundle, models_of
 
 pytestmark = [
     pytest.mark.integration,
@@ -357,19 +358,19 @@ def test_it_warns_where_nothing_is_protected(server: Process) -> None:
 
 
 def test_its_development_receipts_need_the_flag(server: Process, bundle: Bundle) -> None:
-    trust = Trust(
-        EvidencePolicy(bundle_digests=(bundle.digest,), allow_any_client=True), EvidenceUrl(f"http://{server.http}")
-    )
+    rules = EvidencePolicy.model_validate({"models": models_of(bundle), "allow_any_client": True})
+    trust = Trust(rules, EvidenceUrl(f"http://{server.http}"))
     with pytest.raises(Refusal) as caught:
-        ReceiptChecker(trust, IDENTITY, "hpke", 10).begin(image(1))
+        ReceiptChecker(trust, IDENTITY, "hpke", bundle).begin(image(1))
     assert caught.value.code == "evidence-development"
 
 
-def test_its_errors_show_no_paths_or_tracebacks(server: Process) -> None:
+def test_its_errors_show_no_paths_or_tracebacks(server: Process, bundle: Bundle) -> None:
     document = Evidence.from_json(httpx.get(f"http://{server.http}/v2/fides/evidence").content)
     tensor = np.zeros((1, 3), np.float32)
     request = SignedRequest(
         evidence_id=evidence_id(document),
+        **vars(Judge.of(bundle)),
         input_digest=tensor_digest(tensor),
         scheme="hpke",
         client_key=X25519PrivateKey.generate().public_key().public_bytes_raw(),

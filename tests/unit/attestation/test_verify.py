@@ -66,10 +66,10 @@ def test_nothing_in_the_statement_can_be_exchanged(
     "nothing",
     [
         {"measurements": []},
-        {"bundle_digests": []},
+        {"models": {}},
         # A policy that names no client would trust a verifier that answers the host.
         {"allow_any_client": False},
-        {"measurements": [], "bundle_digests": [], "allow_any_client": False, "snp_minimum_tcb": None},
+        {"measurements": [], "models": {}, "allow_any_client": False, "snp_minimum_tcb": None},
     ],
 )
 def test_policies_are_closed_on_empty(tee: str, nothing: dict[str, Any], intel: IntelPki, amd: AmdPki) -> None:
@@ -90,8 +90,13 @@ def test_a_bare_report_vouches_for_no_key_even_where_it_is_accepted(tee: str, in
 @pytest.mark.parametrize(
     ("demands", "options", "code"),
     [
-        ({"bundle_digests": ["33" * 32]}, {}, "evidence-bundle"),
-        ({"minimum_bundle_version": 4}, {}, "evidence-bundle-version"),
+        ({"models": {"other": {"bundle_digests": ["22" * 32]}}}, {}, "evidence-model"),
+        ({"models": {"fides": {"bundle_digests": ["33" * 32]}}}, {}, "evidence-bundle"),
+        (
+            {"models": {"fides": {"bundle_digests": ["22" * 32], "minimum_bundle_version": 4}}},
+            {},
+            "evidence-bundle-version",
+        ),
         ({"maximum_age_s": 10}, {}, "evidence-age"),
         ({}, {"now": NOW_S - 3600}, "evidence-age"),
         ({"clients": ["aa" * 32]}, {}, "evidence-clients"),
@@ -238,7 +243,7 @@ def test_snp_reports_are_signed_to_the_last_byte(position: int, intel: IntelPki,
 
 
 MADE_UP = Evidence("development", development.make_report(statement().report_data()), statement())
-TRUSTING = EvidencePolicy(bundle_digests=("22" * 32,), allow_any_client=True)
+TRUSTING = policy("tdx", measurements=[])
 
 
 def test_development_evidence_needs_the_insecure_flag_and_warns() -> None:

@@ -240,7 +240,7 @@ def test_infer_says_that_the_service_is_down(tmp_path: Path) -> None:
     verifier = Verifier(bundle, DevelopmentProvider(), VerifierOptions())
     evidence, rules, rows = tmp_path / "evidence.json", tmp_path / "policy.toml", tmp_path / "rows.npy"
     evidence.write_text(verifier.evidence().to_json())
-    rules.write_text(f'[evidence]\nbundle_digests = ["{bundle.digest}"]\nallow_any_client = true\n')
+    rules.write_text(f'[evidence]\nallow_any_client = true\nmodels.fake.bundle_digests = ["{bundle.digest}"]\n')
     np.save(rows, ROWS)
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
