@@ -51,7 +51,6 @@ SAMPLE = Receipt(
     model="digits",
     classes=b"\x55" * 32,
     judge=b"\x66" * 32,
-    evidence_id=b"\x33" * 32,
     tee="tdx",
     boot_id=b"\x44" * 16,
     sequence=7,
@@ -60,7 +59,7 @@ SAMPLE = Receipt(
 )
 GOOD = SAMPLE.sign(KEY, KEY_ID)
 REQUEST = SignedRequest(
-    evidence_id=bytes(32),
+    key_id=bytes(32),
     model="digits",
     classes=bytes(32),
     judge=bytes(32),

@@ -42,8 +42,8 @@ class Receipt:
         The bundle that answered; 32 bytes and an integer.
     model, classes, judge:
         What the answer may be judged by: see `Judge`.
-    evidence_id, tee, boot_id:
-        Which evidence the key is bound to (32 bytes), the kind of TEE, and the start (16 bytes).
+    tee, boot_id:
+        The kind of TEE, and the start (16 bytes), whose evidence vouches for the key.
     sequence:
         Number of the receipt since that start.
     issued_at:
@@ -70,7 +70,6 @@ class Receipt:
     model: Text
     classes: Bytes32
     judge: Bytes32
-    evidence_id: Bytes32
     tee: Text
     boot_id: Bytes16
     sequence: Count

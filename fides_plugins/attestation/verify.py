@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import json
 import os
@@ -122,17 +121,6 @@ def sniff(data: bytes) -> Evidence:
         dcap.signed_part(data)
         tee = "tdx" if int.from_bytes(data[4:8], "little") == 0x81 else "sgx"
     return Evidence(tee=tee, report=data)
-
-
-def evidence_id(evidence: Evidence) -> bytes:
-    """SHA-256 of what the hardware signed (32 bytes): how requests and receipts name evidence."""
-    if evidence.tee == "sev-snp":
-        signed = evidence.report[: snp.SIGNED_BYTES]
-    elif evidence.tee == "development":
-        signed = development.signed_part(evidence.report)
-    else:
-        signed = dcap.signed_part(evidence.report)
-    return hashlib.sha256(signed).digest()
 
 
 def _report_facts(

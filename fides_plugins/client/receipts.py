@@ -62,7 +62,7 @@ class Pending:
     dtype, shape:
         Of the input.
     evidence:
-        Evidence that the request names.
+        Evidence for the key that the request names.
     """
 
     text: str
@@ -120,9 +120,10 @@ class ReceiptChecker:
             If no verifier is trusted.
         """
         evidence = self.trust.current()
+        assert evidence.statement is not None  # `Trust` keeps no other
         key = X25519PrivateKey.generate() if self.scheme == "hpke" else None
         request = SignedRequest(
-            evidence_id=evidence.facts.evidence_id,
+            key_id=evidence.statement.key_id,
             model=self._judge.model,
             classes=self._judge.classes,
             judge=self._judge.judge,
@@ -184,7 +185,7 @@ class ReceiptChecker:
             raise Refusal("receipt-late", "The receipt came after the request had expired.")
 
     def _compare(self, pending: Pending, receipt: Receipt) -> None:
-        request, facts, statement = pending.request, pending.evidence.facts, pending.evidence.statement
+        request, statement = pending.request, pending.evidence.statement
         assert statement is not None  # `Trust` keeps no other
         rule = self.trust.policy.models.get(self._judge.model)
         if not hmac.compare_digest(receipt.nonce, request.nonce):
@@ -193,8 +194,8 @@ class ReceiptChecker:
             raise Refusal("receipt-session", "The receipt is for another client.")
         if receipt.key_id != statement.key_id or receipt.boot_id != statement.boot_id:
             raise Refusal("receipt-start", "The receipt is of another start of the verifier than the one asked.")
-        if receipt.evidence_id != facts.evidence_id or receipt.tee != facts.tee:
-            raise Refusal("receipt-evidence", "The receipt names other evidence than the one that was checked.")
+        if receipt.tee != pending.evidence.facts.tee:
+            raise Refusal("receipt-evidence", "The receipt names another kind of TEE than the evidence.")
         shown = (receipt.input_digest, receipt.input_dtype, receipt.input_shape, receipt.preprocessing)
         sent = (request.input_digest, pending.dtype, pending.shape, _PREPROCESSING)
         if shown != sent:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import threading
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.attestation.request import from_text
 from fides_plugins.enclave import protocol
 from fides_plugins.enclave.bounds import request_bounds
-from fides_plugins.enclave.limits import ByteBudget
+from fides_plugins.enclave.limits import ByteBudget, RateLimit
 from fides_plugins.enclave.verifier import Verifier
 from fides_plugins.errors import FidesError, InputError, ServerError
 
@@ -65,6 +66,8 @@ class ServerLimits:
         needs, by the bundle (`request_bounds`).
     buffered_bytes:
         All bodies together; at least twice the size of one.
+    evidence_rate, evidence_burst:
+        Fresh evidence for one peer, per second and at once.
     header_timeout_s:
         Time for a request's headers to arrive.
     connections:
@@ -79,9 +82,20 @@ class ServerLimits:
     body_bytes: int | None = None
     body_timeout_s: float = 10.0
     buffered_bytes: int = 48 << 20
+    evidence_rate: float = 10.0
+    evidence_burst: float = 100.0
     header_timeout_s: float = 10.0
     connections: int = 512
     grace_s: float = 10.0
+
+
+def peer_of(host: str) -> bytes:
+    """Whom an address belongs to, as far as it tells; IPv6 has addresses to spare, so there a network is one peer."""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return b""
+    return (getattr(address, "ipv4_mapped", None) or address).packed[:8]
 
 
 class WorkQueue:
@@ -170,6 +184,8 @@ class HttpFront:
         self._verifier = verifier
         self._queue = queue
         self._limits = limits
+        # The hardware makes some quotes per second at most: no peer may use them up for the others.
+        self._evidence_rate = RateLimit(per_second=limits.evidence_rate, burst=limits.evidence_burst)
         self._bounds = request_bounds(verifier.input, verifier.options.max_rows, limits.body_bytes)
         routes = [
             Route("/v2", self._server),
@@ -205,6 +221,8 @@ class HttpFront:
     async def _evidence(self, request: Request) -> Response:
         text = request.query_params.get("challenge", "")
         challenge = from_text(text, "request", 64) if text else b""
+        if challenge:
+            self._evidence_rate.take(peer_of(request.client.host if request.client is not None else ""))
         document = await self._queue.run(lambda: self._verifier.evidence(challenge).to_json())
         return Response(document, media_type="application/json")
 

@@ -30,7 +30,6 @@ def sample_receipt(**changes: Any) -> Receipt:
         "model": "fides",
         "classes": b"\x55" * 32,
         "judge": b"\x66" * 32,
-        "evidence_id": b"\x33" * 32,
         "tee": "tdx",
         "boot_id": b"\x44" * 16,
         "sequence": 7,

@@ -20,7 +20,7 @@ from fides_plugins.attestation.judge import Judge
 from fides_plugins.attestation.policy import EvidencePolicy, SnpTcb
 from fides_plugins.attestation.request import SignedRequest
 from fides_plugins.attestation.tensors import tensor_digest
-from fides_plugins.attestation.verify import TrustRoots, evidence_id
+from fides_plugins.attestation.verify import TrustRoots
 from fides_plugins.builtin.verify import OnnxVerifier
 from fides_plugins.bundle import Bundle, Manifest, write_bundle
 from fides_plugins.enclave.http import ServerLimits
@@ -120,7 +120,7 @@ class Asked:
     ) -> None:
         self.key = X25519PrivateKey.generate()
         values: dict[str, Any] = {
-            "evidence_id": evidence_id(verifier.evidence()),
+            "key_id": verifier.key_id,
             **vars(Judge.of(verifier.bundle)),
             "input_digest": tensor_digest(tensor),
             "scheme": scheme,

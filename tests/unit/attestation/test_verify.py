@@ -32,9 +32,9 @@ def test_from_key_over_evidence_to_receipt(tee: str, intel: IntelPki, amd: AmdPk
     assert not trusted.development
     signed_by = trusted.statement.key_id
     assert signed_by == key_id(KEY.public_key().public_bytes_raw())
-    receipt = sample_receipt(tee=tee, evidence_id=trusted.facts.evidence_id)
+    receipt = sample_receipt(tee=tee)
     opened = open_receipt(receipt.sign(KEY, signed_by), {signed_by: trusted.signing_key})
-    assert opened.evidence_id == trusted.facts.evidence_id
+    assert opened.key_id == trusted.statement.key_id
     stranger = Ed25519PrivateKey.generate()
     with pytest.raises(Refusal, match="signature"):
         open_receipt(receipt.sign(stranger, signed_by), {signed_by: trusted.signing_key})

@@ -109,7 +109,6 @@ def test_a_good_receipt_gives_the_reference_once(hardware: Hardware, scheme: str
         ({"nonce": bytes(32)}, "receipt-nonce"),
         ({"session": b"\x01" * 16}, "receipt-session"),
         ({"boot_id": bytes(16)}, "receipt-start"),
-        ({"evidence_id": bytes(32)}, "receipt-evidence"),
         ({"tee": "sgx"}, "receipt-evidence"),
         ({"input_digest": bytes(32)}, "receipt-input"),
         ({"input_dtype": "FP64"}, "receipt-input"),
