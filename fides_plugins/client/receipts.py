@@ -102,7 +102,7 @@ class ReceiptChecker:
         self.trust = trust
         self.scheme: Scheme = scheme
         self._identity = identity or Ed25519PrivateKey.generate()
-        self._n_classes = bundle.n_classes
+        self.n_classes = bundle.n_classes
         self._judge = Judge.of(bundle)
         self._lifetime_s = lifetime_s
         self._clock = clock
@@ -226,8 +226,8 @@ class ReceiptChecker:
             data = sealing.unseal(data, pending.private_key, info)
         rows = pending.shape[0]
         said = (receipt.output_dtype, receipt.output_shape, len(data))
-        if said != ("FP32", (rows, self._n_classes), 4 * rows * self._n_classes):
-            raise Refusal("receipt-output", f"The reference is not {rows} rows of {self._n_classes} classes.")
+        if said != ("FP32", (rows, self.n_classes), 4 * rows * self.n_classes):
+            raise Refusal("receipt-output", f"The reference is not {rows} rows of {self.n_classes} classes.")
         reference = tensor_from_bytes(data, "FP32", receipt.output_shape)
         sums = reference.sum(axis=1, dtype=np.float64)
         # A row of zeros is the verifier's "no answer"; anything else must be a distribution.
