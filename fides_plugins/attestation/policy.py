@@ -116,6 +116,8 @@ class EvidencePolicy(_PolicyPart):
     )
     allow_dynamic_platform: bool = Field(False, description="Accept servers whose CPUs can change (cloud TDX).")
     allow_cached_keys: bool = Field(False, description="Accept platforms that cache keys (cloud TDX).")
+    allow_unpinned_rtmr0: bool = Field(False, description="Accept any configuration of a virtual machine (TDX).")
+    allow_zero_registers: bool = Field(False, description="Accept registers that nothing was measured into.")
     allow_smt: bool = Field(False, description="Accept hyperthreading.")
     allow_snp_debug: bool = Field(False, description="Accept SEV-SNP guests that the host can read.")
     allow_snp_migration: bool = Field(False, description="Accept SEV-SNP guests with a migration agent.")

@@ -19,6 +19,8 @@ from fides_plugins.attestation.refusal import Refusal
 
 #: Evidence may be this much ahead of the reader's clock before it is refused.
 CLOCK_SKEW_S = 300.0
+#: What says which program runs; the host's own values beside them may be zero.
+_PROGRAM_REGISTERS = ("mrenclave", "mrtd", "rtmr0", "rtmr1", "rtmr2", "rtmr3", "measurement")
 
 
 class InsecureEvidenceWarning(UserWarning):
@@ -179,13 +181,8 @@ def verify_evidence(
         With the code of the first check that failed.
     """
     facts = _report_facts(evidence, policy, now, roots or TrustRoots(), insecure_development)
-    measured = facts.measurements
-    if facts.tee != "development" and not any(m.matches(facts.tee, measured) for m in policy.measurements):
-        raise Refusal(
-            "evidence-measurement",
-            f"The {facts.tee} measurements are of no program that the policy trusts.",
-            f"Measured: {json.dumps(measured)}.",
-        )
+    if facts.tee != "development":
+        _check_program(facts, policy)
     statement = evidence.statement
     if statement is None:
         _check_bare(facts, policy)
@@ -194,6 +191,30 @@ def verify_evidence(
     # Without a challenge, how old the evidence was when it came here is part of its age.
     dated_at = float(statement.issued_at) if statement is not None and not challenge else now
     return TrustedEvidence(facts, statement, dated_at)
+
+
+def _check_program(facts: ReportFacts, policy: EvidencePolicy) -> None:
+    measured = facts.measurements
+    matching = [m for m in policy.measurements if m.matches(facts.tee, measured)]
+    if not matching:
+        raise Refusal(
+            "evidence-measurement",
+            f"The {facts.tee} measurements are of no program that the policy trusts.",
+            f"Measured: {json.dumps(measured)}.",
+        )
+    zero = [name for name in _PROGRAM_REGISTERS if name in measured and not measured[name].strip("0")]
+    if zero and not policy.allow_zero_registers:
+        raise Refusal(
+            "evidence-zero-register",
+            f"Nothing was measured into {', '.join(zero)}, so what the image would extend it with is not vouched for.",
+            "Measure it before its use, or set allow_zero_registers.",
+        )
+    if facts.tee == "tdx" and all(m.rtmr0 is None for m in matching) and not policy.allow_unpinned_rtmr0:
+        raise Refusal(
+            "evidence-rtmr0",
+            "The policy's measurement leaves RTMR0 open: the host may configure the virtual machine as it likes.",
+            f"Pin rtmr0 (measured: {measured['rtmr0']}), or set allow_unpinned_rtmr0.",
+        )
 
 
 def _check_bare(facts: ReportFacts, policy: EvidencePolicy) -> None:

@@ -54,6 +54,8 @@ TDX = {
     "allow_dynamic_platform": True,
     "allow_cached_keys": True,
     "allow_smt": True,
+    "allow_unpinned_rtmr0": True,
+    "allow_zero_registers": True,
 }
 SNP = {
     "measurements": [

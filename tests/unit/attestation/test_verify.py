@@ -119,6 +119,28 @@ def test_another_program_is_refused(tee: str, intel: IntelPki, amd: AmdPki) -> N
     assert refusal(evidence, policy(tee, measurements=elsewhere), roots=roots) == "evidence-measurement"
 
 
+@pytest.mark.parametrize("register", ["mrtd", "rtmr0", "rtmr1", "rtmr2", "rtmr3"])
+def test_a_register_that_nothing_was_measured_into_needs_a_named_relaxation(
+    register: str, intel: IntelPki, amd: AmdPki
+) -> None:
+    """An image that extends nothing pins nothing: whatever the host makes it run has the same zeros."""
+    evidence, roots = evidence_for("tdx", intel, amd, statement(), zero=register), roots_of(intel, amd)
+    pinned = [{**measurement_of("tdx"), register: "00" * 48}]
+    assert refusal(evidence, policy("tdx", measurements=pinned), roots=roots) == "evidence-zero-register"
+    relaxed = policy("tdx", measurements=pinned, allow_zero_registers=True)
+    assert verify_evidence(evidence, relaxed, NOW_S, roots=roots).facts.measurements[register] == "00" * 48
+
+
+def test_an_open_configuration_of_the_virtual_machine_needs_a_named_relaxation(intel: IntelPki, amd: AmdPki) -> None:
+    evidence, roots = evidence_for("tdx", intel, amd, statement()), roots_of(intel, amd)
+    full = measurement_of("tdx")
+    open_ = {k: v for k, v in full.items() if k != "rtmr0"}
+    assert refusal(evidence, policy("tdx", measurements=[open_]), roots=roots) == "evidence-rtmr0"
+    relaxed = policy("tdx", measurements=[open_], allow_unpinned_rtmr0=True)
+    assert verify_evidence(evidence, relaxed, NOW_S, roots=roots).facts.tee == "tdx"
+    assert verify_evidence(evidence, policy("tdx", measurements=[open_, full]), NOW_S, roots=roots).facts.tee == "tdx"
+
+
 @pytest.mark.parametrize("tee", TEES)
 def test_the_vendors_roots_do_not_know_us(tee: str, intel: IntelPki, amd: AmdPki) -> None:
     assert refusal(evidence_for(tee, intel, amd, statement()), policy(tee)) in {"evidence-quote", "evidence-root"}

@@ -23,6 +23,7 @@ from fides_plugins.attestation.tensors import tensor_digest
 from fides_plugins.attestation.verify import new_challenge, verify_evidence
 from fides_plugins.attestation.wire import PARAMETER, RECEIPT_OUTPUT
 from fides_plugins.bundle import Bundle, InputSpec, Manifest
+from fides_plugins.cli.serve_verifier import _announce
 from fides_plugins.enclave import protocol
 from fides_plugins.enclave.bounds import request_bounds
 from fides_plugins.enclave.limits import RateLimit, SpentNonces
@@ -459,6 +460,15 @@ def test_gramine_quotes(hardware: Hardware) -> None:
     assert GramineProvider(files=kernel).report(DATA).tee == "sgx"
     with pytest.raises(EvidenceError, match="'none', not 'dcap'"):
         GramineProvider(files=Gramine(lambda data: b"", "none")).report(DATA)
+
+
+@pytest.mark.parametrize("zero", ["rtmr3", ""])
+def test_a_machine_that_measured_nothing_says_so_at_the_start(
+    hardware: Hardware, bundle: Bundle, zero: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kernel = Kernel(lambda data: hardware.intel.quote("tdx", data, zero=zero))
+    _announce(Verifier(bundle, TsmProvider("tdx", files=kernel)), "127.0.0.1:1")
+    assert ("RTMR3 is zero" in capsys.readouterr().err) is bool(zero)
 
 
 def test_hardware_that_is_not_there_or_lies(hardware: Hardware, amd: AmdPki, tmp_path: Path) -> None:
