@@ -96,6 +96,14 @@ class ModelRule(_PolicyPart):
     minimum_bundle_version: int = Field(0, ge=0, description="Older bundles are refused.")
 
 
+class ClientSetRule(_PolicyPart):
+    """The set of clients that a verifier must answer, and no others, by who signs it."""
+
+    id: str
+    operator: Hex
+    minimum_serial: int = Field(0, ge=0)
+
+
 class EvidencePolicy(_PolicyPart):
     """What a client demands of a verifier's evidence."""
 
@@ -105,6 +113,7 @@ class EvidencePolicy(_PolicyPart):
     clients: tuple[Hex, ...] = Field(
         (), description="The verifier must answer these clients (Ed25519 public keys) and no others."
     )
+    client_set: ClientSetRule | None = Field(None, description="In place of `clients`: a set that an operator signs.")
     minimum_tcb_evaluation: int = Field(0, ge=0, description="Lowest TCB evaluation data number (Intel).")
     rejected_advisories: tuple[str, ...] = Field((), description="Intel advisories that must not apply.")
     snp_minimum_tcb: SnpTcb | None = Field(None, description="Lowest patch levels (AMD); needed for SEV-SNP.")
@@ -125,6 +134,12 @@ class EvidencePolicy(_PolicyPart):
         False, description="Accept a verifier that may answer anybody, so that the host can ask it for references."
     )
     allow_unbound_report_data: bool = Field(False, description="Accept a bare report that vouches for no key.")
+
+    @model_validator(mode="after")
+    def _one_kind_of_clients(self) -> EvidencePolicy:
+        if self.clients and self.client_set is not None:
+            raise ValueError("clients and client_set exclude each other")
+        return self
 
     @classmethod
     def from_toml(cls, path: str | Path) -> EvidencePolicy:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from fides_plugins.attestation import dcap, development, snp
+from fides_plugins.attestation.clients import check_clients
 from fides_plugins.attestation.evidence import CHALLENGE_BYTES, Evidence, ReportFacts, Statement, Tee
 from fides_plugins.attestation.policy import EvidencePolicy
 from fides_plugins.attestation.refusal import Refusal
@@ -56,11 +58,14 @@ class TrustedEvidence:
     dated_at:
         Seconds since 1970 from which its age counts: the check's, where a challenge proved it fresh; else
         what it says itself.
+    valid_until:
+        Seconds since 1970 after which its set of clients holds no longer.
     """
 
     facts: ReportFacts
     statement: Statement | None
     dated_at: float
+    valid_until: float = math.inf
 
     @property
     def development(self) -> bool:
@@ -183,14 +188,14 @@ def verify_evidence(
     facts = _report_facts(evidence, policy, now, roots or TrustRoots(), insecure_development)
     if facts.tee != "development":
         _check_program(facts, policy)
-    statement = evidence.statement
+    statement, valid_until = evidence.statement, math.inf
     if statement is None:
         _check_bare(facts, policy)
     else:
-        _check_statement(facts, statement, policy, now, challenge)
+        valid_until = _check_statement(facts, statement, policy, now, challenge)
     # Without a challenge, how old the evidence was when it came here is part of its age.
     dated_at = float(statement.issued_at) if statement is not None and not challenge else now
-    return TrustedEvidence(facts, statement, dated_at)
+    return TrustedEvidence(facts, statement, dated_at, valid_until)
 
 
 def _check_program(facts: ReportFacts, policy: EvidencePolicy) -> None:
@@ -231,7 +236,8 @@ def _check_bare(facts: ReportFacts, policy: EvidencePolicy) -> None:
 
 def _check_statement(
     facts: ReportFacts, statement: Statement, policy: EvidencePolicy, now: float, challenge: bytes
-) -> None:
+) -> float:
+    """The time until which it holds, whatever its age."""
     if not hmac.compare_digest(statement.report_data(), facts.report_data):
         raise Refusal("evidence-report-data", "The report vouches for another key, bundle or configuration.")
     if challenge and not hmac.compare_digest(challenge, statement.challenge):
@@ -253,14 +259,4 @@ def _check_statement(
     version = settings.get("bundle_version")
     if not isinstance(version, int) or version < rule.minimum_bundle_version:
         raise Refusal("evidence-bundle-version", f"The verifier's bundle has version {version}: too old.")
-    if not policy.clients and not policy.allow_any_client:
-        raise Refusal(
-            "policy-empty",
-            "The policy names no client, so the verifier may answer the host and show it every reference.",
-            "Add the clients' public keys as `clients`, or set allow_any_client.",
-        )
-    if policy.clients and sorted(settings.get("clients") or ()) != sorted(policy.clients):
-        raise Refusal(
-            "evidence-clients",
-            "The verifier answers other clients than the policy's: the host may ask it, and shape its lie.",
-        )
+    return check_clients(settings, policy, now)

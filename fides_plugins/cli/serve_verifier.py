@@ -27,6 +27,7 @@ class Kind(str, Enum):
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command("serve-verifier")(serve_verifier)
+    app.command("sign-clients")(sign_clients)
 
 
 def serve_verifier(
@@ -37,6 +38,9 @@ def serve_verifier(
     client: Annotated[
         list[str] | None,
         typer.Option(help="Public key (hex) of a client that is answered; repeatable. Default: anyone."),
+    ] = None,
+    client_set: Annotated[
+        Path | None, typer.Option(help="Signed set of clients that are answered (sign-clients), in place of --client.")
     ] = None,
     scheme: Annotated[list[str] | None, typer.Option(help="hpke or commitment; repeat it. Default: both.")] = None,
     decimals: Annotated[
@@ -58,14 +62,19 @@ def serve_verifier(
     """Serve the verification model over the Open Inference Protocol, one signed receipt per request."""
     import asyncio
 
+    from fides_plugins.attestation.clients import ClientSet
     from fides_plugins.bundle import Bundle
     from fides_plugins.enclave.http import ServerLimits
     from fides_plugins.enclave.providers import make_provider
     from fides_plugins.enclave.serve import serve
     from fides_plugins.enclave.verifier import Verifier, VerifierOptions
 
+    text = "" if client_set is None else read_file(client_set).decode("utf-8", "replace").strip()
+    if text and client:
+        raise InputError("--client and --client-set exclude each other.", "Sign a set with all clients in it.")
     options = VerifierOptions(
-        clients=frozenset(_key(text) for text in client or ()),
+        clients=frozenset(ClientSet.open(text).clients if text else (_key(text) for text in client or ())),
+        client_set=text,
         schemes=_schemes(scheme),
         decimals=decimals,
         collateral="" if collateral is None else read_file(collateral).decode("utf-8", "replace"),
@@ -83,6 +92,31 @@ def serve_verifier(
         buffered_bytes=max(48, 2 * (max_body_mb or 0)) << 20,
     )
     asyncio.run(serve(verifier, host, port, limits, ready=lambda free: _announce(verifier, f"{host}:{free}")))
+
+
+def sign_clients(
+    operator: Annotated[Path, typer.Argument(help="The operator's private key (new-identity).", metavar="KEY")],
+    out: Annotated[Path, typer.Option(help="File for the signed set; one that exists is replaced.", metavar="FILE")],
+    set_id: Annotated[str, typer.Option("--id", help="Name of the set, as policies give it.")],
+    serial: Annotated[int, typer.Option(help="Number of this version of the set; must grow.", min=0)],
+    client: Annotated[list[str], typer.Option(help="Public key (hex) of a client; repeat it.")],
+    days: Annotated[float, typer.Option(help="Days for which the set holds, from now.", min=0.01)] = 30.0,
+) -> None:
+    """Sign the set of clients that a verifier may answer, so that it changes without a new policy for each client."""
+    import time
+
+    from fides_plugins.attestation.clients import ClientSet
+    from fides_plugins.cli.infer import read_identity
+
+    now = int(time.time())
+    keys = tuple(sorted({_key(text) for text in client}))
+    # Clocks of clients may be a little behind.
+    start, end = now - 300, now + int(days * 86_400)
+    signed = ClientSet(id=set_id, serial=serial, not_before=start, not_after=end, clients=keys)
+    try:
+        out.write_text(signed.sign(read_identity(operator)) + "\n")
+    except OSError as error:
+        raise InputError(f"Cannot write {out.name}: {error.strerror}.") from None
 
 
 def _announce(verifier: Verifier, where: str) -> None:

@@ -196,7 +196,8 @@ class Trust:
         return trusted
 
     def _expired(self, evidence: TrustedEvidence) -> bool:
-        return self._clock() - evidence.dated_at > self.policy.maximum_age_s
+        now = self._clock()
+        return now > evidence.valid_until or now - evidence.dated_at > self.policy.maximum_age_s
 
 
 def _key(evidence: TrustedEvidence) -> bytes:

@@ -48,6 +48,8 @@ class VerifierOptions:
     clients:
         Ed25519 public keys (32 bytes each) that are answered; empty: everybody, the host included, who
         can then learn each reference by asking for it in its own name.
+    client_set:
+        The signed set that `clients` come from, shown in the evidence; empty where they come from nowhere else.
     schemes:
         Schemes that are offered.
     decimals:
@@ -64,6 +66,7 @@ class VerifierOptions:
     """
 
     clients: frozenset[bytes] = frozenset()
+    client_set: str = ""
     schemes: tuple[Scheme, ...] = get_args(Scheme)
     decimals: int | None = None
     collateral: str = ""
@@ -159,6 +162,7 @@ class Verifier:
             "decimals": self.options.decimals,
             "schemes": sorted(self.options.schemes),
             "clients": sorted(c.hex() for c in self.options.clients),
+            "client_set": self.options.client_set,
         }
 
     def _make_evidence(self, challenge: bytes) -> Evidence:

@@ -27,9 +27,11 @@ from tests.support.verifiers import IDENTITY, IDENTITY_PUBLIC, IMAGE_28, models_
 class Process:
     """The command in a process of its own; free ports."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(
+        self, folder: Path, *options: str, clients: tuple[str, ...] = ("--client", IDENTITY_PUBLIC.hex())
+    ) -> None:
         command = [sys.executable, "-m", "fides_plugins.cli", "serve-verifier", "--bundle", str(folder)]
-        command += ["--evidence", "development", "--client", IDENTITY_PUBLIC.hex(), "--port", "0"]
+        command += ["--evidence", "development", *clients, "--port", "0"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment

@@ -17,8 +17,10 @@ import httpx
 import numpy as np
 import pytest
 import tritonclient.http
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from fides_plugins.attestation.clients import ClientSet
 from fides_plugins.attestation.evidence import Evidence
 from fides_plugins.attestation.judge import Judge
 from fides_plugins.attestation.policy import EvidencePolicy
@@ -35,7 +37,7 @@ from fides_plugins.enclave.providers import DevelopmentProvider
 from fides_plugins.enclave.verifier import Verifier, VerifierOptions
 from fides_plugins.launch.process import wait_until
 from tests.support.verifier_process import Process, body, checker, image, receipt_in
-from tests.support.verifiers import IDENTITY, RunningVerifier, digits_bundle, models_of
+from tests.support.verifiers import IDENTITY, IDENTITY_PUBLIC, RunningVerifier, digits_bundle, models_of
 
 pytestmark = [
     pytest.mark.integration,
@@ -372,6 +374,24 @@ def test_it_warns_where_nothing_is_protected(server: Process) -> None:
     # The warnings follow the line that says where it listens.
     wait_until(lambda: any("no hardware protects this verifier" in line for line in server.errors), 10, "The warning")
     assert not any("host can ask" in line for line in server.errors)
+
+
+def test_it_answers_the_clients_of_a_signed_set(folder: Path, bundle: Bundle, tmp_path: Path) -> None:
+    operator, now = Ed25519PrivateKey.generate(), int(time.time())
+    chosen = ClientSet(id="prod", serial=1, not_before=now - 60, not_after=now + 60, clients=(IDENTITY_PUBLIC,))
+    (tmp_path / "clients").write_text(chosen.sign(operator) + "\n")
+    process = Process(folder, clients=("--client-set", str(tmp_path / "clients")))
+    try:
+        rule = {"id": "prod", "operator": operator.public_key().public_bytes_raw().hex()}
+        rules = EvidencePolicy.model_validate({"models": models_of(bundle), "client_set": rule})
+        trust = Trust(rules, EvidenceUrl(f"http://{process.http}"), insecure_development=True)
+        for identity, status in ((IDENTITY, 200), (operator, 403)):
+            pending = ReceiptChecker(trust, identity, "hpke", bundle).begin(image(1))
+            data, headers = body(pending.text, image(1))
+            url = f"http://{process.http}/v2/models/digits/infer"
+            assert httpx.post(url, content=data, headers=headers).status_code == status
+    finally:
+        assert process.stop() == 0
 
 
 def test_its_development_receipts_need_the_flag(server: Process, bundle: Bundle) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fides_plugins.attestation.policy import EvidencePolicy, Measurement, ModelRule, SnpTcb
+from fides_plugins.attestation.policy import ClientSetRule, EvidencePolicy, Measurement, ModelRule, SnpTcb
 from fides_plugins.attestation.verify import verify_evidence
 from fides_plugins.errors import SettingsError
 from tests.support.docs_blocks import blocks
@@ -79,9 +79,11 @@ def test_the_page_names_every_field_with_its_default() -> None:
         default = field.default
         shown = "none" if default is None else json.dumps(int(default) if isinstance(default, float) else default)
         assert fields[name].strip("`") == shown, name
-    rules, rest = PAGE.read_text().split("## A model")[1].split("## A measurement")
+    rules, rest = PAGE.read_text().split("## A model")[1].split("## A set of clients")
+    chosen, rest = rest.split("## A measurement")
     measurement, tcb = rest.split("## Patch levels")
-    for part, model in ((rules, ModelRule), (measurement, Measurement), (tcb, SnpTcb)):
+    tables = ((rules, ModelRule), (chosen, ClientSetRule), (measurement, Measurement), (tcb, SnpTcb))
+    for part, model in tables:
         assert set(re.findall(r"^\| `(\w+)` \|", part, re.MULTILINE)) == set(model.model_fields)
 
 
