@@ -64,7 +64,7 @@ def serve_verifier(
 
     from fides_plugins.attestation.clients import ClientSet
     from fides_plugins.bundle import Bundle
-    from fides_plugins.enclave.http import ServerLimits
+    from fides_plugins.enclave.connections import ServerLimits
     from fides_plugins.enclave.providers import make_provider
     from fides_plugins.enclave.serve import serve
     from fides_plugins.enclave.verifier import Verifier, VerifierOptions

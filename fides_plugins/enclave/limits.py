@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 
 from fides_plugins.attestation.refusal import Refusal
@@ -19,13 +19,15 @@ _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 class ByteBudget:
-    """Bytes of all bodies that are held at once. Belongs to one event loop."""
+    """Bytes of all bodies that are held at once, at most half of them one peer's. Belongs to one event loop."""
 
     def __init__(self, capacity: int) -> None:
         self._left = capacity
+        self._share = capacity // 2
+        self._held: Counter[bytes] = Counter()
         self._given = 0
 
-    def take(self, size: int) -> None:
+    def take(self, size: int, peer: bytes) -> None:
         """Hold some more.
 
         Raises
@@ -33,13 +35,17 @@ class ByteBudget:
         Refusal
             `request-memory`.
         """
-        if size > self._left:
+        if size > min(self._left, self._share - self._held[peer]):
             raise Refusal("request-memory", "The verifier holds too many bodies.", "Try again later.")
         self._left -= size
+        self._held[peer] += size
 
-    def give(self, size: int) -> None:
+    def give(self, size: int, peer: bytes) -> None:
         """Hold less again."""
         self._left += size
+        self._held[peer] -= size
+        if not self._held[peer]:
+            del self._held[peer]
         self._given += size
         if self._given >= _TRIM_BYTES:
             self._given = 0

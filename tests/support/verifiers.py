@@ -23,7 +23,7 @@ from fides_plugins.attestation.tensors import tensor_digest
 from fides_plugins.attestation.verify import TrustRoots
 from fides_plugins.builtin.verify import OnnxVerifier
 from fides_plugins.bundle import Bundle, Manifest, write_bundle
-from fides_plugins.enclave.http import ServerLimits
+from fides_plugins.enclave.connections import ServerLimits
 from fides_plugins.enclave.serve import serve
 from fides_plugins.enclave.verifier import Verifier, VerifierOptions
 from fides_plugins.settings import Settings
