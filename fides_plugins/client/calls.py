@@ -30,7 +30,7 @@ from fides_plugins.attestation.verify import TrustRoots
 from fides_plugins.attestation.wire import COMMITMENT_PARAMETER, PARAMETER, RECEIPT_OUTPUT
 from fides_plugins.bundle import Bundle
 from fides_plugins.client.address import checked_address
-from fides_plugins.client.http import exchange, remaining, wait, within
+from fides_plugins.client.http import connections, exchange, remaining, wait, within
 from fides_plugins.client.receipts import Brought, Pending, ReceiptChecker
 from fides_plugins.client.trust import EvidenceFile, EvidenceUrl, Trust
 from fides_plugins.errors import InputError, ServerError
@@ -288,7 +288,7 @@ class Calls(Client):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._http = httpx.AsyncClient(timeout=self._timeout_s)
+        self._http = connections(self._timeout_s)
 
     def infer(self, inputs: Mapping[str, NDArray[Any]]) -> Verdict:
         """Ask the service and give the verdict on its answer.
@@ -333,7 +333,7 @@ class AsyncCalls(Client):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._http = httpx.AsyncClient(timeout=self._timeout_s)
+        self._http = connections(self._timeout_s)
 
     async def infer(self, inputs: Mapping[str, NDArray[Any]]) -> Verdict:
         """See `Calls.infer`."""

@@ -10,6 +10,7 @@ import asyncio
 import functools
 import math
 import os
+import ssl
 import threading
 import time
 from collections.abc import Coroutine, Iterator
@@ -34,6 +35,16 @@ class AnswerTooLong(httpx.HTTPError):
 
 class AnswerCompressed(httpx.HTTPError):
     """The answer is compressed, which nobody asked for: how long it is cannot be told before it is unpacked."""
+
+
+def connections(timeout_s: float) -> httpx.AsyncClient:
+    """Connections to the address that is given and to no other: no proxy of the environment, no redirect.
+
+    Certificates are checked against the system's roots, or those of SSL_CERT_FILE.
+    """
+    return httpx.AsyncClient(
+        timeout=timeout_s, trust_env=False, follow_redirects=False, verify=ssl.create_default_context()
+    )
 
 
 @contextmanager

@@ -77,9 +77,14 @@ class _TritonBase(Client):
             # Rounded up, so that a few more rows need no new connection.
             self._connection_bytes = 1 << self._longest_answer(n_rows).bit_length()
             library = importlib.import_module(f"tritonclient.grpc{self._library_part}")
-            # tritonclient's own bound on an answer is 2 GiB.
-            bounds = [("grpc.max_receive_message_length", self._connection_bytes), ("grpc.max_send_message_length", -1)]
-            self._connection = library.InferenceServerClient(self.url, ssl=self._tls, channel_args=bounds)
+            # tritonclient's own bound on an answer is 2 GiB, and gRPC asks the proxy of the environment.
+            channel = {
+                "grpc.max_receive_message_length": self._connection_bytes,
+                "grpc.max_send_message_length": -1,
+                "grpc.enable_http_proxy": 0,
+            }
+            options = list(channel.items())
+            self._connection = library.InferenceServerClient(self.url, ssl=self._tls, channel_args=options)
         return self._connection
 
     async def _service(self, query: Query, pending: Pending) -> Reply:

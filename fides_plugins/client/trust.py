@@ -20,7 +20,7 @@ from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.attestation.request import to_text
 from fides_plugins.attestation.verify import TrustedEvidence, TrustRoots, new_challenge, verify_evidence
 from fides_plugins.client.address import checked_address
-from fides_plugins.client.http import AnswerTooLong, exchange, remaining, wait
+from fides_plugins.client.http import AnswerTooLong, connections, exchange, remaining, wait
 from fides_plugins.errors import InputError, ServerError
 
 _MAX_DOCUMENT = 1 << 20
@@ -71,7 +71,7 @@ class EvidenceUrl:
 
     async def _get(self, challenge: str, timeout_s: float) -> httpx.Response:
         call = {"method": "GET", "url": self._url, "params": {"challenge": challenge}}
-        async with httpx.AsyncClient(timeout=timeout_s) as client:
+        async with connections(timeout_s) as client:
             return await exchange(client, timeout_s, _MAX_DOCUMENT, **call)
 
 

@@ -16,30 +16,24 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
-from typing_extensions import Self
 
 from fides_plugins.attestation.evidence import Evidence
 from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.cli import app
 from fides_plugins.client import AsyncTorchServeClient, AsyncTritonClient, TorchServeClient, TritonClient
-from fides_plugins.client.trust import EvidenceUrl, Trust
+from fides_plugins.client.trust import EvidenceUrl
 from fides_plugins.enclave.providers import DevelopmentProvider
 from fides_plugins.enclave.verifier import Verifier, VerifierOptions
 from fides_plugins.errors import InputError, ServerError
 from fides_plugins.launch.process import wait_until
-from fides_plugins.testing import fake_logits, make_bundle, memory_bundle
-from tests.support.pki import NOW_S
-from tests.support.verifiers import IDENTITY, Hardware
-
-ROWS = fake_logits(1)
-#: Longer than any time-out here, shorter than a test may take.
-SILENCE_S = 20.0
+from fides_plugins.testing import fake_logits, make_bundle
+from tests.support.hosts import CLIENTS, ROWS, SILENCE_S, Known, Raw, ask, reply
+from tests.support.verifiers import Hardware
 
 
 @contextmanager
@@ -58,67 +52,6 @@ def peak_mb() -> float:
     found = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024  # type: ignore[index]
     Path("/proc/self/clear_refs").write_text("5")
     return found
-
-
-def reply(body: bytes, status: str = "200 OK", more: str = "") -> bytes:
-    return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n{more}\r\n".encode() + body
-
-
-class Raw:
-    """A socket that answers every request with the same bytes; with none it stays silent."""
-
-    def __init__(self, answer: bytes, pause_s: float = 0.0) -> None:
-        self._answer, self._pause_s = answer, pause_s
-        self._closed = threading.Event()
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                connection = self._socket.accept()[0]
-            except OSError:
-                return
-            threading.Thread(target=self._speak, args=(connection,), daemon=True).start()
-
-    def _speak(self, connection: socket.socket) -> None:
-        with connection:
-            try:
-                connection.recv(1 << 20)
-                if not self._answer:
-                    self._closed.wait(SILENCE_S)
-                elif not self._pause_s:
-                    connection.sendall(self._answer)
-                else:
-                    for byte in self._answer:
-                        connection.sendall(bytes((byte,)))
-                        if self._closed.wait(self._pause_s):
-                            return
-            except OSError:
-                pass
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        self._closed.set()
-        self._socket.close()
-
-
-class Known:
-    """Evidence that was fetched when all was well."""
-
-    challenges = True
-
-    def __init__(self, hardware: Hardware) -> None:
-        self.bundle = memory_bundle()
-        self.verifier = hardware.verifier(self.bundle)
-        self.trust = Trust(hardware.policy(self.bundle), self, roots=hardware.roots, clock=lambda: NOW_S)
-        self.options: dict[str, Any] = {"trust": self.trust, "identity": IDENTITY}
-
-    def fetch(self, challenge: bytes) -> Evidence:
-        return Evidence.from_json(self.verifier.evidence(challenge).to_json())
 
 
 @pytest.fixture(scope="module")
@@ -151,25 +84,6 @@ def test_documents_that_are_no_evidence_are_refused(body: bytes) -> None:
 
 
 # A host may take its time, or send more than anybody asked for: neither is for the client to bear.
-
-
-def ask(known: Known, kind: Any, address: str, timeout_s: float = 1.0, **options: Any) -> Any:
-    """One question to a host, of a client that waits or of one that does not."""
-    prefix = "http://" if kind in (TorchServeClient, AsyncTorchServeClient) else ""
-    arguments = (f"{prefix}{address}", "m", known.bundle, known.trust.policy)
-    client = kind(*arguments, timeout_s=timeout_s, **known.options, **options)
-    if kind in (TorchServeClient, TritonClient):
-        with client:
-            return client.ask({"input": ROWS})
-
-    async def waiting() -> Any:
-        async with client:
-            return await client.ask({"input": ROWS})
-
-    return asyncio.run(waiting())
-
-
-CLIENTS = [TorchServeClient, AsyncTorchServeClient, TritonClient, AsyncTritonClient]
 
 
 @pytest.mark.parametrize("kind", CLIENTS)
