@@ -91,6 +91,11 @@ class Answer:
     reference: Float32Array | None
 
 
+def printable(words: str) -> str:
+    """A host's words, fit to be printed: one short line without control characters."""
+    return "".join(c if c.isprintable() else " " for c in words[:_LONGEST_EXCUSE])
+
+
 class Client(ABC):
     """Whom a client trusts, what it asks, what it judges with, and what it has seen so far.
 
@@ -240,8 +245,7 @@ class Client(ABC):
         receipt = oip.first_text(outputs, RECEIPT_OUTPUT)
         if receipt is not None:
             return Brought(receipt)
-        # Foreign words, fit to be printed: one short line without control characters.
-        words = "".join(c if c.isprintable() else " " for c in oip.read_error(response.content)[:_LONGEST_EXCUSE])
+        words = printable(oip.read_error(response.content))
         return Brought(None, words or f"status {response.status_code}, no receipt")
 
     def finish(self, query: Query, pending: Pending, reply: Reply) -> Answer:

@@ -23,7 +23,7 @@ from fides_plugins import oip
 from fides_plugins.attestation.policy import EvidencePolicy
 from fides_plugins.attestation.wire import PARAMETER, RECEIPT_OUTPUT
 from fides_plugins.bundle import Bundle
-from fides_plugins.client.calls import AsyncCalls, Calls, Client, Reply
+from fides_plugins.client.calls import AsyncCalls, Calls, Client, Reply, printable
 from fides_plugins.client.http import remaining
 from fides_plugins.client.receipts import Brought, Pending
 from fides_plugins.errors import InputError, ServerError
@@ -130,8 +130,8 @@ class _TritonBase(Client):
         except httpx.HTTPError as error:
             raise self._no_answer(error) from None
         if reply.status_code != 200:
-            words = oip.read_error(reply.content) or f"status {reply.status_code}"
-            raise ServerError(f"{self.model} at {self.url} gave no answer: {words[:200]}")
+            words = printable(oip.read_error(reply.content)) or f"status {reply.status_code}"
+            raise ServerError(f"{self.model} at {self.url} gave no answer: {words}")
         return reply
 
     @abstractmethod
@@ -152,7 +152,8 @@ class _TritonBase(Client):
 
     def _no_answer(self, error: Exception) -> ServerError:
         words = error.message() if hasattr(error, "message") and callable(error.message) else ""
-        return ServerError(f"{self.model} at {self.url} gave no answer: {str(words or type(error).__name__)[:200]}")
+        words = printable(str(words or type(error).__name__))
+        return ServerError(f"{self.model} at {self.url} gave no answer: {words}")
 
 
 class TritonClient(_TritonBase, Calls):

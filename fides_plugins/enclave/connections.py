@@ -32,7 +32,7 @@ class ServerLimits:
     workers:
         Requests that run at once.
     queue:
-        Requests that wait for a worker; more are refused at once.
+        Requests that wait for a worker, half of them one peer's; more are refused at once.
     timeout_s:
         From a complete request to its answer.
     body_bytes, body_timeout_s:
@@ -183,7 +183,7 @@ def spare_descriptors(connections: int) -> int:
     return max(1, min(connections, soft - spare))
 
 
-class _Sparing(logging.Filter):
+class SparingFilter(logging.Filter):
     """Lets some lines through in ten seconds, and says how many it left out."""
 
     def __init__(self, lines: int, clock: Callable[[], float]) -> None:
@@ -192,6 +192,7 @@ class _Sparing(logging.Filter):
         self._since, self._seen = clock(), 0
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a line may be written."""
         now = self._clock()
         if now - self._since >= 10.0:
             if self._seen > self._lines:
@@ -203,9 +204,9 @@ class _Sparing(logging.Filter):
 
 
 @contextlib.contextmanager
-def sparing_log(lines: int, clock: Callable[[], float] = time.monotonic) -> Iterator[None]:
+def sparing_log(lines: int) -> Iterator[None]:
     """No peer can fill the disk by what it makes the server log."""
-    filters = [(logging.getLogger(name), _Sparing(lines, clock)) for name in _LOGGERS]
+    filters = [(logging.getLogger(name), SparingFilter(lines, time.monotonic)) for name in _LOGGERS]
     for logger, kept in filters:
         logger.addFilter(kept)
     try:

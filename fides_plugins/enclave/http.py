@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -60,7 +61,7 @@ class WorkQueue:
         self.parsing = threading.Lock()
         self._limits = limits
         self._pool = ThreadPoolExecutor(limits.workers, thread_name_prefix="fides-verifier")
-        self._held = 0
+        self._held: Counter[bytes] = Counter()
 
     async def run(self, call: Callable[[], T], held: int = 0, peer: bytes = b"") -> T:
         """The call's result.
@@ -70,20 +71,22 @@ class WorkQueue:
         call:
             What to run.
         held, peer:
-            Bytes taken from `bodies` for it and whose they are; given back when it has ended, however late that is.
+            Bytes taken from `bodies` for it, given back when it has ended, however late that is; and who asks.
 
         Raises
         ------
         FidesError
             Of the call; ServerError without a reason where the call raised anything else.
         Refusal
-            `request-busy` where the queue is full or the time is up. A call that is too late still runs to
-            its end and keeps its place, and its answer is dropped.
+            `request-busy` where the queue is full, or the peer has half of it, or the time is up. A call that is
+            too late still runs to its end and keeps its place, and its answer is dropped.
         """
-        if self._held >= self._limits.workers + self._limits.queue:
+        limits = self._limits
+        full = self._held.total() >= limits.workers + limits.queue
+        if full or self._held[peer] >= limits.workers + (limits.queue + 1) // 2:
             self.bodies.give(held, peer)
             raise Refusal("request-busy", "The verifier's queue is full.", "Try again later.")
-        self._held += 1
+        self._held[peer] += 1
         future = asyncio.get_running_loop().run_in_executor(self._pool, _outcome, call)
         future.add_done_callback(lambda _: self._released(held, peer))
         try:
@@ -99,7 +102,9 @@ class WorkQueue:
             del outcome, future
 
     def _released(self, held: int, peer: bytes) -> None:
-        self._held -= 1
+        self._held[peer] -= 1
+        if not self._held[peer]:
+            del self._held[peer]
         self.bodies.give(held, peer)
 
     def close(self) -> None:
@@ -169,7 +174,7 @@ class HttpFront:
         challenge = from_text(text, "request", 64) if text else b""
         if challenge:
             self._evidence_rate.take(_peer(request))
-        document = await self._queue.run(lambda: self._verifier.evidence(challenge).to_json())
+        document = await self._queue.run(lambda: self._verifier.evidence(challenge).to_json(), peer=_peer(request))
         return Response(document, media_type="application/json")
 
     async def _infer(self, request: Request) -> Response:

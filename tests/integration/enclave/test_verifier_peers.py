@@ -20,9 +20,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.attestation.request import to_text
 from fides_plugins.attestation.verify import new_challenge
-from fides_plugins.enclave.connections import ServerLimits, make_server, peer_of, spare_descriptors, sparing_log
+from fides_plugins.enclave.connections import ServerLimits, SparingFilter, make_server, peer_of, spare_descriptors
+from fides_plugins.enclave.http import WorkQueue
 from fides_plugins.enclave.providers import DevelopmentProvider
 from fides_plugins.enclave.verifier import Verifier, VerifierOptions
 from fides_plugins.testing import memory_bundle
@@ -151,6 +153,7 @@ def test_an_answer_that_nobody_takes_is_given_up() -> None:
 
 
 def test_a_flood_of_nonsense_writes_few_lines(running: RunningVerifier, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "uvicorn.error")
     for _ in range(300):
         with connect(running.http) as connection:
             connection.sendall(b"nonsense\r\n\r\n")
@@ -159,13 +162,34 @@ def test_a_flood_of_nonsense_writes_few_lines(running: RunningVerifier, caplog: 
 
 
 def test_the_log_says_how_much_it_left_out(caplog: pytest.LogCaptureFixture) -> None:
-    now = [0.0]
-    with sparing_log(3, clock=lambda: now[0]):
-        for _ in range(10):
-            logging.getLogger("uvicorn.error").warning("again")
-        now[0] = 11.0
-        logging.getLogger("uvicorn.error").warning("later")
+    """On a logger of its own: other servers of this process may spare theirs."""
+    now, logger = [0.0], logging.getLogger("tests.sparing")
+    sparing = SparingFilter(3, lambda: now[0])
+    logger.addFilter(sparing)
+    for _ in range(10):
+        logger.warning("again")
+    now[0] = 11.0
+    logger.warning("later")
+    logger.removeFilter(sparing)
     assert [r.getMessage() for r in caplog.records] == ["again"] * 3 + ["(7 lines before this one were left out) later"]
+
+
+def test_no_peer_fills_the_queue_alone() -> None:
+    async def scenario() -> None:
+        release = threading.Event()
+        queue = WorkQueue(ServerLimits(workers=1, queue=4))
+        greedy = [asyncio.create_task(queue.run(lambda: release.wait(10), peer=b"greedy")) for _ in range(20)]
+        await asyncio.sleep(0.05)
+        honest = [asyncio.create_task(queue.run(lambda: True, peer=b"honest")) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        release.set()
+        assert await asyncio.gather(*honest) == [True] * 2
+        found = await asyncio.gather(*greedy, return_exceptions=True)
+        assert [f for f in found if f is True] == [True] * 3
+        assert {f.code for f in found if isinstance(f, Refusal)} == {"request-busy"}
+        queue.close()
+
+    asyncio.run(scenario())
 
 
 def test_peers_are_addresses_and_networks_of_ipv6() -> None:

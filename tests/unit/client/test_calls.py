@@ -257,6 +257,13 @@ def test_bodies_of_torchserve_that_cannot_be_decoded_are_server_errors(known: Kn
             asyncio.run(ask(url))
 
 
+@pytest.mark.parametrize("kind", [TritonClient, AsyncTritonClient])
+def test_what_triton_says_instead_of_an_answer_is_one_printable_line(known: Known, kind: Any) -> None:
+    said = reply(b'{"error": "no\\u001b[2J\\nWARNING forged"}', "500 Internal Server Error")
+    with Raw(said) as host, pytest.raises(ServerError, match=r"gave no answer: no \[2J WARNING forged"):
+        ask(known, kind, host.address)
+
+
 EXCUSES = {
     "its reason": (reply(b'{"error": "request-rate: Too many rows."}', "429 Too Many Requests"), "request-rate: Too"),
     "control characters": (reply(b'{"error": "a\\u001b[2Jb"}', "400 Bad Request"), "unsigned: a [2Jb"),
