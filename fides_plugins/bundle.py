@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -23,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from fides_plugins.codec import OutputCodec
 from fides_plugins.errors import BundleError, InputError, SettingsError
+from fides_plugins.onnx_graph import CONTROL_FLOW, JUDGING_OPERATORS, read_contents
 from fides_plugins.onnx_model import OnnxModel
 from fides_plugins.statistics.conformal import Calibration
 from fides_plugins.types import OutputKind
@@ -31,6 +33,8 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "fides.json"
 #: A manifest is a few kilobytes; a larger file is not one and is not read into memory.
 MAX_MANIFEST_BYTES = 16 * 1024 * 1024
+#: An ONNX file cannot be larger than protobuf's limit of 2 GiB.
+MAX_FILE_BYTES = 2**31
 
 _REFIT = "Make the bundle again with `fides fit`, or restore it from where it was published."
 
@@ -86,7 +90,7 @@ class FileSpec(_Part):
     """Digest and size of one file."""
 
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    size: int = Field(ge=0)
+    size: int = Field(ge=0, le=MAX_FILE_BYTES)
 
 
 class Manifest(_Part):
@@ -208,8 +212,22 @@ class Bundle:
         return tuple(self._files)
 
     def model(self, part: VerificationSpec | GraphSpec, threads: int = 1) -> OnnxModel:
-        """An onnxruntime session over one of the bundle's graphs."""
-        return OnnxModel(self.file(part.file), threads, name=part.file)
+        """An onnxruntime session over one of the bundle's graphs.
+
+        Raises
+        ------
+        BundleError
+            If it is no usable graph, keeps weights elsewhere, or has operators by which it might run for ever.
+        """
+        data = self.file(part.file)
+        used = read_contents(data, part.file).operators
+        refused = used & CONTROL_FLOW if isinstance(part, VerificationSpec) else used - JUDGING_OPERATORS
+        if refused:
+            raise BundleError(
+                f"{part.file} has operators that are not allowed in it: {', '.join(sorted(refused)[:5])}.",
+                "Put a graph that needs them into a plug-in, which runs under a deadline.",
+            )
+        return OnnxModel(data, threads, name=part.file)
 
     def calibrations(self) -> dict[str, Calibration]:
         """Calibration of each detector, by its name; empty when the bundle has none.
@@ -225,7 +243,7 @@ class Bundle:
         try:
             table = json.loads(self.file(spec.file))
             return {str(name): Calibration(np.asarray(values, np.float64)) for name, values in table.items()}
-        except (ValueError, TypeError, AttributeError, InputError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError, InputError) as error:
             raise BundleError(f"{spec.file} does not hold calibration scores: {error}", _REFIT) from None
 
     def calibration(self, detector: str, false_alarm_rate: float) -> Calibration:
@@ -337,7 +355,10 @@ def _check_tensor(file: str, what: str, name: str, known: list[str]) -> None:
 
 def _read(path: Path, name: str, limit: int) -> bytes:
     try:
-        with path.open("rb") as stream:
+        # Without O_NONBLOCK, opening a named pipe would wait for somebody to write into it.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                raise BundleError(f"Bundle file {name} is no regular file.", _REFIT)
             # One byte more than allowed is enough to see that a file has grown.
             return stream.read(limit + 1)
     except FileNotFoundError:
@@ -349,7 +370,7 @@ def _read(path: Path, name: str, limit: int) -> bytes:
 def _parse_manifest(data: bytes) -> Manifest:
     try:
         content = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise BundleError(f"{MANIFEST_NAME} is not valid JSON.", _REFIT) from None
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:

@@ -12,6 +12,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from fides_plugins.errors import BundleError, InputError
+from fides_plugins.onnx_graph import read_contents
 
 _DTYPES: dict[str, Any] = {
     "tensor(float)": np.float32,
@@ -75,10 +76,15 @@ class OnnxModel:
     Raises
     ------
     BundleError
-        If onnxruntime cannot load the graph.
+        If onnxruntime cannot load the graph, or some of its weights lie outside of `data`.
     """
 
     def __init__(self, data: bytes, threads: int = 1, name: str = "model") -> None:
+        if read_contents(data, name).external:
+            raise BundleError(
+                f"{name} keeps weights in another file, which no digest covers.",
+                "Save it as one file: onnx.save(onnx.load(path), path).",
+            )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1

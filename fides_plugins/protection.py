@@ -91,15 +91,15 @@ class Protection:
         self,
         settings: Settings,
         pipeline: Pipeline | None,
+        recorder: MetricsRecorder | None = None,
         *,
         host: str = "",
         model_name: str = "",
-        recorder: MetricsRecorder | None = None,
         concurrent: bool = True,
         problem: str = "",
     ) -> None:
         self.settings = settings
-        self.model_name = settings.service_name or model_name
+        self.model_name = model_name
         self.problem = problem
         self.bundle = pipeline.bundle if pipeline is not None else None
         spec = self.bundle.manifest.service.codec if self.bundle is not None else OutputCodec()
@@ -172,15 +172,7 @@ class Protection:
                 raise
             problem = error.cause_text
             logger.critical("The protection of %r is down: %s", name, error)
-        return cls(
-            settings,
-            pipeline,
-            host=host,
-            model_name=model_name,
-            recorder=recorder,
-            concurrent=concurrent,
-            problem=problem,
-        )
+        return cls(settings, pipeline, recorder, host=host, model_name=name, concurrent=concurrent, problem=problem)
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -19,6 +19,8 @@ from fides_plugins.errors import InputError
 
 if TYPE_CHECKING:
     from fides_plugins.serving.finding import CheckFinding
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def console(stderr: bool = False) -> Console:

@@ -7,13 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from fides_plugins.cli._output import console, print_json, print_table, progress
+from fides_plugins.cli._output import AsJson, console, print_json, print_table, progress
 from fides_plugins.errors import SettingsError
 
 #: Share of rows without a verdict that --check tolerates, as does the alert FidesVerificationFailing.
 MAX_UNJUDGED = 0.05
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def register(app: typer.Typer) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fides_plugins.cli._output import console, read_file
+from fides_plugins.cli.evidence import endorsements
+from fides_plugins.cli.infer import Scheme
 from fides_plugins.errors import InputError
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ def serve_verifier(
     client_set: Annotated[
         Path | None, typer.Option(help="Signed set of clients that are answered (sign-clients), in place of --client.")
     ] = None,
-    scheme: Annotated[list[str] | None, typer.Option(help="hpke or commitment; repeat it. Default: both.")] = None,
+    scheme: Annotated[list[Scheme] | None, typer.Option(help="hpke or commitment; repeat it. Default: both.")] = None,
     decimals: Annotated[
         int | None, typer.Option(help="Round references, against extraction; 2 or more, see the how-to.", min=1, max=9)
     ] = None,
@@ -75,13 +77,11 @@ def serve_verifier(
     options = VerifierOptions(
         clients=frozenset(ClientSet.open(text).clients if text else (_key(text) for text in client or ())),
         client_set=text,
-        schemes=_schemes(scheme),
+        schemes=tuple(s.value for s in Scheme if s in (scheme or Scheme)),
         decimals=decimals,
-        collateral="" if collateral is None else read_file(collateral).decode("utf-8", "replace"),
-        vcek=b"" if vcek is None else read_file(vcek),
-        chain="" if chain is None else read_file(chain).decode("utf-8", "replace"),
         rate=rate,
         burst=2 * rate,
+        **endorsements(collateral, vcek, chain),
     )
     verifier = Verifier(Bundle.load(bundle), make_provider(evidence.value), options, threads)
     limits = ServerLimits(
@@ -150,11 +150,3 @@ def _key(text: str) -> bytes:
     if len(key) != 32:
         raise InputError(f"--client {text[:80]!r} is not a public key of 32 bytes in hexadecimal.")
     return key
-
-
-def _schemes(names: list[str] | None) -> tuple[Literal["hpke", "commitment"], ...]:
-    known: tuple[Literal["hpke", "commitment"], ...] = ("hpke", "commitment")
-    unknown = [n for n in names or () if n not in known]
-    if unknown:
-        raise InputError(f"--scheme {unknown[0]!r} is unknown.", "Use hpke or commitment.")
-    return tuple(s for s in known if not names or s in names)

@@ -112,10 +112,8 @@ def per_request(
         passes = _are_passes([len(call) for call in calls], n_requests, declared, layout)
         if passes is None:
             return undecided(NO_PASSES if layout else AMBIGUOUS)
-        blocks = [
-            [r for part in (calls if passes else [rows]) for r in _share(part, i, n_requests)]
-            for i in range(n_requests)
-        ]
+        parts = [(call, len(call) // n_requests) for call in (calls if passes else [rows])]
+        blocks = [[r for part, n in parts for r in part[i * n : (i + 1) * n]] for i in range(n_requests)]
     elif rule == "refuse" or not rows or rows_per_request is not None:
         return undecided(NOT_ONE_TO_ONE)
     else:
@@ -137,11 +135,6 @@ def _are_passes(sizes: Sequence[int], n_requests: int, declared: int, layout: Ca
         return True if fits_passes else None
     fits_parts = all(size % declared == 0 for size in sizes)
     return None if fits_passes and fits_parts else fits_passes
-
-
-def _share(rows: Sequence[RowVerdict], index: int, n_requests: int) -> Sequence[RowVerdict]:
-    each = len(rows) // n_requests
-    return rows[index * each : (index + 1) * each]
 
 
 def _combined(rows: Sequence[RowVerdict], rule: RowsRule) -> RowVerdict:
@@ -193,18 +186,11 @@ def as_json(verdict: RowVerdict, class_names: Sequence[str] = ()) -> dict[str, A
 
 def refusal(verdict: RowVerdict) -> dict[str, Any]:
     """JSON body of a refused request: `code`, `type`, `message`, and a verdict that tells nothing of a correction."""
-    attacked = verdict.status is Status.ATTACKED
-    detail = as_json(verdict)
-    for name in ("label", "class_name", "corrected"):
-        del detail[name]
-    return {
-        "code": verdict.http_status,
-        "type": "FidesAttackDetected" if attacked else "FidesVerificationUnavailable",
-        "message": "The answer was tampered with and is withheld."
-        if attacked
-        else "The answer could not be verified and is withheld.",
-        "fides": detail,
-    }
+    kind, why = "FidesVerificationUnavailable", "could not be verified"
+    if verdict.status is Status.ATTACKED:
+        kind, why = "FidesAttackDetected", "was tampered with"
+    told = {k: v for k, v in as_json(verdict).items() if k not in ("label", "class_name", "corrected")}
+    return {"code": verdict.http_status, "type": kind, "message": f"The answer {why} and is withheld.", "fides": told}
 
 
 def envelope(response: Any, verdict: RowVerdict, class_names: Sequence[str]) -> dict[str, Any]:

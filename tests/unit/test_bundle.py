@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +118,35 @@ def test_calibration_says_what_it_cannot_support(bundle_folder: Path):
 
 def test_the_same_content_has_the_same_digest(tmp_path: Path):
     assert make_bundle(tmp_path / "a").digest == make_bundle(tmp_path / "b").digest
+
+
+def test_what_is_no_regular_file_is_refused_at_once(bundle_folder: Path):
+    for name in ("fides.json", "detector.onnx"):
+        path = bundle_folder / name
+        kept = path.read_bytes()
+        for make in (os.mkfifo, lambda p: p.symlink_to("/dev/zero"), Path.mkdir):
+            path.unlink()
+            make(path)
+            with pytest.raises(BundleError, match=rf"{name} (is no regular file|cannot be read)"):
+                Bundle.load(bundle_folder)
+            path.rmdir() if path.is_dir() else path.unlink()
+            path.write_bytes(kept)
+    Bundle.load(bundle_folder)
+
+
+def test_json_of_a_hundred_thousand_levels_is_refused(bundle_folder: Path):
+    (bundle_folder / "fides.json").write_text("[" * 100_000)
+    with pytest.raises(BundleError, match="not valid JSON"):
+        Bundle.load(bundle_folder)
+    deep = make_bundle(bundle_folder.parent / "deep")
+    files = {name: deep.file(name) for name in deep.file_names}
+    with pytest.raises(BundleError, match="does not hold calibration scores"):
+        Bundle.in_memory(deep.manifest, {**files, "calibration.json": b"[" * 100_000})
+
+
+def test_a_file_larger_than_an_onnx_file_can_be_is_refused(bundle_folder: Path):
+    files = json.loads((bundle_folder / "fides.json").read_text())["files"]
+    files["detector.onnx"]["size"] = 10**15
+    edit_manifest(bundle_folder, files=files)
+    with pytest.raises(BundleError, match=r"files.detector.onnx.size"):
+        Bundle.load(bundle_folder)

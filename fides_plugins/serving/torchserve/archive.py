@@ -14,6 +14,7 @@ import shutil
 import tarfile
 import tempfile
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -150,12 +151,7 @@ def write_archive(target: str | Path, archive: ModelArchive, force: bool = False
         raise InputError(f"There is no folder for {path.name}.", "Make it first.")
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         staging = Path(folder) / "archive"
-        if archive.form == "folder":
-            write_folder(staging, archive)
-        elif archive.form == "mar":
-            _write_zip(staging, archive)
-        else:
-            _write_tar(staging, archive)
+        {"folder": write_folder, "mar": _write_zip, "tar.gz": _write_tar}[archive.form](staging, archive)
         if path.is_dir() and not path.is_symlink():
             # A folder cannot be replaced in one step; the old one steps aside first.
             os.replace(path, Path(folder) / "before")
@@ -167,40 +163,35 @@ def write_folder(root: Path, archive: ModelArchive) -> None:
     root.mkdir(parents=True)
     for entry in archive.entries:
         path = root / entry.name
-        if entry.open is None:
-            if isinstance(entry.info, Path) and entry.info.is_symlink():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.symlink_to(os.readlink(entry.info))
-            else:
-                path.mkdir(parents=True, exist_ok=True)
-            continue
         path.parent.mkdir(parents=True, exist_ok=True)
-        with entry.open() as source, path.open("wb") as out:
-            shutil.copyfileobj(source, out)
-        if isinstance(entry.info, Path):
-            shutil.copystat(entry.info, path)
+        if entry.open is not None:
+            with entry.open() as source, path.open("wb") as out:
+                shutil.copyfileobj(source, out)
+            if isinstance(entry.info, Path):
+                shutil.copystat(entry.info, path)
+        elif isinstance(entry.info, Path):
+            path.symlink_to(os.readlink(entry.info))
+        else:
+            path.mkdir(exist_ok=True)
 
 
 def _checked(source: Path, form: Form, entries: Sequence[Entry], comment: bytes = b"") -> ModelArchive:
     manifests = [e.name for e in entries if e.name == MANIFEST or e.name.endswith(f"/{MANIFEST}")]
     prefix = manifests[0][: -len(MANIFEST)] if len(manifests) == 1 else ""
-    if not manifests or any(not _inside(e.name, prefix) for e in entries):
+    # The folder around everything, where there is one, is an entry itself in some archives.
+    outside = [e for e in entries if not e.name.startswith(prefix) and e.name.rstrip("/") + "/" != prefix]
+    if not manifests or outside:
         raise InputError(f"{source.name} is no model archive: it has no {MANIFEST} at its top.", _LIMIT)
-    # The folder around everything becomes the entry with the empty name.
+    # It becomes the entry with the empty name.
     plain = [Entry(e.name[len(prefix) :], e.open, e.info) for e in entries]
     for entry in plain:
         parts = PurePosixPath(entry.name)
         if parts.is_absolute() or ".." in parts.parts or "\\" in entry.name:
             raise InputError(f"{source.name} holds the unsafe entry {entry.name!r}.", "Build the archive again.")
-    names = [e.name for e in plain]
-    if len(set(names)) < len(names):
-        twice = next(n for n in names if names.count(n) > 1)
-        raise InputError(f"{source.name} holds {twice!r} twice.", "Build the archive again.")
+    twice = [name for name, count in Counter(e.name for e in plain).items() if count > 1]
+    if twice:
+        raise InputError(f"{source.name} holds {twice[0]!r} twice.", "Build the archive again.")
     return ModelArchive(form, prefix, tuple(plain), comment)
-
-
-def _inside(name: str, prefix: str) -> bool:
-    return name.startswith(prefix) or name.rstrip("/") + "/" == prefix
 
 
 def _zip_entry(zipped: zipfile.ZipFile, info: zipfile.ZipInfo) -> Entry:

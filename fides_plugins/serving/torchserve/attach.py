@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,9 @@ class Attachment:
 
     original_handler: str
     handler: str
-    added: Sequence[str] = field(default=())
-    changed: Sequence[str] = field(default=())
-    notes: Sequence[str] = field(default=())
+    added: Sequence[str] = ()
+    changed: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
 
 def attach(
@@ -111,7 +111,8 @@ def attach(
         text = _with_section(config, ours)
         if read_section(yaml.safe_load(text), ".")[1].bundle != BUNDLE_FOLDER:
             raise SettingsError("`bundle` is not for attach to set.", "Leave it out; attach puts it into the archive.")
-        changed = {MANIFEST: _rewritten(manifest, config_name)}
+        served = {**model, "handler": SHIM_NAME, "configFile": config_name}
+        changed = {MANIFEST: json.dumps({**manifest, "model": served}, indent=2).encode()}
         if config_entry is None:
             files[config_name] = text.encode()
         else:
@@ -120,7 +121,9 @@ def attach(
         taken = sorted(original.names & files.keys())
         if taken:
             raise InputError(f"The archive already holds {', '.join(taken)}.", "Rename these entries first.")
-        protected = _with_entries(original, changed, files)
+        entries = [e.with_content(changed[e.name]) if e.name in changed else e for e in original.entries]
+        entries += [Entry.new(name, content) for name, content in sorted(files.items())]
+        protected = replace(original, entries=tuple(entries))
         found = probe_archive(protected, python) if check_import else ""
         write_archive(target, protected, force)
     notes = () if config_entry is not None else (NEW_CONFIG.format(name=config_name),)
@@ -228,22 +231,7 @@ def _with_section(config: str, section: Mapping[str, Any]) -> str:
     return str(yaml.safe_dump(expected, sort_keys=False, allow_unicode=True))
 
 
-def _rewritten(manifest: Mapping[str, Any], config_name: str) -> bytes:
-    model = {**manifest["model"], "handler": SHIM_NAME, "configFile": config_name}
-    return json.dumps({**manifest, "model": model}, indent=2).encode()
-
-
 def _record(original: ModelArchive, changed: Mapping[str, bytes], files: Mapping[str, bytes]) -> bytes:
-    before = {}
-    for name in changed:
-        entry = original.get(name)
-        assert entry is not None  # only existing entries are changed
-        before[name] = base64.b64encode(entry.read()).decode("ascii")
+    before = {e.name: base64.b64encode(e.read()).decode("ascii") for e in original.entries if e.name in changed}
     record = {"version": RECORD_VERSION, "added": sorted([*files, RECORD]), "before": before}
     return json.dumps(record, indent=2).encode()
-
-
-def _with_entries(original: ModelArchive, changed: Mapping[str, bytes], files: Mapping[str, bytes]) -> ModelArchive:
-    entries = [e.with_content(changed[e.name]) if e.name in changed else e for e in original.entries]
-    entries += [Entry.new(name, content) for name, content in sorted(files.items())]
-    return replace(original, entries=tuple(entries))

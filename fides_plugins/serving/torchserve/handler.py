@@ -19,8 +19,7 @@ from fides_plugins.errors import FidesError, SettingsError
 from fides_plugins.observation.metrics import MetricsBackend
 from fides_plugins.protection import INTERNAL
 from fides_plugins.serving.http import RowVerdict, envelope, headers, per_request, refusal
-from fides_plugins.serving.torchserve.body import BodyParser, make_parser
-from fides_plugins.serving.torchserve.body_capture import Bodies
+from fides_plugins.serving.torchserve.body import Bodies, BodyParser, make_parser
 from fides_plugins.serving.torchserve.judge import InferenceJudge
 from fides_plugins.serving.torchserve.metrics import TorchServeMetrics
 from fides_plugins.serving.torchserve.options import HostOptions, read_section

@@ -37,17 +37,10 @@ def probe_archive(archive: ModelArchive, python: str | None = None) -> str:
         program = f"import sys; sys.path.insert(0, {str(root)!r}); import {SHIM_NAME[:-3]}; " + (
             "from fides_plugins.serving.torchserve import probe; probe.run()"
         )
+        command = [python or sys.executable, "-c", program]
         env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
         try:
-            done = subprocess.run(
-                [python or sys.executable, "-c", program],
-                cwd=root,
-                env=env,
-                capture_output=True,
-                text=True,
-                timeout=_TIMEOUT_S,
-                check=False,
-            )
+            done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             raise InputError(f"Importing the handler took more than {_TIMEOUT_S:.0f} s.") from None
         except OSError as error:
