@@ -71,11 +71,14 @@ def serve_verifier(
     from fides_plugins.enclave.serve import serve
     from fides_plugins.enclave.verifier import Verifier, VerifierOptions
 
-    text = "" if client_set is None else read_file(client_set).decode("utf-8", "replace").strip()
-    if text and client:
-        raise InputError("--client and --client-set exclude each other.", "Sign a set with all clients in it.")
+    text, clients = "", frozenset(_key(text) for text in client or ())
+    if client_set is not None:
+        if clients:
+            raise InputError("--client and --client-set exclude each other.", "Sign a set with all clients in it.")
+        text = read_file(client_set).decode("utf-8", "replace").strip()
+        clients = frozenset(ClientSet.open(text).clients)
     options = VerifierOptions(
-        clients=frozenset(ClientSet.open(text).clients if text else (_key(text) for text in client or ())),
+        clients=clients,
         client_set=text,
         schemes=tuple(s.value for s in Scheme if s in (scheme or Scheme)),
         decimals=decimals,
