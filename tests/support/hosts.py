@@ -59,11 +59,17 @@ class Raw:
             try:
                 if self._tls is not None:
                     connection = self._tls.wrap_socket(connection, server_side=True)
-                self.heard.append(connection.recv(1 << 20))
+                if said := connection.recv(1 << 20):
+                    self.heard.append(said)
                 if not self._answer:
                     self._closed.wait(SILENCE_S)
                 elif not self._pause_s:
                     connection.sendall(self._answer)
+                    if self._tls is None:
+                        connection.shutdown(socket.SHUT_WR)
+                    # What stayed unread would reset the line, and with it take the answer back.
+                    while connection.recv(1 << 20):
+                        pass
                 else:
                     for byte in self._answer:
                         connection.sendall(bytes((byte,)))
