@@ -85,12 +85,13 @@ def warnings_shown() -> Iterator[None]:
         warnings.simplefilter("always", InsecureEvidenceWarning)
         yield
     for text in dict.fromkeys(str(warning.message) for warning in caught):
-        console(stderr=True).print(f"[bold red]warning:[/] {text}")
+        console(stderr=True).print(f"warning: {text}", style="bold red")
 
 
 def _print(answer: dict[str, Any]) -> None:
     if not answer["trusted"]:
-        console().print(f"[bold red]refused[/] ({answer['code']}): {answer['reason']} {answer['remedy']}".rstrip())
+        text = f"refused ({answer['code']}): {answer['reason']} {answer['remedy']}".rstrip()
+        console().print(text, style="bold red")
         return
     rows = [(name, value) for name, value in answer.items() if name not in ("trusted", "measurements")]
     rows += list(answer["measurements"].items())

@@ -139,17 +139,20 @@ def _tensor(path: Path, bundle: Bundle, mean: float, std: float) -> NDArray[Any]
     """The tensor that service and verifier see: an array as it is, a picture in the shape that the bundle wants."""
     import numpy as np
 
+    from fides_plugins.array_files import read_npy
     from fides_plugins.serving.triton.decoders import ImageDecoder
 
     spec = bundle.manifest.input
     if spec is None:
         raise InputError("The bundle does not describe its input.")
     if path.suffix == ".npy":
+        array = read_npy(path)
         try:
-            array: NDArray[Any] = np.load(path, allow_pickle=False)
             return array.astype(spec.dtype, copy=False)
-        except (OSError, ValueError):
-            raise InputError(f"{path.name} is not a readable .npy array.") from None
+        except ValueError:
+            raise InputError(
+                f"{path.name} holds {array.dtype}; the bundle takes {spec.dtype}.", "Save numbers."
+            ) from None
     shape = [d for d in spec.shape[1:] if d is not None]
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise InputError(f"The bundle takes {spec.shape}, which is no picture (1 or 3, height, width).", "Give a .npy.")

@@ -122,9 +122,9 @@ def check(
                     "notes": report.notes, "calls": len(report.calls), "slowest_ms": slowest})  # fmt: skip
     else:
         for problem in report.problems:
-            typer.echo(f"- {problem}")
+            console().print(f"- {problem}", soft_wrap=True)
         for note in report.notes:
-            typer.echo(f"Note: {note}")
+            console().print(f"Note: {note}", soft_wrap=True)
         times = ", ".join(f"{hook} at most {ms:g} ms" for hook, ms in slowest.items())
         verdict = "keeps its contract" if report.ok else "breaks its contract"
         typer.echo(f"{report.name} {verdict} ({len(report.calls)} calls{'; ' + times if times else ''}).")
@@ -207,8 +207,8 @@ def _print(manager: FidesPluginManager, stops: list[str], without_bundle: bool) 
         typer.echo("No plug-in is installed or configured.")
     for plugin in manager.report.plugins:
         if plugin.state != "loaded":
-            console().print(f"{plugin.name} is {plugin.state}: {plugin.detail}", markup=False, soft_wrap=True)
+            console().print(f"{plugin.name} is {plugin.state}: {plugin.detail}", soft_wrap=True)
     if without_bundle:
         typer.echo("Without a bundle there are no built-ins: give one with --bundle.")
     if stops:
-        typer.echo(f"A server would not start because of: {', '.join(stops)}.")
+        console().print(f"A server would not start because of: {', '.join(stops)}.", soft_wrap=True)

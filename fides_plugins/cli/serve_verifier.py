@@ -128,21 +128,20 @@ def _announce(verifier: Verifier, where: str) -> None:
     out.print(f"verifier ready: HTTP on {where}", soft_wrap=True)
     out.print(f"bundle {verifier.bundle.digest}, key {verifier.key_id.hex()}, {verifier.tee}", soft_wrap=True)
     if verifier.tee == "development":
-        out.print("[bold red]warning:[/] development evidence: no hardware protects this verifier", soft_wrap=True)
+        text = "warning: development evidence: no hardware protects this verifier"
+        out.print(text, style="bold red", soft_wrap=True)
     report, statement = verifier.evidence().report, verifier.evidence().statement
     # A TD report has RTMR3, of 48 bytes, before its report data.
     at = report.find(statement.report_data()) if verifier.tee == "tdx" and statement is not None else -1
     if at >= 48 and not any(report[at - 48 : at]):
-        out.print(
-            "[bold yellow]warning:[/] RTMR3 is zero: no evidence vouches for what this machine was started with "
-            "after its kernel; clients refuse it unless their policy sets allow_zero_registers",
-            soft_wrap=True,
+        text = (
+            "warning: RTMR3 is zero: no evidence vouches for what this machine was started with after its kernel; "
+            "clients refuse it unless their policy sets allow_zero_registers"
         )
+        out.print(text, style="bold yellow", soft_wrap=True)
     if not verifier.options.clients:
-        out.print(
-            "[bold yellow]warning:[/] no --client is given: the host can ask for references in its own name",
-            soft_wrap=True,
-        )
+        text = "warning: no --client is given: the host can ask for references in its own name"
+        out.print(text, style="bold yellow", soft_wrap=True)
 
 
 def _key(text: str) -> bytes:

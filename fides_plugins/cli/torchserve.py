@@ -30,11 +30,18 @@ def attach_torchserve(
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any other key, as key=value.")] = None,
     vendor: Annotated[bool, typer.Option("--vendor", help="Put the package into the archive.")] = False,
     python: Annotated[str, typer.Option(help="The server's Python, to import the handler with.")] = "",
-    skip_import_check: Annotated[bool, typer.Option("--skip-import-check", help="Do not import the handler.")] = False,
+    skip_import_check: Annotated[
+        bool, typer.Option("--skip-import-check", help="Do not import the handler: run no code of the archive.")
+    ] = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a protected copy of a model archive."""
+    """Write a protected copy of a model archive.
+
+    To see whether a worker could load it, the handler is imported. That runs code of the archive: in a process that
+    can write into a scratch folder only and open no TCP connection, but can read what you can read. Use
+    --skip-import-check for an archive that you do not trust so far.
+    """
     given = dict(locals())
     import yaml
 
@@ -69,7 +76,8 @@ def attach_torchserve(
     for note in done.notes:
         out.print(f"  note: {note}")
     out.print("Serve it like the original; for metrics, config.properties needs:")
-    out.print("  metrics_mode=prometheus\n  model_metrics_auto_detect=true")
+    out.print("  metrics_mode=prometheus")
+    out.print("  model_metrics_auto_detect=true")
 
 
 def detach_torchserve(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,22 +28,12 @@ Data = Annotated[
 
 
 def _read_data(path: Path | None) -> dict[str, Any] | None:
-    import numpy as np
+    from fides_plugins.array_files import open_npz
 
     if path is None:
         return None
-    try:
-        content = np.load(path, allow_pickle=False)
-        if isinstance(content, np.ndarray):
-            raise ValueError("it holds one array without a name")
-        with content:
-            found = {name: content[name] for name in content.files}
-    # A damaged file makes numpy's readers raise nearly anything: zip, zlib, end-of-file and even tokenizer errors.
-    except Exception as error:
-        raise InputError(
-            f"{path.name} is not an .npz file of plain arrays: {error}.",
-            "Make it with numpy.savez(FILE, INPUT_NAME=ROWS).",
-        ) from None
+    with open_npz(path) as archive:
+        found = archive.read(*archive.names)
     if not found:
         raise InputError(f"{path.name} holds no array.", "Make it with numpy.savez(FILE, INPUT_NAME=ROWS).")
     return found
@@ -168,13 +159,7 @@ def watch_triton(
     from fides_plugins.serving.triton.operator.api import TritonApi
     from fides_plugins.serving.triton.operator.watch import Watcher, watch_forever
 
-    def report(event: Event) -> None:
-        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        if as_json:
-            typer.echo(json.dumps({"time": now, **event.__dict__}))
-        else:
-            typer.echo(f"{now} {event.kind} {event.model} ({event.seconds:.2f} s) {event.detail}".rstrip())
-
+    report = partial(print_event, as_json=as_json)
     watcher = Watcher(
         TritonApi(url), model=model, timeout_s=timeout, heal=not once, inputs=_read_data(data), report=report
     )
@@ -186,6 +171,16 @@ def watch_triton(
         watch_forever(watcher, interval)
     except KeyboardInterrupt:
         raise typer.Exit(0) from None
+
+
+def print_event(event: Event, as_json: bool) -> None:
+    """What a watch saw or did, in one line."""
+    now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    if as_json:
+        typer.echo(json.dumps({"time": now, **event.__dict__}))
+    else:
+        text = f"{now} {event.kind} {event.model} ({event.seconds:.2f} s) {event.detail}".rstrip()
+        console().print(text, soft_wrap=True)
 
 
 def reset_triton(

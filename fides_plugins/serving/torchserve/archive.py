@@ -11,6 +11,7 @@ import gzip
 import io
 import os
 import shutil
+import stat
 import tarfile
 import tempfile
 import zipfile
@@ -32,6 +33,11 @@ Form = Literal["mar", "tar.gz", "folder"]
 _ENDINGS: dict[str, Form] = {".mar": "mar", ".tar.gz": "tar.gz", ".tgz": "tar.gz"}
 _FILE_MODE = 0o644
 _LIMIT = "Check that the file is a whole model archive."
+#: Bytes of a manifest or another document that is read whole.
+MAX_DOCUMENT_BYTES = 4 * 1024**2
+#: How many times its size an archive may unpack to, and how many bytes are allowed in any case.
+MAX_RATIO = 200
+ALWAYS_ALLOWED_BYTES = 1024**3
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,16 @@ class Entry:
             return b""
         with self.open() as stream:
             return stream.read()
+
+    def document(self, limit: int = MAX_DOCUMENT_BYTES) -> bytes:
+        """Whole contents of an entry that is short; `InputError` for a longer one."""
+        if self.open is None:
+            return b""
+        with self.open() as stream:
+            content = stream.read(limit + 1)
+        if len(content) > limit:
+            raise InputError(f"{self.name} has more than {limit:,} bytes.", "Build the archive again.")
+        return content
 
     def with_content(self, content: bytes) -> Entry:
         """The same entry with other contents."""
@@ -120,11 +136,18 @@ def open_archive(path: str | Path) -> Iterator[ModelArchive]:
         with zipfile.ZipFile(source) as zipped:
             if any(i.flag_bits & 1 for i in zipped.infolist()):
                 raise InputError(f"{source.name} holds encrypted entries.", "Remove the encryption first.")
+            _check_unpacked(source, sum(i.file_size for i in zipped.infolist()))
             entries = [_zip_entry(zipped, info) for info in zipped.infolist()]
             yield _checked(source, "mar", entries, zipped.comment)
     elif tarfile.is_tarfile(source):
         with tarfile.open(source, "r:*") as tar:
-            yield _checked(source, "tar.gz", [_tar_entry(tar, info) for info in tar.getmembers()])
+            members, unpacked = [], 0
+            for info in tar:
+                # As they are met: what follows need not be unpacked to be refused.
+                unpacked += info.size
+                _check_unpacked(source, unpacked)
+                members.append(_tar_entry(tar, info))
+            yield _checked(source, "tar.gz", members)
     else:
         raise InputError(f"{source.name} is neither a zip, nor a tar, nor a folder.", _LIMIT)
 
@@ -175,6 +198,13 @@ def write_folder(root: Path, archive: ModelArchive) -> None:
             path.mkdir(exist_ok=True)
 
 
+def _check_unpacked(source: Path, n_bytes: int) -> None:
+    if n_bytes > max(ALWAYS_ALLOWED_BYTES, MAX_RATIO * source.stat().st_size):
+        raise InputError(
+            f"{source.name} unpacks to {n_bytes:,} bytes or more.", f"At most {MAX_RATIO} times its own size are read."
+        )
+
+
 def _checked(source: Path, form: Form, entries: Sequence[Entry], comment: bytes = b"") -> ModelArchive:
     manifests = [e.name for e in entries if e.name == MANIFEST or e.name.endswith(f"/{MANIFEST}")]
     prefix = manifests[0][: -len(MANIFEST)] if len(manifests) == 1 else ""
@@ -212,6 +242,8 @@ def _tar_entry(tar: tarfile.TarFile, info: tarfile.TarInfo) -> Entry:
 
 def _folder_entry(root: Path, path: Path) -> Entry:
     name = path.relative_to(root).as_posix()
+    if not stat.S_ISREG(path.lstat().st_mode) and not path.is_symlink():
+        raise InputError(f"{name} is neither a file nor a folder.", "Take it out of the archive's folder.")
     return Entry(name, None if path.is_symlink() else lambda: path.open("rb"), path)
 
 

@@ -32,6 +32,13 @@ NEW_CONFIG = (
     "default_startup_timeout of config.properties and takes 120 s for both; set responseTimeout and startupTimeout "
     "in a config file of your own if you need others."
 )
+NOT_CONFINED = (
+    "The handler was not imported: this kernel cannot keep an archive's code from writing (it has no Landlock). "
+    "Whether a worker can load it shows when TorchServe starts."
+)
+#: Of a config file; and of its values, with each alias counted as what it stands for.
+MAX_CONFIG_BYTES = 64 * 1024
+MAX_CONFIG_VALUES = 10_000
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class Attachment:
     original_handler:
         As the manifest named it.
     handler:
-        What the import check found it to be; empty when the check was skipped.
+        What the import check found it to be; empty where there was none.
     added:
         Names of new entries.
     changed:
@@ -90,7 +97,8 @@ def attach(
     python:
         Interpreter that imports the handler, when the server's is not this one.
     check_import:
-        Whether to import the handler at all.
+        Whether to import the handler at all, which runs code of the archive: in a process that can write into a
+        scratch folder only, and open no TCP connection. Where the kernel cannot see to that, it is not imported.
 
     Raises
     ------
@@ -126,8 +134,10 @@ def attach(
         protected = replace(original, entries=tuple(entries))
         found = probe_archive(protected, python) if check_import else ""
         write_archive(target, protected, force)
-    notes = () if config_entry is not None else (NEW_CONFIG.format(name=config_name),)
-    return Attachment(handler, found, tuple(sorted(files)), tuple(sorted(changed)), notes)
+    notes = [] if config_entry is not None else [NEW_CONFIG.format(name=config_name)]
+    if check_import and not found:
+        notes.append(NOT_CONFINED)
+    return Attachment(handler, found, tuple(sorted(files)), tuple(sorted(changed)), tuple(notes))
 
 
 def detach(source: str | Path, target: str | Path, *, force: bool = False) -> tuple[str, ...]:
@@ -157,12 +167,12 @@ def _without_attachment(archive: ModelArchive) -> ModelArchive:
     if entry is None:
         return archive
     try:
-        record = json.loads(entry.read())
+        record = json.loads(entry.document())
         if record["version"] != RECORD_VERSION:
             raise InputError(f"{RECORD} has version {record['version']!r}.", "Detach with the release that attached.")
         added = set(record["added"])
         before = {name: base64.b64decode(text) for name, text in record["before"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{RECORD} is damaged.", "Take the original archive from where it was published.") from None
     missing = sorted((added | before.keys()) - archive.names)
     if missing:
@@ -178,10 +188,10 @@ def _manifest(archive: ModelArchive) -> tuple[dict[str, Any], dict[str, Any]]:
     entry = archive.get(MANIFEST)
     assert entry is not None  # open_archive checked it
     try:
-        manifest = json.loads(entry.read())
+        manifest = json.loads(entry.document())
         model = manifest["model"]
         handler = model.get("handler")
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{MANIFEST} is not valid.", "Build the archive again with torch-model-archiver.") from None
     if manifest.get("runtime", "python") not in ("python", "python3"):
         raise InputError(
@@ -203,10 +213,18 @@ def _config(archive: ModelArchive, model: Mapping[str, Any]) -> tuple[str, str, 
     if entry is None:
         raise InputError(f"The manifest names the config file {name}, which the archive lacks.", "Build it again.")
     try:
-        text = entry.read().decode("utf-8")
+        text = entry.document(MAX_CONFIG_BYTES).decode("utf-8")
         parsed = yaml.safe_load(text)
-    except (UnicodeDecodeError, yaml.YAMLError):
+        n_values = _n_values(parsed, {})
+    except InputError as error:
+        raise InputError(f"The config file is too long: {error.cause_text}", "Shorten it.") from None
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError):
         raise InputError(f"The config file {name} is not valid yaml.", "Fix it first.") from None
+    if n_values > MAX_CONFIG_VALUES:
+        raise InputError(
+            f"The config file {name} has more than {MAX_CONFIG_VALUES:,} values, its aliases written out.",
+            "Shorten it.",
+        )
     if parsed is not None and not isinstance(parsed, dict):
         raise InputError(f"The config file {name} holds no mapping.", "Fix it first.")
     if parsed and SECTION in parsed:
@@ -215,6 +233,16 @@ def _config(archive: ModelArchive, model: Mapping[str, Any]) -> tuple[str, str, 
             "Change that section, or take it and the handler out and attach again.",
         )
     return str(name), text, entry
+
+
+def _n_values(value: Any, known: dict[int, int]) -> int:
+    """Values in a document, with what an alias stands for counted each time; `RecursionError` for a cycle."""
+    if not isinstance(value, (dict, list)):
+        return 1
+    if id(value) not in known:
+        children = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_n_values(child, known) for child in children)
+    return known[id(value)]
 
 
 def _with_section(config: str, section: Mapping[str, Any]) -> str:
@@ -232,6 +260,6 @@ def _with_section(config: str, section: Mapping[str, Any]) -> str:
 
 
 def _record(original: ModelArchive, changed: Mapping[str, bytes], files: Mapping[str, bytes]) -> bytes:
-    before = {e.name: base64.b64encode(e.read()).decode("ascii") for e in original.entries if e.name in changed}
+    before = {e.name: base64.b64encode(e.document()).decode("ascii") for e in original.entries if e.name in changed}
     record = {"version": RECORD_VERSION, "added": sorted([*files, RECORD]), "before": before}
     return json.dumps(record, indent=2).encode()

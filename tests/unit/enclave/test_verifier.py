@@ -273,7 +273,7 @@ def test_http_bodies_in_json_and_in_binary(verifier: Verifier, bundle: Bundle) -
     entry = {"name": name, "shape": [3, 10], "datatype": "FP32"}
     for binary in (False, True):
         asked = Asked(verifier, ROWS)
-        document: dict[str, Any] = {"id": "7", "parameters": {PARAMETER: asked.text}}
+        document: dict[str, Any] = {"id": "7\n", "parameters": {PARAMETER: asked.text}}
         if binary:
             raw = ROWS.tobytes()
             document["inputs"] = [{**entry, "parameters": {"binary_data_size": len(raw)}}]
@@ -286,7 +286,7 @@ def test_http_bodies_in_json_and_in_binary(verifier: Verifier, bundle: Bundle) -
         body, headers = protocol.infer(verifier, bundle.manifest.name, request)
         length = int(headers[JSON_LENGTH]) if JSON_LENGTH in headers else None
         answer = json.loads(body[:length])
-        assert answer["id"] == "7"
+        assert answer["id"] == r"7\n"
         (output,) = answer["outputs"]
         if binary:
             assert length is not None
