@@ -80,7 +80,7 @@ def infer(
     options: dict[str, Any] = {
         "verifier_url": verifier,
         "evidence": evidence,
-        "identity": _identity(identity),
+        "identity": None if identity is None else read_identity(identity),
         "scheme": scheme.value,
         "receipt_from": receipt_from.value,
         "insecure_development": insecure_accept_development,
@@ -121,12 +121,11 @@ def new_identity(
     typer.echo(key.public_key().public_bytes_raw().hex())
 
 
-def _identity(path: Path | None) -> Ed25519PrivateKey | None:
+def read_identity(path: Path) -> Ed25519PrivateKey:
+    """The private key in a file of `new-identity`."""
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    if path is None:
-        return None
     try:
         key = load_pem_private_key(read_file(path), password=None)
     except (ValueError, TypeError):

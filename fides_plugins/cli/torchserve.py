@@ -35,7 +35,7 @@ def attach_torchserve(
     vendor: Annotated[bool, typer.Option("--vendor", help="Put the package into the archive.")] = False,
     python: Annotated[str, typer.Option(help="The server's Python, to import the handler with.")] = "",
     skip_import_check: Annotated[
-        bool, typer.Option("--skip-import-check", help="Do not import the handler: run no code of the archive.")
+        bool, typer.Option("--skip-import-check", help="Run none of the archive's code: no import, no row to try.")
     ] = False,
     force: Insist = False,
     as_json: AsJson = False,

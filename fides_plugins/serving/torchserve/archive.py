@@ -26,6 +26,8 @@ from fides_plugins.errors import InputError
 
 #: The entry that makes a zip a model archive.
 MANIFEST = "MAR-INF/MANIFEST.json"
+#: The entry that makes a zip a workflow archive.
+_WORKFLOW = "WAR-INF/MANIFEST.json"
 #: Archives are reproducible: every new entry has the earliest time that a zip can hold.
 _ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 Form = Literal["mar", "tar.gz", "folder"]
@@ -206,6 +208,11 @@ def _check_unpacked(source: Path, n_bytes: int) -> None:
 
 
 def _checked(source: Path, form: Form, entries: Sequence[Entry], comment: bytes = b"") -> ModelArchive:
+    if any(e.name == _WORKFLOW for e in entries):
+        raise InputError(
+            f"{source.name} is a workflow and holds no model.",
+            "Attach to the archive of each of its models that classifies; its functions cannot be protected.",
+        )
     manifests = [e.name for e in entries if e.name == MANIFEST or e.name.endswith(f"/{MANIFEST}")]
     prefix = manifests[0][: -len(MANIFEST)] if len(manifests) == 1 else ""
     # The folder around everything, where there is one, is an entry itself in some archives.

@@ -20,12 +20,14 @@ from fides_plugins.bundle import Bundle
 from fides_plugins.errors import InputError, SettingsError
 from fides_plugins.serving.torchserve.archive import MANIFEST, Entry, ModelArchive, open_archive, write_archive
 from fides_plugins.serving.torchserve.build import CONFIG_NAME, SHIM_NAME, bundle_files, shim
-from fides_plugins.serving.torchserve.options import BUNDLE_FOLDER, SECTION, read_section
+from fides_plugins.serving.torchserve.options import BUNDLE_FOLDER, SECTION, AnswerFormat, read_section
 from fides_plugins.serving.torchserve.probe import probe_archive
 from fides_plugins.serving.torchserve.vendor import vendor_files
 
 RECORD = "fides_attach.json"
 RECORD_VERSION = 1
+#: Where TorchServe's own handlers read the names of classes.
+NAMES = "index_to_name.json"
 #: Measured on 0.12.0: with any config file in the archive these two no longer come from config.properties.
 NEW_CONFIG = (
     "The archive had no config file, so {name} was made. TorchServe then ignores default_response_timeout and "
@@ -106,7 +108,7 @@ def attach(
         If the archive cannot be protected; nothing is written then.
     """
     _different(source, target)
-    Bundle.load(bundle)
+    class_names = Bundle.load(bundle).class_names
     with open_archive(source) as opened:
         original = _without_attachment(opened)
         manifest, model = _manifest(original)
@@ -132,12 +134,13 @@ def attach(
         entries = [e.with_content(changed[e.name]) if e.name in changed else e for e in original.entries]
         entries += [Entry.new(name, content) for name, content in sorted(files.items())]
         protected = replace(original, entries=tuple(entries))
-        found = probe_archive(protected, python) if check_import else ""
+        notes = [] if config_entry is not None else [NEW_CONFIG.format(name=config_name)]
+        notes += _naming(original, class_names, read_section(yaml.safe_load(text), ".")[0].answer)
+        found, tried = probe_archive(protected, python) if check_import else ("", ())
         write_archive(target, protected, force)
-    notes = [] if config_entry is not None else [NEW_CONFIG.format(name=config_name)]
     if check_import and not found:
         notes.append(NOT_CONFINED)
-    return Attachment(handler, found, tuple(sorted(files)), tuple(sorted(changed)), tuple(notes))
+    return Attachment(handler, found, tuple(sorted(files)), tuple(sorted(changed)), (*notes, *tried))
 
 
 def detach(source: str | Path, target: str | Path, *, force: bool = False) -> tuple[str, ...]:
@@ -201,6 +204,25 @@ def _manifest(archive: ModelArchive) -> tuple[dict[str, Any], dict[str, Any]]:
     if not isinstance(handler, str) or not handler:
         raise InputError("The manifest names no handler.", "Build the archive with --handler.")
     return manifest, model
+
+
+def _naming(archive: ModelArchive, class_names: Sequence[str], answer: AnswerFormat) -> list[str]:
+    """Compare the names that TorchServe's own handlers give the classes with those that the verdicts go by."""
+    entry = archive.get(NAMES)
+    try:
+        mapping = json.loads(entry.read()) if entry is not None else {}
+        listed = mapping.get("object_type_names")
+        named = listed if isinstance(listed, list) else [v[-1] if isinstance(v, list) else v for v in mapping.values()]
+    except (ValueError, AttributeError, IndexError):
+        return [f"{NAMES} is not valid, so the classes were not compared with the bundle's."]
+    if entry is not None and len(named) != len(class_names):
+        raise InputError(
+            f"{NAMES} names {len(named)} classes, and the bundle is for {len(class_names)}.",
+            "Attach a bundle that was fitted for this model.",
+        )
+    if not named or not answer.compare or set(named) <= set(answer.names or class_names):
+        return []
+    return [f"{NAMES} calls the classes otherwise than the bundle: answers are compared once `answer.names` has them."]
 
 
 def _config(archive: ModelArchive, model: Mapping[str, Any]) -> tuple[str, str, Entry | None]:

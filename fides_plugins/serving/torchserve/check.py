@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import statistics
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Mapping
-from urllib.parse import urlsplit
-
-import httpx
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 from fides_plugins.errors import InputError, ServerError
 from fides_plugins.observation.metrics import VERDICTS
@@ -19,7 +22,6 @@ from fides_plugins.serving.http import HEADER_REASON, HEADER_STATUS
 _TIMEOUT_S = 60.0
 _METRIC_WAIT_S = 3.0
 _METRIC_PAUSE_S = 0.05
-_NO_MODEL = "Register it, or correct the name."
 METRIC_LINES = "Add `metrics_mode=prometheus` and `model_metrics_auto_detect=true` to config.properties."
 
 
@@ -54,36 +56,46 @@ def check(
     InputError
         If `url` is no http(s) URL.
     """
+    parts = urlsplit(url)
     try:
-        root = httpx.URL(url)
-    except httpx.InvalidURL:
-        root = httpx.URL()
-    known_port = root.port is None or 0 < root.port < 1 << 16
-    if root.scheme not in ("http", "https") or not root.host or not known_port:
+        good_port = parts.port is None or parts.port > 0
+    except ValueError:  # no number, or none that a port can have
+        good_port = False
+    if parts.scheme not in ("http", "https") or not parts.hostname or not good_port:
         raise InputError(f"{url!r} is no URL.", "Give one such as http://localhost:8080.")
     headers = {"content-type": content_type, **({"authorization": f"Bearer {token}"} if token else {})}
-    metrics = metrics_url or f"{_neighbour(root, 2)}/metrics"
-    workers = _check_workers(management_url or _neighbour(root, 1), model, headers)
-    before = _count_verdicts(metrics, model)
+    metrics = metrics_url or f"{_neighbour(url, 2)}/metrics"
+    before = _read_page(metrics)
+    workers = _check_workers(management_url or _neighbour(url, 1), model, headers, before)
     inference, answer = _check_inference(f"{url.rstrip('/')}/predictions/{model}", body, headers, repeat)
     if answer is None:
         return [workers, inference]
-    return [workers, inference, *_check_protection(answer, lambda: _count_verdicts(metrics, model), before)]
+    return [workers, inference, *_check_protection(answer, model, lambda: _read_page(metrics), before)]
 
 
-def _check_workers(management_url: str, model: str, headers: Mapping[str, str]) -> CheckFinding:
+@dataclass(frozen=True)
+class _Answer:
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+def _check_workers(management_url: str, model: str, headers: Mapping[str, str], page: str | None) -> CheckFinding:
     try:
         answer = _ask(f"{management_url}/models/{model}", None, headers)
     except ServerError:
         remedy = "Give its address with --management."
         return CheckFinding("workers", None, "the management API cannot be reached", remedy)
-    if answer.status_code == 404:
-        return CheckFinding("workers", False, f"no model {model!r} is registered", _NO_MODEL)
+    if answer.status == 404:
+        remedy = "Register it, or correct the name."
+        # TorchServe keeps the last value of every metric, an alarm too, until it is restarted.
+        past = "; its metrics are of the past" if page and _count_verdicts(page, model) else ""
+        return CheckFinding("workers", False, f"no model {model!r} is registered{past}", remedy)
     try:
-        workers = answer.json()[0]["workers"]
+        workers = json.loads(answer.body)[0]["workers"]
         ready = sum(1 for w in workers if w["status"] == "READY")
     except (ValueError, LookupError, TypeError):
-        return CheckFinding("workers", None, f"the management API answered {answer.status_code}")
+        return CheckFinding("workers", None, f"the management API answered {answer.status}")
     good = bool(workers) and ready == len(workers)
     remedy = "" if good else "Read model_log.log: a handler that fails to load is tried again for minutes."
     return CheckFinding("workers", good, f"{ready} of {len(workers)} ready", remedy)
@@ -91,78 +103,100 @@ def _check_workers(management_url: str, model: str, headers: Mapping[str, str]) 
 
 def _check_inference(
     url: str, body: bytes, headers: Mapping[str, str], repeat: int
-) -> tuple[CheckFinding, httpx.Response | None]:
+) -> tuple[CheckFinding, _Answer | None]:
     """The finding, and the answer where the model gave one."""
     seconds: list[float] = []
     try:
         answer = _ask(url, body, headers)
-        for _ in range(repeat if answer.status_code in (200, 409) else 0):
+        for _ in range(repeat if answer.status in (200, 409) else 0):
             start = time.perf_counter()
             answer = _ask(url, body, headers)
             seconds.append(time.perf_counter() - start)
     except ServerError as error:
         return CheckFinding("inference", False, str(error), "Start the server, or correct the URL."), None
-    if answer.status_code in (400, 401, 403) and b"oken" in answer.content:
-        return CheckFinding("inference", False, "token authorization is on", "Give its key with --token."), None
-    if answer.status_code == 404:
-        return CheckFinding("inference", False, "HTTP 404: there is no such model", _NO_MODEL), None
-    good = answer.status_code in (200, 409)
+    if answer.status in (400, 401, 403) and b"oken" in answer.body:
+        remedy = "Give the inference key with --token."
+        return CheckFinding("inference", False, "token authorization is on", remedy), None
+    if answer.status == 404:
+        remedy = "Register it, or correct the name."
+        return CheckFinding("inference", False, "HTTP 404: there is no such model", remedy), None
+    good = answer.status in (200, 409)
     remedy = "" if good else "Send a body that the model's own handler accepts, and read model_log.log."
     median = statistics.median(seconds) if seconds else math.nan
-    return CheckFinding("inference", good, f"HTTP {answer.status_code}", remedy, median), answer
+    return CheckFinding("inference", good, f"HTTP {answer.status}", remedy, median), answer
 
 
 def _check_protection(
-    answer: httpx.Response, count: Callable[[], float | None], before: float | None
+    answer: _Answer, model: str, read_page: Callable[[], str | None], before: str | None
 ) -> tuple[CheckFinding, CheckFinding]:
-    """The findings on the verdict and on the metrics."""
+    """The findings on the verdict and on the metrics; `before` is the metrics page before the inference."""
     status = answer.headers.get(HEADER_STATUS, "")
-    after = before
-    if before is not None:
-        deadline = time.monotonic() + _METRIC_WAIT_S
-        while (after := count()) is not None and after <= before and time.monotonic() < deadline:
-            time.sleep(_METRIC_PAUSE_S)
-    counted = before is not None and after is not None and after > before
-    if before is None:
-        metrics = CheckFinding("metrics", None, "the metrics page cannot be reached", METRIC_LINES)
-    else:
-        detail = f"{VERDICTS.name} {'counts' if counted else 'does not count'} this model"
-        metrics = CheckFinding("metrics", counted, detail, "" if counted else METRIC_LINES)
-    good, remedy = False, ""
-    if status in ("trusted", "attacked"):
-        good, detail = True, f"{status}, in the response headers"
-    elif status:
-        detail = f"{status}: {answer.headers.get(HEADER_REASON, 'no reason given')}"
-        remedy = "Read model_log.log; the answer could not be judged."
-    elif counted:
-        good, detail = True, "none in the response, but it is counted: mode is `observe`"
+    counted = before is not None and _counts_more(read_page, model, _count_verdicts(before, model))
+    if counted:
+        metrics = CheckFinding("metrics", True, f"{VERDICTS.name} counts this model")
     elif before is None:
-        detail, remedy = "no verdict, and no metrics to see whether mode is `observe`", METRIC_LINES
+        metrics = CheckFinding("metrics", None, "the metrics page cannot be reached", METRIC_LINES)
+    elif status:
+        metrics = CheckFinding("metrics", False, f"{VERDICTS.name} does not count this model", METRIC_LINES)
     else:
-        detail, remedy = "the model is not protected", "Run `fides attach torchserve` on its archive."
-    return CheckFinding("verdict", good, detail, remedy), metrics
+        metrics = CheckFinding("metrics", None, "nothing of this model is counted")
+    if status in ("trusted", "attacked"):
+        return CheckFinding("verdict", True, f"{status}, in the response headers"), metrics
+    if status:
+        detail = f"{status}: {answer.headers.get(HEADER_REASON, 'no reason given')}"
+        return CheckFinding("verdict", False, detail, "Read model_log.log; the answer could not be judged."), metrics
+    if counted:
+        detail = "none in the response, but it is counted: mode is `observe`"
+        return CheckFinding("verdict", True, detail), metrics
+    if before is None:
+        detail = "no verdict, and no metrics to see whether mode is `observe`"
+        return CheckFinding("verdict", False, detail, METRIC_LINES), metrics
+    detail, remedy = "the model is not protected", "Run `fides attach torchserve` on its archive."
+    if VERDICTS.name not in before:
+        # No model of this server is counted, so the lines may be missing: without them `observe` looks like this too.
+        detail += ", or its mode is `observe` and metrics are off"
+        remedy += f" If that was done: {METRIC_LINES}"
+    return CheckFinding("verdict", False, detail, remedy), metrics
 
 
-def _count_verdicts(url: str, model: str) -> float | None:
-    """Sum of the verdict counters of a model; None where there is no metrics page."""
+def _counts_more(read_page: Callable[[], str | None], model: str, before: float) -> bool:
+    """Whether the model's counter grows; it is written a little after the answer."""
+    deadline = time.monotonic() + _METRIC_WAIT_S
+    while (page := read_page()) is not None and time.monotonic() < deadline:
+        if _count_verdicts(page, model) > before:
+            return True
+        time.sleep(_METRIC_PAUSE_S)
+    return False
+
+
+def _read_page(url: str) -> str | None:
+    """The metrics page; None where there is none."""
     try:
         answer = _ask(url, None, {})
     except ServerError:
         return None
-    if answer.status_code != 200:
-        return None
+    return answer.body.decode("utf-8", "replace") if answer.status == 200 else None
+
+
+def _count_verdicts(page: str, model: str) -> float:
+    """Sum of the verdict counters of a model."""
     pattern = rf'^{VERDICTS.name}{{[^}}]*ModelName="{re.escape(model)}"[^}}]*}} ([0-9.eE+]+)$'
-    return sum(float(v) for v in re.findall(pattern, answer.text, re.MULTILINE))
+    return sum(float(v) for v in re.findall(pattern, page, re.MULTILINE))
 
 
-def _neighbour(root: httpx.URL, offset: int) -> str:
-    port = (root.port or {"http": 80, "https": 443}[root.scheme]) + offset
-    return str(root.copy_with(port=port, raw_path=b"/")).rstrip("/")
+def _neighbour(url: str, offset: int) -> str:
+    parts = urlsplit(url)
+    port = (parts.port or {"http": 80, "https": 443}[parts.scheme]) + offset
+    return urlunsplit((parts.scheme, f"{parts.hostname}:{port}", "", "", ""))
 
 
-def _ask(url: str, body: bytes | None, headers: Mapping[str, str]) -> httpx.Response:
-    """The answer to a GET, or to a POST where there is a body."""
+def _ask(url: str, body: bytes | None, headers: Mapping[str, Any]) -> _Answer:
+    request = urllib.request.Request(url, data=body, headers=dict(headers))
     try:
-        return httpx.request("GET" if body is None else "POST", url, content=body, headers=headers, timeout=_TIMEOUT_S)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ServerError(f"{urlsplit(url).netloc} cannot be reached: {error}.") from None
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
+            return _Answer(answer.status, {k.lower(): v for k, v in answer.headers.items()}, answer.read())
+    except urllib.error.HTTPError as error:
+        return _Answer(error.code, {k.lower(): v for k, v in error.headers.items()}, error.read())
+    except (urllib.error.URLError, OSError) as error:
+        reason = getattr(error, "reason", error)
+        raise ServerError(f"{urlsplit(url).netloc} cannot be reached: {reason}.") from None

@@ -1,10 +1,11 @@
-"""Import a handler the way a worker would, in a process of its own, before anything is written.
+"""Try a handler the way a worker would, in a process of its own, before anything is written.
 
 TorchServe does not stop for a handler that fails to load: its workers retry for minutes while `/ping`
 says Healthy. So the import is tried here, with the archive unpacked, as working folder and first on the
-path, exactly as in a worker.
+path, exactly as in a worker. Then a handler that is a class loads its model and answers one row of zeros, because
+a bundle of another model would show only at run time, as `error` in every row.
 
-To import is to run code of the archive, which may come from anywhere: see `confine.py` for what it cannot do, and
+That is to run code of the archive, which may come from anywhere: see `confine.py` for what it cannot do, and
 `_environment` for what it cannot see. It can read what its user can read.
 """
 
@@ -18,13 +19,18 @@ import site
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from fides_plugins.errors import InputError
+from fides_plugins.errors import FidesError, InputError
 from fides_plugins.serving.torchserve import confine
 from fides_plugins.serving.torchserve.archive import MANIFEST, ModelArchive, write_folder
 from fides_plugins.serving.torchserve.build import SHIM_NAME
+
+if TYPE_CHECKING:
+    from fides_plugins.serving.torchserve.judge import InferenceJudge
+    from fides_plugins.serving.torchserve.original import Found
 
 _MARK = "fides-probe:"
 _TIMEOUT_S = 120.0
@@ -32,20 +38,23 @@ _TIMEOUT_S = 120.0
 _READ_BYTES = 64 * 1024
 #: Variables that an interpreter needs; keys and tokens of the shell are none of the archive's business.
 _KEPT = ("PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "CONDA_PREFIX", "LD_LIBRARY_PATH", "LANG", "LC_ALL")
+#: Until the trial says otherwise.
+_UNTRIED = "The handler could not be tried on a row: loading its model did not end."
 
 
-def probe_archive(archive: ModelArchive, python: str | None = None) -> str:
-    """Unpack a protected archive and import both handlers in a new process; returns what the original one is.
+def probe_archive(archive: ModelArchive, python: str | None = None) -> tuple[str, tuple[str, ...]]:
+    """Unpack a protected archive and try both handlers in a new process; what the original one is, and notes on it.
 
     The answer is empty where this system cannot confine the process; nothing is run then.
 
     Raises
     ------
     InputError
-        If the handler, its settings or its bundle cannot be used; with the reason that a worker would log.
+        If the handler, its settings or its bundle cannot be used, with the reason that a worker would log; or if the
+        bundle is for a model with other classes.
     """
     if not confine.landlock_version():
-        return ""
+        return "", ()
     with tempfile.TemporaryDirectory(prefix="fides-probe-", ignore_cleanup_errors=True) as folder:
         root = Path(folder) / "model"
         write_folder(root, archive)
@@ -54,16 +63,18 @@ def probe_archive(archive: ModelArchive, python: str | None = None) -> str:
             "from fides_plugins.serving.torchserve import probe; probe.run()"
         )
         out, errors = _run([confine.__file__, folder, python or sys.executable, "-c", program], root, Path(folder))
+    told: dict[str, Any] = {"note": _UNTRIED}
     try:
-        line = next(x for x in out if x.startswith(_MARK))
-        answer = json.loads(line[len(_MARK) :])
-        if "error" in answer:
-            raise InputError(str(answer["error"]))
-        return str(answer["description"])
-    except (StopIteration, ValueError, KeyError, TypeError, RecursionError):
-        last = (errors or ["no message"])[-1]
+        for line in out:
+            if line.startswith(_MARK):
+                told |= json.loads(line[len(_MARK) :])
+        if "error" in told:
+            raise InputError(str(told["error"]))
+        return str(told["description"]), (str(told["note"]),) if told["note"] else ()
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise InputError(
-            f"The handler cannot be imported: {last}", "Fix it, or name the server's Python with --python."
+            f"The handler cannot be imported: {(errors or ['no message'])[-1]}",
+            "Fix it, or name the server's Python with --python.",
         ) from None
 
 
@@ -83,10 +94,12 @@ def _run(arguments: Sequence[str], root: Path, scratch: Path) -> tuple[list[str]
         try:
             process.wait(_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            raise InputError(
-                f"Importing the handler took more than {_TIMEOUT_S:.0f} s.",
-                "Find out what it does at import, or skip the check with --skip-import-check.",
-            ) from None
+            # Imported, but its model did not load in time: that is a note.
+            if not any(line.startswith(_MARK) for line in _last_lines(paths[0])):
+                raise InputError(
+                    f"Importing the handler took more than {_TIMEOUT_S:.0f} s.",
+                    "Find out what it does at import, or skip the check with --skip-import-check.",
+                ) from None
         finally:
             # What it started ends with it; what made a session of its own stays confined.
             with contextlib.suppress(ProcessLookupError):
@@ -109,17 +122,70 @@ def _environment(scratch: Path) -> dict[str, str]:
 
 
 def run(model_dir: str = ".") -> None:
-    """Runs in the new process: print what the handler of the unpacked archive in `model_dir` is."""
+    """Runs in the new process: print what the handler of the unpacked archive in `model_dir` is, and how it fits."""
     import yaml
 
-    from fides_plugins.errors import FidesError
     from fides_plugins.serving.torchserve.handler import prepare
 
     try:
-        manifest = json.loads((Path(model_dir) / MANIFEST).read_text(encoding="utf-8"))["model"]
+        whole = json.loads((Path(model_dir) / MANIFEST).read_text(encoding="utf-8"))
+        manifest = whole["model"]
         config = yaml.safe_load((Path(model_dir) / manifest["configFile"]).read_text(encoding="utf-8"))
-        _, _, found, _ = prepare(config, Path(model_dir).resolve(), manifest.get("modelName", ""))
-        answer = {"description": found.description}
+        _, judge, found, _ = prepare(config, Path(model_dir).resolve(), manifest.get("modelName", ""))
+        _tell({"description": found.description})
+        _tell({"note": _try(found, judge, whole, config, Path(model_dir).resolve())})
     except FidesError as error:
-        answer = {"error": str(error)}
-    print(_MARK + json.dumps(answer))
+        _tell({"error": str(error)})
+    sys.stdout.flush()
+    # Threads of the handler's own would keep this process alive.
+    os._exit(0)
+
+
+def _tell(line: Mapping[str, str]) -> None:
+    print(_MARK + json.dumps(line), flush=True)
+
+
+def _try(found: Found, judge: InferenceJudge, manifest: Any, config: Any, model_dir: Path) -> str:
+    """Ask the handler about one row of zeros; returns a note where that did not work.
+
+    Raises
+    ------
+    InputError
+        If it answered with another number of classes than the bundle has.
+    """
+    import numpy as np
+
+    from fides_plugins.codec import class_rows
+    from fides_plugins.serving.torchserve.original import protect
+    from fides_plugins.serving.torchserve.tensors import ClassOutput
+
+    bundle = judge.protection.bundle
+    declared = bundle.manifest.input if bundle is not None else None
+    if bundle is None or found.kind != "class" or declared is None or None in declared.shape[1:]:
+        return ""
+    zeros: Any = np.zeros((1, *(n or 1 for n in declared.shape[1:])), dtype=declared.dtype)
+    if "torch" in sys.modules:
+        zeros = sys.modules["torch"].from_numpy(zeros)
+    step = "initialize()"
+    try:
+        from ts.context import Context
+
+        original = protect(found, None)
+        original.initialize(Context("", str(model_dir), manifest, 1, None, "", True, None, config))
+        step = f"inference() of {declared.dtype} {tuple(zeros.shape)}, which the bundle is for,"
+        output = original.instance.inference(zeros)
+    except Exception as error:  # foreign code may raise anything
+        return (
+            f"The handler could not be tried on a row: {step} raised {type(error).__name__}. Unless it works on the "
+            "server and preprocess() makes what the bundle is for, every row will be `error`."
+        )
+    try:
+        n_classes = class_rows(ClassOutput.find(output, judge.protection.settings.output).array).shape[1]
+    except FidesError as error:
+        return f"No class output was found in what inference() returned: {error}"
+    if n_classes != len(bundle.class_names):
+        raise InputError(
+            f"inference() answers with {n_classes} classes, and the bundle is for {len(bundle.class_names)}.",
+            "Fit a bundle for this model.",
+        )
+    return ""

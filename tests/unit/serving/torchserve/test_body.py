@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from fides_plugins.errors import InputError, SettingsError
-from fides_plugins.serving.torchserve.body import Bodies, make_parser
+from fides_plugins.serving.torchserve.body import make_parser
+from fides_plugins.serving.torchserve.body_capture import Bodies
 from fides_plugins.serving.torchserve.judge import InferenceJudge
 from fides_plugins.serving.torchserve.options import BodyFormat, HostOptions, read_section
 from fides_plugins.settings import Settings
