@@ -142,9 +142,9 @@ def distil(
     # A last batch of one row would break batch norm; dropping the remainder is harmless over shuffled epochs.
     per_epoch = max(1, n // size)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=per_epoch * epochs + 1, pct_start=0.2
-    )
+    # With fewer steps the schedule would have no rise.
+    steps = max(6, per_epoch * epochs + 1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.2)
     generator = torch.Generator().manual_seed(seed)
     options = str((settings, learning_rate, epochs, seed))
     session = Session(module, optimizer, schedule, options, (inputs, logits, labels))

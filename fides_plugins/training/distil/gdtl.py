@@ -41,8 +41,10 @@ from fides_plugins.types import Float32Array
 
 #: A backbone is cut into at most this many groups of layers; one is unfrozen at a time.
 MAX_GROUPS = 5
-#: Where a student stays so far behind the wanted agreement, only the most expensive one is tried after it.
+#: Where a student stays so far behind the wanted agreement, of those that take long to train, with so many
+#: multiply-adds a row, only the most expensive one is tried after it.
 FAR_AWAY = 0.1
+CHEAP_MACS = 500_000
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class Search:
         The first student that certainly reaches the agreement (see `certain`). If none does, the one with the highest
         agreement, and among equals the one with the lowest divergence from the service. Where the held-out rows are
         too few to be certain of any student, only the most expensive one is trained; where a student stays far behind,
-        only that one after it.
+        of the dear ones only that one after it.
 
         Raises
         ------
@@ -145,7 +147,8 @@ class Search:
         steps: list[SearchStep] = []
         best: tuple[tuple[float, float], GdtlResult] | None = None
         for index, (cost, student) in enumerate(fitting):
-            if best is not None and best[1].agreement < self.agreement - FAR_AWAY and index < len(fitting) - 1:
+            far = best is not None and best[1].agreement < self.agreement - FAR_AWAY
+            if far and cost.macs > CHEAP_MACS and index < len(fitting) - 1:
                 continue
 
             def report(done: float, index: int = index) -> None:

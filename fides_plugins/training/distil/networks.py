@@ -119,13 +119,13 @@ class ColumnEncoding(nn.Module):
 
     def __init__(self, edges: torch.Tensor) -> None:
         super().__init__()
-        self.register_buffer("low", edges[:, :-1].contiguous())
-        self.register_buffer("size", (edges[:, 1:] - edges[:, :-1]).contiguous())
+        # Parameters, because they are numbers that the graph holds; nothing trains them.
+        self.low = nn.Parameter(edges[:, :-1].contiguous(), requires_grad=False)
+        self.size = nn.Parameter((edges[:, 1:] - edges[:, :-1]).contiguous(), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, F) to (N, F * (pieces + 1))."""
-        low, size = self.get_buffer("low"), self.get_buffer("size")
         missing = torch.isnan(x)
         known = torch.where(missing, torch.zeros_like(x), x)[:, :, None]
-        placed = ((known - low) / size).clamp(0.0, 1.0) * (~missing)[:, :, None]
+        placed = ((known - self.low) / self.size).clamp(0.0, 1.0) * (~missing)[:, :, None]
         return torch.cat([placed, missing[:, :, None].to(x.dtype)], dim=2).flatten(1)

@@ -33,8 +33,9 @@ from fides_plugins.training.kinds import Kind, input_kind
 LARGEST_SIZE = 64
 #: Channels of the first layer (CNN) or units of a layer (MLP) in the built-in family.
 WIDTHS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128, 192, 256, 384, 512)
-#: Columns times pieces of their quantiles, in a student for vectors; vectors of more columns are normalised instead.
-MOST_PLACES = 512
+#: Vectors of more columns are no table; a column of a table is cut into pieces at its quantiles.
+MOST_COLUMNS = 40
+PIECES = 8
 #: Entries of an embedding; larger ids share the last.
 MOST_SYMBOLS = 8192
 #: Shares of the parameters that may be spent, one built-in student for each.
@@ -212,22 +213,25 @@ def built_in_students(
     TrainingError
         If even the smallest student costs more.
     """
-    costs = {student: student.cost(rows) for student in _FAMILIES[kind or input_kind(rows)](rows, n_classes)}
-    fitting = [student for student, cost in costs.items() if cost.within(max_parameters, max_macs)]
-    if not fitting:
+    costs: dict[Student, Cost] = {}
+    chosen: list[Student] = []
+    for family in _FAMILIES[kind or input_kind(rows)]:
+        priced = {student: student.cost(rows) for student in family(rows, n_classes)}
+        fitting = {s: cost for s, cost in priced.items() if cost.within(max_parameters, max_macs)}
+        costs |= priced
+        if max_parameters is None:
+            chosen += [s for s in fitting if s.name.endswith(("-8", "-16", "-32"))] or list(fitting)[:1]
+        else:
+            under = [[s for s in fitting if costs[s].parameters <= share * max_parameters] for share in SHARES]
+            chosen += [max(some, key=lambda s: (costs[s].parameters, costs[s].macs)) for some in under if some]
+    if not chosen:
         smallest = min(costs.values(), key=lambda cost: cost.parameters)
         raise TrainingError(
             f"The smallest built-in student has {smallest.parameters} parameters and {smallest.macs} multiply-adds, "
             f"more than the {max_parameters} and {max_macs} allowed.",
             "Allow a larger share of the service's cost, or give a student of your own.",
         )
-    if max_parameters is None:
-        chosen = [student for student in fitting if student.name.endswith(("-8", "-16", "-32"))]
-    else:
-        under = [[s for s in fitting if costs[s].parameters <= share * max_parameters] for share in SHARES]
-        largest = [max(some, key=lambda s: (costs[s].parameters, costs[s].macs)) for some in under if some]
-        chosen = list(dict.fromkeys(largest))
-    return tuple(sorted(chosen or fitting[:1], key=lambda s: (costs[s].macs, costs[s].parameters)))
+    return tuple(sorted(dict.fromkeys(chosen), key=lambda s: (costs[s].macs, costs[s].parameters)))
 
 
 def _for_images(rows: NDArray[Any], n_classes: int) -> Iterator[Student]:
@@ -243,14 +247,17 @@ def _for_images(rows: NDArray[Any], n_classes: int) -> Iterator[Student]:
 
 
 def _for_vectors(rows: NDArray[Any], n_classes: int) -> Iterator[Student]:
-    flat = rows.reshape(len(rows), -1)
-    pieces = min(16, MOST_PLACES // flat.shape[1])
-    if pieces < 2:
-        for width in WIDTHS:
-            yield Student(f"mlp-{width}", partial(small_mlp, flat.shape[1], width, n_classes))
-        return
-    edges = torch.from_numpy(_edges(flat, pieces))
     for width in WIDTHS:
+        yield Student(f"mlp-{width}", partial(small_mlp, rows[0].size, width, n_classes))
+
+
+def _for_tables(rows: NDArray[Any], n_classes: int) -> Iterator[Student]:
+    flat = rows.reshape(len(rows), -1)
+    if flat.shape[1] > MOST_COLUMNS:
+        return
+    edges = torch.from_numpy(_edges(flat, PIECES))
+    # Narrower ones spend all they may on the encoding.
+    for width in (width for width in WIDTHS if width >= 8):
         build = partial(_encoded_mlp, edges, width, n_classes)
         yield Student(f"mlp-quantiles-{width}", build, dtype=torch.float32)
 
@@ -269,12 +276,13 @@ def _for_audio(rows: NDArray[Any], n_classes: int) -> Iterator[Student]:
         yield Student(f"waveform-{width}", build, dtype=torch.float32)
 
 
-_FAMILIES: dict[Kind, Callable[[NDArray[Any], int], Iterator[Student]]] = {
-    "image": _for_images,
-    "vector": _for_vectors,
-    "tokens": _for_sequences,
-    "bytes": _for_sequences,
-    "audio": _for_audio,
+#: Of each kind; students of all of them are tried.
+_FAMILIES: dict[Kind, tuple[Callable[[NDArray[Any], int], Iterator[Student]], ...]] = {
+    "image": (_for_images,),
+    "vector": (_for_tables, _for_vectors),
+    "tokens": (_for_sequences,),
+    "bytes": (_for_sequences,),
+    "audio": (_for_audio,),
 }
 
 
