@@ -48,7 +48,9 @@ SAMPLE = Receipt(
     output_shape=(1, 10),
     bundle_digest=b"\x22" * 32,
     bundle_version=3,
-    evidence_id=b"\x33" * 32,
+    model="digits",
+    classes=b"\x55" * 32,
+    judge=b"\x66" * 32,
     tee="tdx",
     boot_id=b"\x44" * 16,
     sequence=7,
@@ -57,7 +59,13 @@ SAMPLE = Receipt(
 )
 GOOD = SAMPLE.sign(KEY, KEY_ID)
 REQUEST = SignedRequest(
-    evidence_id=bytes(32), input_digest=bytes(32), scheme="hpke", client_key=bytes(range(32))
+    key_id=bytes(32),
+    model="digits",
+    classes=bytes(32),
+    judge=bytes(32),
+    input_digest=bytes(32),
+    scheme="hpke",
+    client_key=bytes(range(32)),
 ).encode(KEY)
 BOUNDS = request_bounds(InputSpec(name="image", dtype="float32", shape=(None, 1, 28, 28)), 1024)
 calls = 0

@@ -154,12 +154,13 @@ def measure(bundle: Bundle, service: OnnxModel, repeats: int) -> dict[str, list[
     client = identity.public_key().public_bytes_raw()
     options = VerifierOptions(clients=frozenset((client,)), rate=1e9, burst=1e9)
     verifier = Verifier(bundle, DevelopmentProvider(), options)
-    policy = EvidencePolicy(bundle_digests=(bundle.digest,), clients=(client.hex(),))
+    rules = {bundle.manifest.name: {"bundle_digests": [bundle.digest]}}
+    policy = EvidencePolicy.model_validate({"models": rules, "clients": [client.hex()]})
     trust = Trust(policy, Source(verifier), insecure_development=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", InsecureEvidenceWarning)
         trust.current()
-    checkers = {s: ReceiptChecker(trust, identity, s, bundle.n_classes) for s in ("commitment", "hpke")}
+    checkers = {s: ReceiptChecker(trust, identity, s, bundle) for s in ("commitment", "hpke")}
     plugin = OnnxVerifier()
     plugin.fides_configure(Settings(), bundle)
     spec = bundle.manifest.input

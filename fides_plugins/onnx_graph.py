@@ -23,8 +23,8 @@ JUDGING_OPERATORS = frozenset(
         "Floor Gather GatherElements GatherND Gemm Greater GreaterOrEqual HardSigmoid Identity LayerNormalization",
         "LeakyRelu Less LessOrEqual Log LogSoftmax MatMul Max Mean Min Mod Mul Neg Not Or Pad Pow PRelu Reciprocal",
         "ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum",
-        "ReduceSumSquare Relu Reshape Round Selu Shape Sigmoid Sign Sin Slice Softmax Softplus Split Sqrt Squeeze Sub Sum",
-        "Tanh TopK Transpose Unsqueeze Where Xor ai.onnx.ml:LinearClassifier ai.onnx.ml:LinearRegressor",
+        "ReduceSumSquare Relu Reshape Round Selu Shape Sigmoid Sign Sin Slice Softmax Softplus Split Sqrt Squeeze Sub",
+        "Sum Tanh TopK Transpose Unsqueeze Where Xor ai.onnx.ml:LinearClassifier ai.onnx.ml:LinearRegressor",
         "ai.onnx.ml:Normalizer ai.onnx.ml:Scaler ai.onnx.ml:TreeEnsemble ai.onnx.ml:TreeEnsembleClassifier",
         "ai.onnx.ml:TreeEnsembleRegressor",
     )

@@ -22,7 +22,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,15 +91,15 @@ class Protection:
         self,
         settings: Settings,
         pipeline: Pipeline | None,
+        recorder: MetricsRecorder | None = None,
         *,
         host: str = "",
         model_name: str = "",
-        recorder: MetricsRecorder | None = None,
         concurrent: bool = True,
         problem: str = "",
     ) -> None:
         self.settings = settings
-        self.model_name = settings.service_name or model_name
+        self.model_name = model_name
         self.problem = problem
         self.bundle = pipeline.bundle if pipeline is not None else None
         spec = self.bundle.manifest.service.codec if self.bundle is not None else OutputCodec()
@@ -172,15 +172,7 @@ class Protection:
                 raise
             problem = error.cause_text
             logger.critical("The protection of %r is down: %s", name, error)
-        return cls(
-            settings,
-            pipeline,
-            host=host,
-            model_name=model_name,
-            recorder=recorder,
-            concurrent=concurrent,
-            problem=problem,
-        )
+        return cls(settings, pipeline, recorder, host=host, model_name=name, concurrent=concurrent, problem=problem)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -304,9 +296,10 @@ class Protection:
         verdict = make(self.settings, n_rows, len(self.class_names), reason)
         return self._show(self.query({}, n_rows, request_ids), verdict)
 
-    def refuse(self, query: Query, reason: str) -> Verdict:
-        """The verdict on an answer that a caller knows to be a lie: every row attacked and refused."""
-        return self._show(query, refused_verdict(query.n_rows, len(self.class_names), reason))
+    def refuse(self, query: Query, reason: str, *, withheld: bool = True) -> Verdict:
+        """The verdict on an answer that a caller knows to be a lie: every row attacked, and refused if `withheld`."""
+        verdict = refused_verdict(query.n_rows, len(self.class_names), reason)
+        return self._show(query, verdict if withheld else replace(verdict, refused=np.zeros_like(verdict.refused)))
 
     def correct(self, output: NDArray[Any], verdict: Verdict) -> tuple[NDArray[Any], Verdict]:
         """The output to hand out: in the mode `correct` with its corrected rows, otherwise as it came.

@@ -120,7 +120,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     return table if isinstance(table, dict) else {}
 
 
-def nest(values: Mapping[str, str], prefix: str = PARAMETER_PREFIX, separator: str = ".") -> dict[str, Any]:
+def nest(values: Mapping[str, Any], prefix: str = PARAMETER_PREFIX, separator: str = ".") -> dict[str, Any]:
     """{"fides.plugins.blocked": "a"} as {"plugins": {"blocked": "a"}}."""
     result: dict[str, Any] = {}
     for key, value in values.items():

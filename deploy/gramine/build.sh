@@ -3,10 +3,12 @@
 #   openssl genrsa -3 -out enclave-key.pem 3072
 # Usage: build.sh BUNDLE ENCLAVE_KEY CLIENT_KEYS [OUTPUT]
 #   CLIENT_KEYS  public keys of the clients that are answered, hex, separated by commas
+# The package is the one beside this script; what it needs comes from requirements.lock. Two builds in equal
+# containers, at the same path, have the same MRENCLAVE.
 set -euo pipefail
 
 if [ "$#" -lt 3 ]; then
-  sed -n '2,5p' "$0" >&2
+  sed -n '2,7p' "$0" >&2
   exit 2
 fi
 here=$(cd "$(dirname "$0")" && pwd)
@@ -14,7 +16,6 @@ bundle=$(realpath "$1")
 key=$(realpath "$2")
 clients=$3
 output=$(realpath -m "${4:-enclave}")
-version=${FIDES_VERSION:-0.1.0}
 isvsvn=${ISVSVN:-1}
 
 for tool in gramine-manifest gramine-sgx-sign gramine-sgx-sigstruct-view python3; do
@@ -25,16 +26,23 @@ case $clients in
   *[!0-9a-f,]*) echo "build.sh: client keys are lower-case hexadecimal, separated by commas" >&2; exit 1 ;;
 esac
 
+rm -rf "$output/venv"
 mkdir -p "$output"
 python3 -m venv --copies "$output/venv"
-# Only wheels: building from source would run code that nobody has measured.
-"$output/venv/bin/pip" install --quiet --only-binary :all: "fides-plugins[enclave]==$version"
-# Byte code is compiled now, so that the enclave never writes any.
-"$output/venv/bin/python" -m compileall -q "$output/venv/lib"
-"$output/venv/bin/fides" inspect "$bundle" >/dev/null
+python=$output/venv/bin/python
+# Only wheels, and only those whose hashes are known: building from source would run code that nobody has measured.
+"$python" -m pip install --quiet --no-compile --no-deps --only-binary :all: --require-hashes -r "$here/requirements.lock"
+site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+cp -R "$here/../../fides_plugins" "$site/"
+# The installer is not needed inside, and its byte code differs from build to build.
+rm -rf "$site"/pip "$site"/pip-* "$site"/setuptools "$site"/setuptools-* "$site"/pkg_resources \
+  "$site"/_distutils_hack "$site"/distutils-precedence.pth "$output"/venv/bin/pip*
+find "$output/venv" -depth -name __pycache__ -exec rm -rf {} +
+# Byte code is compiled now, so that the enclave never writes any; without times in it, so that it is always the same.
+PYTHONHASHSEED=0 "$python" -m compileall -q --invalidation-mode unchecked-hash "$site"
+"$python" -I -m fides_plugins.cli inspect "$bundle" >/dev/null
 
-python=$("$output/venv/bin/python" -c 'import sys; print(sys.executable)')
-stdlib=$("$output/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
+stdlib=$("$python" -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
 arch=$(gcc -dumpmachine 2>/dev/null || echo x86_64-linux-gnu)
 gramine-manifest \
   -Dpython="$python" -Dprefix="$output/venv" -Dstdlib="$stdlib" -Darch_libdir="/lib/$arch" \

@@ -25,7 +25,8 @@ from fides_plugins.attestation.refusal import Refusal
 T = TypeVar("T")
 
 
-def _as_tuple(value: Any) -> Any:
+def as_tuple(value: Any) -> Any:
+    """A list of the wire, as the tuple that messages hold."""
     return tuple(value) if type(value) is list else value
 
 
@@ -35,7 +36,7 @@ Bytes = Annotated[bytes, Strict()]
 Bytes16 = Annotated[Bytes, Field(min_length=16, max_length=16)]
 Bytes32 = Annotated[Bytes, Field(min_length=32, max_length=32)]
 Count = Annotated[int, Strict(), Field(ge=0, lt=1 << 64)]
-Shape = Annotated[tuple[Count, ...], Strict(), Field(max_length=8), BeforeValidator(_as_tuple)]
+Shape = Annotated[tuple[Count, ...], Strict(), Field(max_length=8), BeforeValidator(as_tuple)]
 
 #: Nothing this package signs is larger; a larger frame is refused before anything is done with it.
 MAX_FRAME_BYTES = 1 << 20
@@ -143,15 +144,15 @@ class Payload(Generic[T]):
         A dataclass whose annotations pydantic checks. A field's number on the wire is its place; the last one stays
         behind, and becomes the frame's key id when a message is read.
     what:
-        "receipt" or "request".
+        "receipt", "request" and so on.
     optional:
-        The one field that may be None, and is then left out.
+        The one field that may be None, and is then left out; most have none.
     """
 
-    def __init__(self, kind: type[T], what: str, optional: str) -> None:
+    def __init__(self, kind: type[T], what: str, optional: str = "") -> None:
         *sent, self._signer = (field.name for field in fields(kind))  # type: ignore[arg-type]
         self._numbers = {name: number for number, name in enumerate(sent, start=1)}
-        self._required = set(self._numbers.values()) - {self._numbers[optional]}
+        self._required = {number for name, number in self._numbers.items() if name != optional}
         self._reader = TypeAdapter(kind)
         self._what = what
 

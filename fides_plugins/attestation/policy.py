@@ -89,16 +89,31 @@ class SnpTcb(_PolicyPart):
     microcode: int = Field(ge=0, le=255)
 
 
+class ModelRule(_PolicyPart):
+    """The bundles that may answer for one model; more than one while a new bundle replaces an old one."""
+
+    bundle_digests: tuple[Hex, ...] = Field(min_length=1, description="SHA-256 of the manifests that are trusted.")
+    minimum_bundle_version: int = Field(0, ge=0, description="Older bundles are refused.")
+
+
+class ClientSetRule(_PolicyPart):
+    """The set of clients that a verifier must answer, and no others, by who signs it."""
+
+    id: str
+    operator: Hex
+    minimum_serial: int = Field(0, ge=0)
+
+
 class EvidencePolicy(_PolicyPart):
     """What a client demands of a verifier's evidence."""
 
     measurements: tuple[Measurement, ...] = Field((), description="Programs that are trusted; none: nothing is.")
-    bundle_digests: tuple[Hex, ...] = Field((), description="SHA-256 of the manifests of bundles that are trusted.")
-    minimum_bundle_version: int = Field(0, ge=0, description="Older bundles are refused.")
+    models: dict[str, ModelRule] = Field({}, description="Models by name, with the bundles that are trusted for each.")
     maximum_age_s: float = Field(86_400.0, gt=0, description="Seconds after which evidence must be fetched again.")
     clients: tuple[Hex, ...] = Field(
         (), description="The verifier must answer these clients (Ed25519 public keys) and no others."
     )
+    client_set: ClientSetRule | None = Field(None, description="In place of `clients`: a set that an operator signs.")
     minimum_tcb_evaluation: int = Field(0, ge=0, description="Lowest TCB evaluation data number (Intel).")
     rejected_advisories: tuple[str, ...] = Field((), description="Intel advisories that must not apply.")
     snp_minimum_tcb: SnpTcb | None = Field(None, description="Lowest patch levels (AMD); needed for SEV-SNP.")
@@ -110,6 +125,8 @@ class EvidencePolicy(_PolicyPart):
     )
     allow_dynamic_platform: bool = Field(False, description="Accept servers whose CPUs can change (cloud TDX).")
     allow_cached_keys: bool = Field(False, description="Accept platforms that cache keys (cloud TDX).")
+    allow_unpinned_rtmr0: bool = Field(False, description="Accept any configuration of a virtual machine (TDX).")
+    allow_zero_registers: bool = Field(False, description="Accept registers that nothing was measured into.")
     allow_smt: bool = Field(False, description="Accept hyperthreading.")
     allow_snp_debug: bool = Field(False, description="Accept SEV-SNP guests that the host can read.")
     allow_snp_migration: bool = Field(False, description="Accept SEV-SNP guests with a migration agent.")
@@ -117,6 +134,12 @@ class EvidencePolicy(_PolicyPart):
         False, description="Accept a verifier that may answer anybody, so that the host can ask it for references."
     )
     allow_unbound_report_data: bool = Field(False, description="Accept a bare report that vouches for no key.")
+
+    @model_validator(mode="after")
+    def _one_kind_of_clients(self) -> EvidencePolicy:
+        if self.clients and self.client_set is not None:
+            raise ValueError("clients and client_set exclude each other")
+        return self
 
     @classmethod
     def from_toml(cls, path: str | Path) -> EvidencePolicy:

@@ -40,8 +40,10 @@ class Receipt:
         The reference distribution: bytes of the tensor, sealed in the scheme "hpke", and what they hold.
     bundle_digest, bundle_version:
         The bundle that answered; 32 bytes and an integer.
-    evidence_id, tee, boot_id:
-        Which evidence the key is bound to (32 bytes), the kind of TEE, and the start (16 bytes).
+    model, classes, judge:
+        What the answer may be judged by: see `Judge`.
+    tee, boot_id:
+        The kind of TEE, and the start (16 bytes), whose evidence vouches for the key.
     sequence:
         Number of the receipt since that start.
     issued_at:
@@ -65,7 +67,9 @@ class Receipt:
     output_shape: Shape
     bundle_digest: Bytes32
     bundle_version: Count
-    evidence_id: Bytes32
+    model: Text
+    classes: Bytes32
+    judge: Bytes32
     tee: Text
     boot_id: Bytes16
     sequence: Count
@@ -78,7 +82,7 @@ class Receipt:
         return _PAYLOAD.encode(self)
 
     def sign(self, key: Ed25519PrivateKey, key_id: bytes) -> bytes:
-        """The signed receipt, about 450 bytes for a single row of ten classes."""
+        """The signed receipt, about 550 bytes for a single row of ten classes."""
         return cose.sign(self.encode(), key, key_id, self.profile.encode("ascii"))
 
 

@@ -3,8 +3,8 @@
 It goes through the untrusted host as the parameter `fides_request` (Triton, Open Inference Protocol) or
 the header `X-Fides-Request` (TorchServe), base64url without padding. The client signs it, because a host
 that could ask the verifier in its own name would learn every reference and shape its lie to it: a
-verifier with a list of clients answers only those. It names the evidence that the client checked, so that
-it cannot be replayed to an enclave that was started again.
+verifier with a list of clients answers only those. It names the key that the checked evidence vouches for, so
+that it cannot be replayed to an enclave that was started again.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ PROFILE = "fides-request/1"
 NONCE_BYTES = 32
 SESSION_BYTES = 16
 _DIGEST_BYTES = 32
-#: A request is about 300 bytes; anything much longer is not one.
-_MAX_TEXT = 1024
+#: A request is about 400 bytes and its model's name; anything much longer is not one.
+_MAX_TEXT = 2048
 
 
 def to_text(data: bytes) -> str:
@@ -69,8 +69,10 @@ class SignedRequest:
         `PROFILE`.
     nonce, session:
         32 and 16 random bytes; the nonce is used once, the session is the client object's.
-    evidence_id:
-        The evidence (32 bytes) that the client checked.
+    key_id:
+        The key (32 bytes) that the client expects receipts of: a verifier's, and of one start of it.
+    model, classes, judge:
+        What the client judges by: see `Judge`.
     input_digest:
         `tensor_digest` of the input (32 bytes).
     scheme:
@@ -84,7 +86,10 @@ class SignedRequest:
     profile: Text = PROFILE
     nonce: Bytes32 = field(default_factory=lambda: os.urandom(NONCE_BYTES))
     session: Bytes16 = bytes(SESSION_BYTES)
-    evidence_id: Bytes32
+    key_id: Bytes32
+    model: Text
+    classes: Bytes32
+    judge: Bytes32
     input_digest: Bytes32
     scheme: Scheme
     client_key: Bytes32 | None = None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import json
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -14,12 +14,15 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from fides_plugins.attestation import dcap, development, snp
+from fides_plugins.attestation.clients import check_clients
 from fides_plugins.attestation.evidence import CHALLENGE_BYTES, Evidence, ReportFacts, Statement, Tee
 from fides_plugins.attestation.policy import EvidencePolicy
 from fides_plugins.attestation.refusal import Refusal
 
 #: Evidence may be this much ahead of the reader's clock before it is refused.
 CLOCK_SKEW_S = 300.0
+#: What says which program runs; the host's own values beside them may be zero.
+_PROGRAM_REGISTERS = ("mrenclave", "mrtd", "rtmr0", "rtmr1", "rtmr2", "rtmr3", "measurement")
 
 
 class InsecureEvidenceWarning(UserWarning):
@@ -55,11 +58,14 @@ class TrustedEvidence:
     dated_at:
         Seconds since 1970 from which its age counts: the check's, where a challenge proved it fresh; else
         what it says itself.
+    valid_until:
+        Seconds since 1970 after which its set of clients holds no longer.
     """
 
     facts: ReportFacts
     statement: Statement | None
     dated_at: float
+    valid_until: float = math.inf
 
     @property
     def development(self) -> bool:
@@ -124,17 +130,6 @@ def sniff(data: bytes) -> Evidence:
     return Evidence(tee=tee, report=data)
 
 
-def evidence_id(evidence: Evidence) -> bytes:
-    """SHA-256 of what the hardware signed (32 bytes): how requests and receipts name evidence."""
-    if evidence.tee == "sev-snp":
-        signed = evidence.report[: snp.SIGNED_BYTES]
-    elif evidence.tee == "development":
-        signed = development.signed_part(evidence.report)
-    else:
-        signed = dcap.signed_part(evidence.report)
-    return hashlib.sha256(signed).digest()
-
-
 def _report_facts(
     evidence: Evidence, policy: EvidencePolicy, now: float, roots: TrustRoots, insecure_development: bool
 ) -> ReportFacts:
@@ -191,21 +186,40 @@ def verify_evidence(
         With the code of the first check that failed.
     """
     facts = _report_facts(evidence, policy, now, roots or TrustRoots(), insecure_development)
+    if facts.tee != "development":
+        _check_program(facts, policy)
+    statement, valid_until = evidence.statement, math.inf
+    if statement is None:
+        _check_bare(facts, policy)
+    else:
+        valid_until = _check_statement(facts, statement, policy, now, challenge)
+    # Without a challenge, how old the evidence was when it came here is part of its age.
+    dated_at = float(statement.issued_at) if statement is not None and not challenge else now
+    return TrustedEvidence(facts, statement, dated_at, valid_until)
+
+
+def _check_program(facts: ReportFacts, policy: EvidencePolicy) -> None:
     measured = facts.measurements
-    if facts.tee != "development" and not any(m.matches(facts.tee, measured) for m in policy.measurements):
+    matching = [m for m in policy.measurements if m.matches(facts.tee, measured)]
+    if not matching:
         raise Refusal(
             "evidence-measurement",
             f"The {facts.tee} measurements are of no program that the policy trusts.",
             f"Measured: {json.dumps(measured)}.",
         )
-    statement = evidence.statement
-    if statement is None:
-        _check_bare(facts, policy)
-    else:
-        _check_statement(facts, statement, policy, now, challenge)
-    # Without a challenge, how old the evidence was when it came here is part of its age.
-    dated_at = float(statement.issued_at) if statement is not None and not challenge else now
-    return TrustedEvidence(facts, statement, dated_at)
+    zero = [name for name in _PROGRAM_REGISTERS if name in measured and not measured[name].strip("0")]
+    if zero and not policy.allow_zero_registers:
+        raise Refusal(
+            "evidence-zero-register",
+            f"Nothing was measured into {', '.join(zero)}, so what the image would extend it with is not vouched for.",
+            "Measure it before its use, or set allow_zero_registers.",
+        )
+    if facts.tee == "tdx" and all(m.rtmr0 is None for m in matching) and not policy.allow_unpinned_rtmr0:
+        raise Refusal(
+            "evidence-rtmr0",
+            "The policy's measurement leaves RTMR0 open: the host may configure the virtual machine as it likes.",
+            f"Pin rtmr0 (measured: {measured['rtmr0']}), or set allow_unpinned_rtmr0.",
+        )
 
 
 def _check_bare(facts: ReportFacts, policy: EvidencePolicy) -> None:
@@ -222,7 +236,8 @@ def _check_bare(facts: ReportFacts, policy: EvidencePolicy) -> None:
 
 def _check_statement(
     facts: ReportFacts, statement: Statement, policy: EvidencePolicy, now: float, challenge: bytes
-) -> None:
+) -> float:
+    """The time until which it holds, whatever its age."""
     if not hmac.compare_digest(statement.report_data(), facts.report_data):
         raise Refusal("evidence-report-data", "The report vouches for another key, bundle or configuration.")
     if challenge and not hmac.compare_digest(challenge, statement.challenge):
@@ -233,22 +248,15 @@ def _check_statement(
         raise Refusal("evidence-age", f"The evidence is {age:.0f} s old; the policy allows {policy.maximum_age_s:.0f}.")
     if age < -CLOCK_SKEW_S:
         raise Refusal("evidence-age", "The evidence is from the future.")
-    if not policy.bundle_digests:
-        raise Refusal("policy-empty", "The policy names no bundle digest, so it trusts no answer.", "Add one.")
-    if statement.bundle_digest.hex() not in policy.bundle_digests:
-        raise Refusal("evidence-bundle", "The verifier runs a bundle that the policy does not trust.")
+    if not policy.models:
+        raise Refusal("policy-empty", "The policy names no model, so it trusts no answer.", "Add one to `models`.")
     settings = statement.settings
+    rule = policy.models.get(str(settings.get("model")))
+    if rule is None:
+        raise Refusal("evidence-model", "The verifier answers for a model that the policy does not name.")
+    if statement.bundle_digest.hex() not in rule.bundle_digests:
+        raise Refusal("evidence-bundle", "The verifier runs a bundle that the policy does not trust for its model.")
     version = settings.get("bundle_version")
-    if not isinstance(version, int) or version < policy.minimum_bundle_version:
+    if not isinstance(version, int) or version < rule.minimum_bundle_version:
         raise Refusal("evidence-bundle-version", f"The verifier's bundle has version {version}: too old.")
-    if not policy.clients and not policy.allow_any_client:
-        raise Refusal(
-            "policy-empty",
-            "The policy names no client, so the verifier may answer the host and show it every reference.",
-            "Add the clients' public keys as `clients`, or set allow_any_client.",
-        )
-    if policy.clients and sorted(settings.get("clients") or ()) != sorted(policy.clients):
-        raise Refusal(
-            "evidence-clients",
-            "The verifier answers other clients than the policy's: the host may ask it, and shape its lie.",
-        )
+    return check_clients(settings, policy, now)

@@ -6,9 +6,10 @@ lines over numbered segments, with a file `HEAD` that says how long the chain is
     LOG/lane-00/00000000.jsonl  00000001.jsonl  HEAD  lock
 
 Every line holds the hash of the line before it (`prev`) and ends with its own (`hash`): SHA-256 of the
-line's bytes before `,"hash"`, or HMAC-SHA256 of them where a key is configured. Hashing bytes instead
-of values means that not even a space can change unseen. The idea is Schneier and Kelsey, "Secure audit
-logs to support computer forensics" (1999), without their forward-secure keys.
+line's bytes before `,"hash"`, or HMAC-SHA256 of them where a key is configured; `HEAD` then has an HMAC of its
+own, over the lane's name, too. Hashing bytes instead of values means that not even a space can change unseen.
+The idea is Schneier and Kelsey, "Secure audit logs to support computer forensics" (1999), without their
+forward-secure keys.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ HEAD_NAME = "HEAD"
 LOCK_NAME = "lock"
 #: HEAD is overwritten in place by one small write, which neither a full disk nor a kill can split.
 HEAD_BYTES = 128
+KEYED_HEAD_BYTES = 256
 MIN_KEY_BYTES = 16
 #: A line longer than this is not one of ours and is not read into memory.
 MAX_LINE_BYTES = 1024 * 1024
@@ -52,20 +54,25 @@ class Head:
     seq: int = -1
     hash: str = GENESIS
 
-    def to_bytes(self) -> bytes:
-        """`HEAD_BYTES` bytes: JSON, padded with spaces, newline."""
-        return json.dumps({"seq": self.seq, "hash": self.hash}).ljust(HEAD_BYTES - 1).encode() + b"\n"
+    def to_bytes(self, lane: str, key: bytes | None = None) -> bytes:
+        """JSON, padded with spaces, newline; with a key also an HMAC, so that nobody else can say where a lane ends."""
+        fields: dict[str, Any] = {"seq": self.seq, "hash": self.hash}
+        if key is None:
+            return json.dumps(fields).ljust(HEAD_BYTES - 1).encode() + b"\n"
+        # A line of the chain begins with a brace: its hash cannot be taken for this one.
+        fields["hmac"] = line_hash(f"HEAD {lane} {self.seq} {self.hash}".encode(), key)
+        return json.dumps(fields).ljust(KEYED_HEAD_BYTES - 1).encode() + b"\n"
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Head:
+    def from_bytes(cls, data: bytes, lane: str, key: bytes | None = None) -> Head:
         """Read what `to_bytes` wrote; `ChainError` for anything else."""
         try:
             value = json.loads(data)
             head = cls(int(value["seq"]), str(value["hash"]))
         except (ValueError, TypeError, KeyError):
             raise ChainError("HEAD is damaged") from None
-        if head.to_bytes() != data:
-            raise ChainError("HEAD is damaged")
+        if not hmac.compare_digest(head.to_bytes(lane, key), data):
+            raise ChainError("HEAD is damaged" if key is None else "HEAD was not written with this key for this lane")
         return head
 
 
@@ -113,6 +120,11 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, bool]]:
         while data := stream.readline(MAX_LINE_BYTES):
             whole = data.endswith(b"\n")
             yield (data[:-1] if whole else data), whole
+
+
+def make_folder(folder: Path) -> None:
+    """A folder for its owner alone; one that is there stays as it is. What clients asked is nobody else's business."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def lane_path(folder: Path, number: int) -> Path:

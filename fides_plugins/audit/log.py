@@ -13,6 +13,9 @@ field and option.
 
 from __future__ import annotations
 
+import logging
+import os
+import stat
 import sys
 import time
 from collections.abc import Mapping
@@ -24,7 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fides_plugins.attestation.tensors import bytes_digest, tensor_digest
-from fides_plugins.audit.chain import FORMAT_VERSION, read_key
+from fides_plugins.audit.anchor import AnchorFile
+from fides_plugins.audit.chain import FORMAT_VERSION, make_folder, read_key
 from fides_plugins.audit.writer import AuditOptions, LaneWriter, timestamp
 from fides_plugins.bundle import Bundle
 from fides_plugins.errors import SettingsError
@@ -32,6 +36,8 @@ from fides_plugins.hookspecs import ENTRY_POINT_GROUP, hookimpl
 from fides_plugins.oip import BYTES, encode_bytes
 from fides_plugins.settings import Settings
 from fides_plugins.types import STATUS_TEXTS, Query, Status, Verdict
+
+logger = logging.getLogger("fides_plugins")
 
 
 class AuditLog:
@@ -49,11 +55,31 @@ class AuditLog:
         self._bundle_digest = bundle.digest if bundle is not None else ""
         self._context = _context(settings, bundle)
         try:
-            Path(self._options.path).mkdir(parents=True, exist_ok=True)
+            make_folder(Path(self._options.path))
         except OSError as error:
             raise SettingsError(
                 f"The audit log's folder cannot be made: {error.strerror}.", "Set `path` to a folder it may write."
             ) from None
+        folder = Path(self._options.path).stat()
+        if folder.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            logger.warning("the audit log's folder is one that others may write; make it 0700")
+        if self._options.anchor_file:
+            self._check_anchor_file(folder.st_dev)
+
+    def _check_anchor_file(self, device: int) -> None:
+        try:
+            fd = AnchorFile(self._options.anchor_file, self._options.anchor_interval_s).open()
+            try:
+                same = os.fstat(fd).st_dev == device
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise SettingsError(
+                f"The audit log's anchor_file cannot be written: {error.strerror}.",
+                "Set it to a file on another mount.",
+            ) from None
+        if same:
+            logger.warning("the audit log's anchor_file is on the same file system: both can be rolled back together")
 
     @hookimpl
     def fides_record(self, query: Query, verdict: Verdict) -> None:

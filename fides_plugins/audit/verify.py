@@ -1,20 +1,19 @@
 """`fides audit verify`: find any line of a log that was removed, moved or altered.
 
-One pass in bounded memory. What a chain cannot show by itself is that its newest lines are gone
-together with an older `HEAD`, or that somebody with write access made it again from the start: against the
-first, keep the heads that an earlier verification printed elsewhere and pass them as anchors; against
-the second, use a key.
+One pass in bounded memory. What a chain cannot show by itself is that an older state of it was put back, `HEAD`
+included, or that somebody with write access made it again from the start: against the first, keep anchors
+elsewhere (`anchor.py`); against the second, use a key.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from fides_plugins.audit.anchor import Anchors
 from fides_plugins.audit.chain import (
     GENESIS,
     HEAD_NAME,
@@ -25,7 +24,6 @@ from fides_plugins.audit.chain import (
     segments,
     unseal,
 )
-from fides_plugins.errors import InputError
 
 #: Findings kept per lane; after that one more says how many there were.
 MAX_FINDINGS = 100
@@ -103,30 +101,10 @@ class LogReport:
         }
 
 
-def read_anchors(path: str | Path) -> dict[str, Head]:
-    """Heads from the JSON that an earlier `fides audit verify --json` printed.
-
-    Raises
-    ------
-    InputError
-        If the file is not such JSON.
-    """
-    try:
-        heads = json.loads(Path(path).read_text(encoding="utf-8"))["heads"]
-        return {str(lane): Head(int(h["seq"]), str(h["hash"])) for lane, h in heads.items()}
-    except OSError as error:
-        raise InputError(f"The anchor file cannot be read: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(
-            "The anchor file is not the output of `fides audit verify --json`.",
-            "Keep that command's output and pass it with --anchor.",
-        ) from None
-
-
 def verify_log(
     folder: str | Path,
     key: bytes | None = None,
-    anchors: Mapping[str, Head] | None = None,
+    anchors: Anchors | None = None,
     archived: bool = False,
     on_segment: Callable[[str], None] | None = None,
 ) -> LogReport:
@@ -155,8 +133,9 @@ def verify_log(
     wanted = dict(anchors or {})
     reports = []
     for lane in require_log(root):
-        reports.append(_LaneCheck(lane, key, wanted.pop(lane.name, None), archived, on_segment).run())
-    missing = [Finding(name, "", 0, "the whole lane is gone") for name, head in wanted.items() if head.seq >= 0]
+        reports.append(_LaneCheck(lane, key, wanted.pop(lane.name, ()), archived, on_segment).run())
+    gone = [name for name, heads in wanted.items() if any(head.seq >= 0 for head in heads)]
+    missing = [Finding(name, "", 0, "the whole lane is gone") for name in gone]
     return LogReport(reports, missing)
 
 
@@ -165,11 +144,11 @@ class _LaneCheck:
         self,
         lane: Path,
         key: bytes | None,
-        anchor: Head | None,
+        anchors: Sequence[Head],
         archived: bool,
         on_segment: Callable[[str], None] | None,
     ) -> None:
-        self._lane, self._key, self._anchor, self._archived = lane, key, anchor, archived
+        self._lane, self._key, self._anchors, self._archived = lane, key, anchors, archived
         self._on_segment = on_segment or (lambda name: None)
         self._report = LaneReport(lane.name)
         #: What must still be met on the way: number of a line and the hash it must have.
@@ -179,11 +158,9 @@ class _LaneCheck:
     def run(self) -> LaneReport:
         report = self._report
         stored = self._read_head()
-        for head in (stored, self._anchor):
-            if head is not None and head.seq >= 0:
-                self._expected.setdefault(head.seq, head.hash)
-                if self._expected[head.seq] != head.hash:
-                    self._find("HEAD", 0, f"line {head.seq} is not the one of the anchor")
+        for head in (stored, *self._anchors):
+            if head is not None and head.seq >= 0 and self._expected.setdefault(head.seq, head.hash) != head.hash:
+                self._find("HEAD", 0, f"line {head.seq} is not the one of the anchor")
         found = segments(self._lane)
         self._check_numbers([number for number, _ in found])
         if self._archived and found and found[0][0] > 0:
@@ -211,7 +188,7 @@ class _LaneCheck:
             # Killed between making the file and its first write: nothing was logged yet.
             return None
         try:
-            return Head.from_bytes(data)
+            return Head.from_bytes(data, self._lane.name, self._key)
         except ChainError as error:
             self._find(HEAD_NAME, 0, str(error))
             return None

@@ -22,12 +22,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fides_plugins.audit.anchor import AnchorFile
 from fides_plugins.audit.chain import (
     HEAD_NAME,
     LOCK_NAME,
     ChainError,
     Head,
     lane_path,
+    make_folder,
     read_lines,
     seal,
     segment_path,
@@ -72,6 +74,8 @@ class AuditOptions(BaseModel):
     sample: float = Field(1.0, ge=0, le=1, description="Share of trusted rows that are logged; others always are.")
     digest_inputs: bool = Field(True, description="Whether to hash the inputs of logged rows.")
     key_file: str = Field("", description="File with a key: the chain is then an HMAC that only its holder can make.")
+    anchor_file: str = Field("", description="File on another mount that gets the end of the chain at an interval.")
+    anchor_interval_s: float = Field(60.0, gt=0, description="Seconds between two anchors.")
 
     @classmethod
     def from_settings(cls, settings: Settings) -> AuditOptions:
@@ -106,7 +110,7 @@ class Lane:
         try:
             self._take(folder)
             # A chain without HEAD would look like one whose end was cut off; so HEAD comes before any line.
-            os.pwrite(self._head_fd, self.head.to_bytes(), 0)
+            self._write_head()
             self._fd, self._size = self._open(self.segment)
         except BaseException:
             self.close()
@@ -143,7 +147,7 @@ class Lane:
         self._size += len(data)
         self.head = head
         # After the lines: a kill between the two leaves a chain that is longer than HEAD says, never shorter.
-        os.pwrite(self._head_fd, head.to_bytes(), 0)
+        self._write_head()
 
     def is_full(self) -> bool:
         """Whether the segment has reached its size."""
@@ -169,6 +173,9 @@ class Lane:
                 with contextlib.suppress(OSError):
                     os.close(fd)
         self._fd = self._head_fd = self._lock_fd = -1
+
+    def _write_head(self) -> None:
+        os.pwrite(self._head_fd, self.head.to_bytes(self.path.name, self._key), 0)
 
     def _open(self, number: int) -> tuple[int, int]:
         path = segment_path(self.path, number)
@@ -196,7 +203,7 @@ class Lane:
         stored_bytes = os.pread(self._head_fd, 4096, 0)
         if not found and not stored_bytes:
             return Head()
-        stored = Head.from_bytes(stored_bytes)
+        stored = Head.from_bytes(stored_bytes, self.path.name, self._key)
         suffix = f'"hash":"{stored.hash}"}}'.encode()
         vouched = stored == Head()
         head: Head | None = None
@@ -238,6 +245,7 @@ class LaneWriter:
         self._counts: Counter[str] = Counter({"written": 0, "dropped": 0, "failed": 0})
         self._unreported: Counter[str] = Counter()
         self._lane: Lane | None = None
+        self._anchors = AnchorFile(options.anchor_file, options.anchor_interval_s) if options.anchor_file else None
         self._context_seq = 0
         self._retry_at = 0.0
         self._synced_at = 0.0
@@ -281,7 +289,7 @@ class LaneWriter:
         while True:
             with self._wake:
                 while not self._queue and not self._closing:
-                    if not self._wake.wait(self._options.fsync_interval_s if self._dirty else None):
+                    if not self._wake.wait(self._pause_s()):
                         break
                 batch = self._take()
                 done = self._closing and not batch
@@ -289,10 +297,20 @@ class LaneWriter:
                 self._write(batch)
             if self._dirty and (done or time.monotonic() - self._synced_at >= self._options.fsync_interval_s):
                 self._sync()
+            if self._lane is not None and self._anchors is not None:
+                wait_s = self._anchors.wait_s(self._lane.head)
+                if wait_s == 0 or (done and wait_s is not None):
+                    self._anchors.write(self._lane.path.name, self._lane.head, timestamp())
             if done:
                 if self._lane is not None:
                     self._lane.close()
                 return
+
+    def _pause_s(self) -> float | None:
+        """How long to wait for rows: until the disk or an anchor is due."""
+        anchor = self._anchors.wait_s(self._lane.head) if self._lane is not None and self._anchors is not None else None
+        due = [self._options.fsync_interval_s] if self._dirty else []
+        return min([*due, *([] if anchor is None else [anchor])], default=None)
 
     def _take(self) -> list[Entry]:
         batch: list[Entry] = []
@@ -379,7 +397,8 @@ class LaneWriter:
 
 def _lock(lane: Path) -> int:
     """Lock a lane until this process ends, however it ends; -1 where another one holds it."""
-    lane.mkdir(parents=True, exist_ok=True)
+    make_folder(lane.parent)
+    make_folder(lane)
     fd = os.open(lane / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o640)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,17 +3,21 @@
 A part is a range of rows with a fixed place in the file, so that any worker can read any part, and a
 run that was stopped goes on at the first part that is missing. Formats: Parquet, and JSON Lines with
 one object per row.
+
+A recording holds what clients and services wrote. What one of them put into one row is that row's fault
+alone, and what a file claims about itself is held against its size before anything is planned.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +37,11 @@ PART_ROWS = 50_000
 #: Bytes of decoded rows that one batch should hold.
 BATCH_BYTES = 16 * 1024 * 1024
 MAX_BATCH_ROWS = 8192
+#: A longer line of JSON is one bad row; its rest is skipped, not kept.
+MAX_LINE_BYTES = 128 * 1024 * 1024
+#: Rows that a Parquet file may claim for each of its bytes; real rows take many bytes each.
+MAX_ROWS_PER_BYTE = 1000
+MAX_ROWS = 10**9
 _READ_BUFFER = 1 << 20
 _JSON_BLOCK = 1 << 22
 _HASH_BLOCK = 1 << 20
@@ -103,7 +112,7 @@ def read_part(recording: Recording, parts: Sequence[Part]) -> Iterator[tuple[Par
     """Batches of at most `batch_rows` rows of neighbouring parts, each with its part; never across two parts."""
     if not parts:
         return
-    read = _read_parquet if recording.format == "parquet" else _read_jsonl
+    read = _readable_parquet if recording.format == "parquet" else _read_jsonl
     batches = read(recording, parts[0], sum(p.rows for p in parts))
     rest = pa.table({})
     for part in parts:
@@ -145,8 +154,8 @@ def tensor(
 ) -> tuple[NDArray[Any], BoolArray]:
     """A column of inputs, flat or nested lists, as (N, *shape) of `dtype`, and the rows that fit.
 
-    Rows that do not fit are zero. A free axis takes its length from the first row, which must then be
-    nested.
+    Rows that do not fit are zero. A free axis takes the length that most rows of the batch have, which must
+    then be nested.
 
     Raises
     ------
@@ -159,7 +168,7 @@ def tensor(
         leaf = leaf.value_type
     if not _is_list(array.type) or not _is_number(leaf):
         raise InputError(f"The column {INPUT_COLUMN!r} holds {array.type}; expected lists of numbers.", _FORMAT_HELP)
-    sizes = tuple(s or 0 for s in (_shape_of_first(array, shape) if None in shape else shape))
+    sizes = tuple(s or 0 for s in (_commonest_shape(array, shape) if None in shape else shape))
     width = int(np.prod(sizes, dtype=np.int64))
     if not _is_list(array.type.value_type):
         lengths = pc.fill_null(pc.list_value_length(array), -1).to_numpy(zero_copy_only=False)
@@ -178,19 +187,23 @@ def tensor(
 def _row(value: Any, shape: Sequence[int], width: int, dtype: np.dtype[Any]) -> NDArray[Any] | None:
     try:
         row = np.asarray(value, dtype=dtype)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return None
     return row.reshape(shape) if row.size == width and row.ndim else None
 
 
-def _shape_of_first(array: pa.Array, shape: Sequence[int | None]) -> tuple[int | None, ...]:
+def _commonest_shape(array: pa.Array, shape: Sequence[int | None]) -> tuple[int, ...]:
+    # The commonest, not the first: one row that a stranger made long would else be the measure of all others.
+    shapes: Counter[tuple[int, ...]] = Counter()
     for value in array:
         try:
             found = np.asarray(value.as_py()).shape
         except ValueError:
             continue
         if len(found) == len(shape) and all(want in (None, have) for want, have in zip(shape, found, strict=True)):
-            return found
+            shapes[found] += 1
+    if shapes:
+        return shapes.most_common(1)[0][0]
     raise InputError(
         "The bundle's input has a free axis, and no row of `input` shows its length.",
         "Record the inputs as nested lists.",
@@ -207,13 +220,14 @@ def _is_number(kind: pa.DataType) -> bool:
 
 
 def _pick(names: Iterable[str], file: str) -> tuple[str, str, bool]:
-    known = set(names)
-    service = [c for c in SERVICE_COLUMNS if c in known]
-    reference = [c for c in VERIFICATION_COLUMNS if c in known]
-    if len(service) != 1 or len(reference) > 1 or not (reference or INPUT_COLUMN in known):
-        raise InputError(f"{file} has the columns {sorted(known)}.", _FORMAT_HELP)
+    known = list(names)
+    service = [c for c in known if c in SERVICE_COLUMNS]
+    reference = [c for c in known if c in VERIFICATION_COLUMNS]
+    others = [known.count(c) for c in (INPUT_COLUMN, ID_COLUMN)]
+    if len(service) != 1 or len(reference) > 1 or max(others) > 1 or not (reference or others[0]):
+        raise InputError(f"{file} has the columns {sorted(known)[:20]}.", _FORMAT_HELP)
     # A recorded reference is what the service was judged by at the time; the input would be judged anew.
-    return service[0], (reference or [INPUT_COLUMN])[0], ID_COLUMN in known
+    return service[0], (reference or [INPUT_COLUMN])[0], others[1] == 1
 
 
 def _batch_rows(total_bytes: int, n_rows: int, part_rows: int) -> int:
@@ -233,10 +247,17 @@ def _open_parquet(path: Path, part_rows: int) -> Recording:
     try:
         with pq.ParquetFile(path) as file:
             metadata, names = file.metadata, file.schema_arrow.names
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path.name} is not a readable Parquet file: {str(error).splitlines()[0]}") from None
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(path, error) from None
     service, reference, ids = _pick(names, path.name)
     n_rows = metadata.num_rows
+    held = sum(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+    if n_rows != held or not 0 <= n_rows <= min(MAX_ROWS, MAX_ROWS_PER_BYTE * path.stat().st_size):
+        raise InputError(
+            f"The Parquet file {path.name} claims {n_rows:,} rows, its row groups {held:,}; "
+            f"it has {path.stat().st_size:,} bytes.",
+            f"Record it again; at most {MAX_ROWS:,} rows, and {MAX_ROWS_PER_BYTE:,} for each byte, are read.",
+        )
     # Counted in decoded values: dictionary encoding can make the bytes in the file many times smaller.
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     columns = [g.column(j) for g in groups for j in range(metadata.num_columns)]
@@ -244,6 +265,18 @@ def _open_parquet(path: Path, part_rows: int) -> Recording:
     parts = tuple(Part(i, s, min(part_rows, n_rows - s)) for i, s in enumerate(range(0, n_rows, part_rows)))
     rows = _batch_rows(total, n_rows, part_rows)
     return Recording(str(path), "parquet", service, reference, ids, n_rows, rows, parts, _fingerprint(path))
+
+
+def _unreadable(path: str | Path, error: Exception) -> InputError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return InputError(f"{Path(path).name} is not a readable Parquet file: {reason}", "Record it again.")
+
+
+def _readable_parquet(recording: Recording, first: Part, n_rows: int) -> Iterator[pa.Table]:
+    try:
+        yield from _read_parquet(recording, first, n_rows)
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(recording.path, error) from None
 
 
 def _read_parquet(recording: Recording, first: Part, n_rows: int) -> Iterator[pa.Table]:
@@ -268,38 +301,52 @@ def _read_parquet(recording: Recording, first: Part, n_rows: int) -> Iterator[pa
 
 
 def _open_jsonl(path: Path, part_rows: int) -> Recording:
-    offsets, n_rows, position, first = [], 0, 0, b""
-    with path.open("rb") as stream:
-        for line in stream:
-            if line.strip():
-                if n_rows % part_rows == 0:
-                    offsets.append(position)
-                first = first or line
-                n_rows += 1
-            position += len(line)
-    record = _object(first)
-    if not record:
-        raise InputError(
-            f"{path.name} is neither Parquet nor JSON Lines: its first line is no JSON object.", _FORMAT_HELP
-        )
+    offsets: list[int] = []
+    record: dict[str, Any] = {}
+    n_rows = 0
+    with path.open("rb", buffering=_JSON_BLOCK) as stream:
+        for offset, line in _lines(stream):
+            if n_rows % part_rows == 0:
+                offsets.append(offset)
+            # The first line that can be read: a broken one is one bad row, wherever it is.
+            record = record or _object(line)
+            n_rows += 1
+        size = stream.tell()
+    if n_rows and not record:
+        raise InputError(f"{path.name} is neither Parquet nor JSON Lines: no line is a JSON object.", _FORMAT_HELP)
     service, reference, ids = _pick(record, path.name)
     parts = tuple(
         Part(i, i * part_rows, min(part_rows, n_rows - i * part_rows), offset) for i, offset in enumerate(offsets)
     )
-    rows = _batch_rows(position, n_rows, part_rows)
+    rows = _batch_rows(size, n_rows, part_rows)
     return Recording(str(path), "jsonl", service, reference, ids, n_rows, rows, parts, _fingerprint(path))
 
 
 def _read_jsonl(recording: Recording, first: Part, n_rows: int) -> Iterator[pa.Table]:
     with Path(recording.path).open("rb", buffering=_JSON_BLOCK) as stream:
         stream.seek(first.offset)
-        lines = (line for line in stream if line.strip())
-        while n_rows > 0:
-            records = [_object(line) for line in islice(lines, min(n_rows, recording.batch_rows))]
+        lines = (_object(line) for _, line in _lines(stream))
+        part_rows, done = recording.parts[0].rows, 0
+        while done < n_rows:
+            # Never across two parts: tables whose inputs have different depths could not be joined.
+            left = min(n_rows - done, part_rows - done % part_rows)
+            records = list(islice(lines, min(left, recording.batch_rows)))
             if not records:
                 return
-            n_rows -= len(records)
+            done += len(records)
             yield _table(recording, records)
+
+
+def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not empty, with their places; of one that is too long, the beginning, which is no JSON."""
+    offset = stream.tell()
+    while line := stream.readline(MAX_LINE_BYTES):
+        rest = line
+        while len(rest) == MAX_LINE_BYTES and not rest.endswith(b"\n"):
+            rest = stream.readline(MAX_LINE_BYTES)
+        if line.strip():
+            yield offset, line
+        offset = stream.tell()
 
 
 def _table(recording: Recording, records: Sequence[Mapping[str, Any]]) -> pa.Table:
@@ -310,7 +357,9 @@ def _table(recording: Recording, records: Sequence[Mapping[str, Any]]) -> pa.Tab
         columns[name] = _inputs(values) if inputs else pa.array(map(_numbers, values), pa.list_(pa.float32()))
     if recording.request_ids:
         ids = [r.get(ID_COLUMN) for r in records]
-        columns[ID_COLUMN] = pa.array([None if i is None else str(i) for i in ids], pa.string())
+        # Half of a surrogate pair is text for JSON, but not for Parquet.
+        texts = [str(i).encode("utf-8", "backslashreplace") if isinstance(i, str | int | float) else None for i in ids]
+        columns[ID_COLUMN] = pa.array(texts, pa.binary()).cast(pa.string())
     return pa.table(columns)
 
 
@@ -320,9 +369,10 @@ def _inputs(values: Sequence[Any]) -> pa.Array:
     for value in values:
         try:
             arrays.append(np.asarray(value, dtype=np.float64))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             arrays.append(np.zeros(()))
-    depth = next((a.ndim for a in arrays if a.ndim), 1)
+    depths = Counter(a.ndim for a in arrays if a.ndim)
+    depth = depths.most_common(1)[0][0] if depths else 1
     kind = pa.float64()
     for _ in range(depth):
         kind = pa.list_(kind)
@@ -334,7 +384,7 @@ def _numbers(value: Any) -> list[float] | None:
         return None
     try:
         return [float(v) for v in value]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 
@@ -342,6 +392,6 @@ def _object(line: bytes) -> dict[str, Any]:
     """A line's object; empty where it is none, so that one broken line is one bad row."""
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

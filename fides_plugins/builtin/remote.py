@@ -82,19 +82,26 @@ class RemoteVerifier:
         Raises
         ------
         ServerError
-            If the verifier cannot be reached, or answers with a server error.
+            If the verifier cannot be reached, or answers with a server error, before any receipt came.
         """
         if not query.signed:
             return None
         tensor = query.tensor(self._input)
         references = np.full((query.n_rows, self._n_classes), 1.0 / self._n_classes, dtype=np.float32)
         available = np.zeros(query.n_rows, dtype=np.bool_)
-        receipts = []
+        receipts: list[str] = []
         start = 0
         for part in query.signed:
             rows = slice(start, start + part.n_rows)
             start = rows.stop
-            receipt, reference = self._ask(tensor[rows], part) if part.request else ("", None)
+            try:
+                receipt, reference = self._ask(tensor[rows], part) if part.request else ("", None)
+            except ServerError:
+                if not any(receipts):
+                    raise
+                # These requests are spent, so the receipts must not be lost; the next call meets the failure at once.
+                receipts += [""] * (len(query.signed) - len(receipts))
+                break
             receipts.append(receipt)
             if reference is not None and reference.shape == references[rows].shape:
                 references[rows], available[rows] = reference, True
@@ -106,10 +113,11 @@ class RemoteVerifier:
             parameters[COMMITMENT_PARAMETER] = part.commitment
         body, headers = oip.request_body({self._input: tensor}, parameters=parameters)
         status, json_length, answer = self._post(body, headers)
-        if status >= 500 or status in (408, 429):
+        if status >= 500:
             raise ServerError(f"The verifier answered with status {status}.")
         if status != 200:
-            # Only this client's request was refused: it gets no receipt, and the other requests are unaffected.
+            # Only this client's request was refused (too many, too slow, wrong): it gets no receipt, and the other
+            # requests are unaffected.
             return "", None
         outputs = oip.read_answer(answer, json_length, (RECEIPT_OUTPUT, REFERENCE_OUTPUT))
         receipt = oip.first_text(outputs, RECEIPT_OUTPUT)

@@ -12,6 +12,7 @@ import sys
 import typer
 
 from fides_plugins import __version__
+from fides_plugins.cli._output import print_error
 from fides_plugins.errors import FidesError
 
 #: Modules of this package, in the order of `fides --help`. Their module-level imports stay light.
@@ -62,5 +63,5 @@ def main() -> None:
     try:
         app()
     except FidesError as error:
-        print(f"fides: {error}", file=sys.stderr)
+        print_error(error)
         sys.exit(2)

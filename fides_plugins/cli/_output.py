@@ -1,4 +1,8 @@
-"""What commands read and print: files, tables for people, JSON for machines, progress on standard error."""
+"""What commands read and print: files, tables for people, JSON for machines, progress on standard error.
+
+Class names, reasons, errors and findings are written by strangers. So nothing that is printed is markup, and no
+control character reaches a terminal: emphasis is the argument `style`, and a new line is a call of its own.
+"""
 
 from __future__ import annotations
 
@@ -8,29 +12,48 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from fides_plugins.errors import InputError
 
 if TYPE_CHECKING:
     from fides_plugins.serving.finding import CheckFinding
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def visible(text: str) -> str:
+    """The text with everything that is not printable (controls, escapes, bidirectional marks) as Python writes it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class _PlainConsole(Console):
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Every string that is printed, titles and cells of tables too, comes through here."""
+        return super().render_str(visible(text), **{**options, "markup": False, "emoji": False})
+
 
 def console(stderr: bool = False) -> Console:
     """A new console, so that tests and pipes get the streams of the moment."""
     stream = sys.stderr if stderr else sys.stdout
     # A file or a pipe has no width, and at eighty columns the tables would fold.
-    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else 120)
+    return _PlainConsole(stderr=stderr, highlight=False, width=None if stream.isatty() else 120)
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on standard output, and nothing else."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    """One JSON document on standard output, and nothing else; ASCII, so that a terminal can show it, too."""
+    typer.echo(json.dumps(value, indent=2, allow_nan=False))
+
+
+def print_error(error: Exception) -> None:
+    """An error on standard error; lines after the first are indented, so that none looks like the command's own."""
+    print("fides: " + "\n  ".join(visible(line) for line in str(error).split("\n")), file=sys.stderr)
 
 
 def print_table(
@@ -67,7 +90,7 @@ def print_findings(url: str, model: str, findings: Sequence[CheckFinding], as_js
         print_table(f"{model} at {url}", ("checked", "result", "ms", "detail"), table, "left")
         for finding in findings:
             if finding.remedy:
-                console().print(f"{finding.what}: {finding.remedy}", markup=False, soft_wrap=True)
+                console().print(f"{finding.what}: {finding.remedy}", soft_wrap=True)
     if not good:
         raise typer.Exit(1)
 
@@ -86,7 +109,7 @@ def progress(quiet: bool = False) -> Iterator[Progress]:
     target = console(stderr=True)
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -7,13 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from fides_plugins.cli._output import console, print_json, print_table, progress
+from fides_plugins.cli._output import AsJson, console, print_json, print_table, progress
 from fides_plugins.errors import SettingsError
 
 #: Share of rows without a verdict that --check tolerates, as does the alert FidesVerificationFailing.
 MAX_UNJUDGED = 0.05
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -27,15 +25,19 @@ def register(app: typer.Typer) -> None:
 def verify(
     log: Annotated[Path, typer.Argument(help="Folder of the log.", metavar="LOG")],
     key_file: Annotated[str, typer.Option(help="File with the key of a keyed log.")] = "",
-    anchor: Annotated[str, typer.Option(help="Output of an earlier `verify --json`: its lines must be there.")] = "",
+    anchor: Annotated[
+        str,
+        typer.Option(help="The log's `anchor_file`, or an earlier `verify --json`: its lines must be there."),
+    ] = "",
     archived: Annotated[
         bool, typer.Option("--archived", help="Accept that the oldest segments were moved away.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Find any line of an audit log that was removed, moved or altered. Exit status 1 if there is one."""
+    from fides_plugins.audit.anchor import read_anchors
     from fides_plugins.audit.chain import read_key
-    from fides_plugins.audit.verify import read_anchors, verify_log
+    from fides_plugins.audit.verify import verify_log
 
     anchors = read_anchors(anchor) if anchor else None
     with progress(quiet=as_json) as bar:
@@ -58,7 +60,7 @@ def verify(
         ]
         print_table(f"Audit log {log.name}", ("lane", "lines", "rows", "attacked", "lost", "head", "findings"), rows)
         for finding in report.findings:
-            console().print(f"[red]{finding}[/red]", soft_wrap=True)
+            console().print(str(finding), style="red", soft_wrap=True)
         console().print("Every line holds." if report.ok else "The log was tampered with, or its disk lost lines.")
     if not report.ok:
         raise typer.Exit(1)
@@ -138,8 +140,8 @@ def _print_summary(name: str, summary: dict[str, Any], max_unjudged: float) -> N
         )
     if _too_few_judged(summary, max_unjudged):
         out.print(
-            f"[red]{summary['unjudged']:,} of {rows:,} rows could not be judged: whether they were attacked is "
-            "not known.[/red]",
+            f"{summary['unjudged']:,} of {rows:,} rows could not be judged: whether they were attacked is not known.",
+            style="red",
             soft_wrap=True,
         )
     for reason, count in summary["reasons"].items():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fides_plugins.cli._output import console, print_json, print_table, progress
+from fides_plugins.cli._output import AsJson, console, print_json, print_table, progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +30,7 @@ def demo(
     server: Annotated[str, typer.Option(help="triton, torchserve or inprocess. Default: triton where it runs.")] = "",
     seed: Annotated[int, typer.Option(help="Seed of the split, the training and the attacks.")] = 0,
     keep: Annotated[Path | None, typer.Option(help="Keep service model, bundle and repository here.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train a digits service, fit a bundle, serve both, attack the service, and count what was caught."""
     from fides_plugins.demo.run import SERVERS
@@ -39,16 +39,14 @@ def demo(
     chosen = server or _default_server(quiet=as_json)
     if chosen not in SERVERS:
         raise SettingsError(f"Unknown server {chosen!r}.", f"Choose one of: {', '.join(SERVERS)}.")
-    if keep is not None:
-        keep.mkdir(parents=True, exist_ok=True)
-        figures = _run(chosen, seed, keep, as_json)
-    else:
-        with tempfile.TemporaryDirectory(prefix="fides-demo-") as folder:
-            figures = _run(chosen, seed, Path(folder), as_json)
+    with tempfile.TemporaryDirectory(prefix="fides-demo-") as temporary:
+        folder = keep or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        figures = _run(chosen, seed, folder, as_json)
     if as_json:
         print_json(figures.as_json())
-        return
-    _show(figures)
+    else:
+        _show(figures)
 
 
 def _default_server(quiet: bool) -> str:
@@ -90,26 +88,12 @@ def _run(server: str, seed: int, folder: Path, quiet: bool) -> DemoFigures:
 
 def _show(figures: DemoFigures) -> None:
     rate = f"{figures.false_alarm_rate:.0%}"
+    shares = {"none (false alarms)": [figures.false_alarms, figures.disagreement_false_alarms]}
+    for f in figures.attacks:
+        shares[f.attack] = [f.caught, f.caught_by_disagreement, f.recovered, f.recovered_of_caught]
     rows = [
-        (
-            "none (false alarms)",
-            str(figures.false_alarms.rows),
-            _percent(figures.false_alarms),
-            _percent(figures.disagreement_false_alarms),
-            "",
-            "",
-        )
-    ]
-    rows += [
-        (
-            f.attack,
-            str(f.caught.rows),
-            _percent(f.caught),
-            _percent(f.caught_by_disagreement),
-            _percent(f.recovered),
-            _percent(f.recovered_of_caught),
-        )
-        for f in figures.attacks
+        (name, str(found[0].rows), *[_percent(share) for share in found], *[""] * (4 - len(found)))
+        for name, found in shares.items()
     ]
     print_table(
         f"{figures.server}: held-out digits at a false-alarm budget of {rate} (95% intervals)",

@@ -137,7 +137,7 @@ def _show(result: dict[str, Any], report: Path | None) -> None:
         f"False alarms {clean['false_alarm_rate']:.4f} ({low:.4f} to {high:.4f}) at a budget of {clean['budget']:g}."
     )
     for note in result["notes"]:
-        screen.print(f"[yellow]{note}[/]")
+        screen.print(note, style="yellow")
     for section, title in (("attacks", "Attacks"), ("unseen", "The same attacks, each left out of training")):
         if result[section]:
             print_table(title, ("attack", *MEASURES), [_line(n, v, MEASURES) for n, v in result[section].items()])

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import datetime
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fides_plugins.cli._output import console, print_json, print_table, read_file
+from fides_plugins.cli._output import AsJson, console, print_json, print_table, read_file
 from fides_plugins.errors import InputError
+
+Insecure = Annotated[
+    bool, typer.Option("--insecure-accept-development", help="Accept evidence without hardware. Tests only.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -32,37 +38,25 @@ def verify(
     vcek: Annotated[Path | None, typer.Option(help="The chip's certificate (DER), for SEV-SNP.")] = None,
     chain: Annotated[Path | None, typer.Option(help="ASK and ARK (PEM), for SEV-SNP.")] = None,
     now: Annotated[str, typer.Option(help="Check as of this moment, RFC 3339; default: now.")] = "",
-    insecure_accept_development: Annotated[
-        bool, typer.Option("--insecure-accept-development", help="Accept evidence without hardware. Tests only.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    insecure_accept_development: Insecure = False,
+    as_json: AsJson = False,
 ) -> None:
     """Verify evidence against a policy: exit status 0 trusted, 1 refused with the reason."""
     import dataclasses
 
     from fides_plugins.attestation.policy import EvidencePolicy
     from fides_plugins.attestation.refusal import Refusal
-    from fides_plugins.attestation.verify import InsecureEvidenceWarning, sniff, verify_evidence
+    from fides_plugins.attestation.verify import sniff, verify_evidence
 
     moment = _moment(now)
     rules = EvidencePolicy() if policy is None else EvidencePolicy.from_toml(policy)
     data = read_file(file)
-    given: dict[str, Any] = {}
-    if collateral is not None:
-        given["collateral"] = read_file(collateral).decode("utf-8", "replace")
-    if vcek is not None:
-        given["vcek"] = read_file(vcek)
-    if chain is not None:
-        given["chain"] = read_file(chain).decode("utf-8", "replace")
+    given = endorsements(collateral, vcek, chain)
     answer: dict[str, Any] = {"trusted": False, "relaxations": list(rules.relaxations())}
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("always", InsecureEvidenceWarning)
+        with warnings_shown():
             evidence = dataclasses.replace(sniff(data), **given)
             trusted = verify_evidence(evidence, rules, moment, insecure_development=insecure_accept_development)
-        for warning in caught:
-            console(stderr=True).print(f"[bold red]warning:[/] {warning.message}")
         answer |= {"trusted": True, **trusted.summary()}
     except Refusal as refusal:
         answer |= {"code": refusal.code, "reason": refusal.cause_text, "remedy": refusal.remedy}
@@ -74,9 +68,30 @@ def verify(
         raise typer.Exit(1)
 
 
+def endorsements(collateral: Path | None, vcek: Path | None, chain: Path | None) -> dict[str, Any]:
+    """What the manufacturer says about the hardware, of those files that are given."""
+    files = {"collateral": collateral, "vcek": vcek, "chain": chain}
+    read = {name: read_file(file) for name, file in files.items() if file is not None}
+    return {name: data if name == "vcek" else data.decode("utf-8", "replace") for name, data in read.items()}
+
+
+@contextmanager
+def warnings_shown() -> Iterator[None]:
+    """Say on standard error, once, that development evidence was accepted."""
+    from fides_plugins.attestation.verify import InsecureEvidenceWarning
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", InsecureEvidenceWarning)
+        yield
+    for text in dict.fromkeys(str(warning.message) for warning in caught):
+        console(stderr=True).print(f"warning: {text}", style="bold red")
+
+
 def _print(answer: dict[str, Any]) -> None:
     if not answer["trusted"]:
-        console().print(f"[bold red]refused[/] ({answer['code']}): {answer['reason']} {answer['remedy']}".rstrip())
+        text = f"refused ({answer['code']}): {answer['reason']} {answer['remedy']}".rstrip()
+        console().print(text, style="bold red")
         return
     rows = [(name, value) for name, value in answer.items() if name not in ("trusted", "measurements")]
     rows += list(answer["measurements"].items())

@@ -16,7 +16,7 @@ import typer
 import typer.main
 from typer.core import TyperGroup
 
-from fides_plugins.errors import FidesError, PluginError
+from fides_plugins.errors import FidesError, PluginError, SettingsError
 
 ENTRY_POINT_GROUP = "fides_plugins.hosts"
 
@@ -43,6 +43,17 @@ def adds(server: str, command: Callable[..., None]) -> Callable[[typer.Typer], N
         app.command(server)(command)
 
     return register_command
+
+
+def assignments(pairs: Sequence[str] | None) -> dict[str, str]:
+    """Values by key of the options `--set key=value`."""
+    values = {}
+    for pair in pairs or ():
+        key, separator, value = pair.partition("=")
+        if not separator or not key:
+            raise SettingsError(f"--set {pair!r} is not of the form key=value.")
+        values[key] = value
+    return values
 
 
 class _HostGroup(TyperGroup):

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fides_plugins.cli._output import console, print_json, print_table, read_file
+from fides_plugins.cli._output import AsJson, print_json, print_table, read_file
+from fides_plugins.cli.evidence import Insecure, warnings_shown
 from fides_plugins.errors import InputError
 
 if TYPE_CHECKING:
@@ -66,16 +67,11 @@ def infer(
     output: Annotated[str, typer.Option(help="Class output; default: the only one.")] = "",
     mean: Annotated[float, typer.Option(help="Subtracted from pixels, which are scaled to 0..1.")] = 0.0,
     std: Annotated[float, typer.Option(help="Divides pixels after that.", min=1e-6)] = 1.0,
-    insecure_accept_development: Annotated[
-        bool, typer.Option("--insecure-accept-development", help="Accept evidence without hardware. Tests only.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    insecure_accept_development: Insecure = False,
+    as_json: AsJson = False,
 ) -> None:
     """Ask a service and show the verdict: exit status 0 if every row is trusted, 1 otherwise."""
-    import warnings
-
     from fides_plugins.attestation.policy import EvidencePolicy
-    from fides_plugins.attestation.verify import InsecureEvidenceWarning
     from fides_plugins.bundle import Bundle
 
     loaded = Bundle.load(bundle)
@@ -84,14 +80,13 @@ def infer(
     options: dict[str, Any] = {
         "verifier_url": verifier,
         "evidence": evidence,
-        "identity": _identity(identity),
+        "identity": None if identity is None else read_identity(identity),
         "scheme": scheme.value,
         "receipt_from": receipt_from.value,
         "insecure_development": insecure_accept_development,
     }
     rules = EvidencePolicy.from_toml(policy)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", InsecureEvidenceWarning)
+    with warnings_shown():
         if server is Server.torchserve:
             from fides_plugins.client import TorchServeClient
 
@@ -104,8 +99,6 @@ def infer(
             protocol: Any = server.value.removeprefix("triton-")
             with TritonClient(url, model, loaded, rules, protocol=protocol, output=output, **options) as client:
                 answer = client.ask(inputs)
-    if any(issubclass(w.category, InsecureEvidenceWarning) for w in caught):
-        console(stderr=True).print("[bold red]warning:[/] development evidence: nothing is protected from the host")
     _show(answer, loaded, as_json)
     if answer.verdict.counts()["trusted"] != answer.verdict.n_rows:
         raise typer.Exit(1)
@@ -128,12 +121,11 @@ def new_identity(
     typer.echo(key.public_key().public_bytes_raw().hex())
 
 
-def _identity(path: Path | None) -> Ed25519PrivateKey | None:
+def read_identity(path: Path) -> Ed25519PrivateKey:
+    """The private key in a file of `new-identity`."""
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    if path is None:
-        return None
     try:
         key = load_pem_private_key(read_file(path), password=None)
     except (ValueError, TypeError):
@@ -147,17 +139,20 @@ def _tensor(path: Path, bundle: Bundle, mean: float, std: float) -> NDArray[Any]
     """The tensor that service and verifier see: an array as it is, a picture in the shape that the bundle wants."""
     import numpy as np
 
+    from fides_plugins.array_files import read_npy
     from fides_plugins.serving.triton.decoders import ImageDecoder
 
     spec = bundle.manifest.input
     if spec is None:
         raise InputError("The bundle does not describe its input.")
     if path.suffix == ".npy":
+        array = read_npy(path)
         try:
-            array: NDArray[Any] = np.load(path, allow_pickle=False)
             return array.astype(spec.dtype, copy=False)
-        except (OSError, ValueError):
-            raise InputError(f"{path.name} is not a readable .npy array.") from None
+        except ValueError:
+            raise InputError(
+                f"{path.name} holds {array.dtype}; the bundle takes {spec.dtype}.", "Save numbers."
+            ) from None
     shape = [d for d in spec.shape[1:] if d is not None]
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise InputError(f"The bundle takes {spec.shape}, which is no picture (1 or 3, height, width).", "Give a .npy.")
@@ -174,28 +169,24 @@ def _show(answer: Answer, bundle: Bundle, as_json: bool) -> None:
     from fides_plugins.serving.http import rows_of
 
     names = bundle.class_names
-    rows = []
-    for row in rows_of(answer.verdict):
-        rows.append(
-            {
-                "status": row.status.text,
-                "label": row.label if row.label >= 0 else None,
-                "class_name": names[row.label] if 0 <= row.label < len(names) else None,
-                "service_label": row.service_label,
-                "score": None if math.isnan(row.score) else row.score,
-                "p_value": None if math.isnan(row.p_value) else row.p_value,
-                "corrected": row.corrected,
-                "refused": row.refused,
-                "reason": row.reason,
-            }
-        )
+    rows = [
+        {
+            "status": row.status.text,
+            "label": row.label if row.label >= 0 else None,
+            "class_name": names[row.label] if 0 <= row.label < len(names) else None,
+            "service_label": row.service_label,
+            "score": None if math.isnan(row.score) else row.score,
+            "p_value": None if math.isnan(row.p_value) else row.p_value,
+            "corrected": row.corrected,
+            "refused": row.refused,
+            "reason": row.reason,
+        }
+        for row in rows_of(answer.verdict)
+    ]
     if as_json:
         code = answer.refusal.code if answer.refusal is not None else None
         print_json({"rows": rows, "receipt_refused": code})
         return
     columns = ("status", "class_name", "score", "p_value", "reason")
-    print_table("Verdict", columns, [["" if r[c] is None else _text(r[c]) for c in columns] for r in rows])
-
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    texts = [[f"{r[c]:.4g}" if isinstance(r[c], float) else str(r[c] or "") for c in columns] for r in rows]
+    print_table("Verdict", columns, texts)

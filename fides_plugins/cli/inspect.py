@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fides_plugins.cli._output import print_json, print_table
+from fides_plugins.cli._output import AsJson, print_json, print_table
 
 
 def register(app: typer.Typer) -> None:
@@ -17,7 +17,7 @@ def register(app: typer.Typer) -> None:
 
 def inspect(
     bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.", metavar="BUNDLE")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check every digest of a bundle and show what it holds."""
     from fides_plugins.bundle import Bundle

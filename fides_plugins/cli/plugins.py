@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import keyword
 import logging
+import re
 import sys
+from dataclasses import asdict
+from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from string import Template
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fides_plugins.cli._output import console, print_json, print_table
+from fides_plugins import __version__
+from fides_plugins.cli._output import AsJson, console, print_json, print_table
+from fides_plugins.errors import InputError, SettingsError
 
 if TYPE_CHECKING:
     from fides_plugins.manager import FidesPluginManager
@@ -24,6 +31,9 @@ HOOK_ORDER = (
     "fides_unconfigure",
     "fides_attacks",
 )
+#: Hooks that a new package can start from.
+HOOKS = ("verify", "detect", "reclassify", "record")
+_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
 def register(app: typer.Typer) -> None:
@@ -41,7 +51,7 @@ def show(
         Path | None, typer.Option("--settings", help="TOML file with the settings; FIDES_ variables go on top.")
     ] = None,
     bundle: Annotated[Path | None, typer.Option("--bundle", help="Bundle that the built-ins load from.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what a server with these settings would load: from where, which hooks, in which order.
 
@@ -64,16 +74,8 @@ def show(
     manager = create_plugin_manager(loaded, content, strict=False)
     stops = _stops_start(manager, loaded.plugins.required)
     if as_json:
-        print_json(
-            {
-                "plugins": [
-                    {"name": p.name, "source": p.source, "state": p.state, "hooks": list(p.hooks), "detail": p.detail}
-                    for p in manager.report.plugins
-                ],
-                "order": _order(manager),
-                "stops_start": stops,
-            }
-        )
+        plugins = [asdict(plugin) for plugin in manager.report.plugins]
+        print_json({"plugins": plugins, "order": _order(manager), "stops_start": stops})
     else:
         _print(manager, stops, without_bundle=content is None)
     if stops:
@@ -88,9 +90,7 @@ def new(
     into: Annotated[Path, typer.Option("--into", help="Folder in which the package's folder is made.")] = Path("."),
 ) -> None:
     """Make a ready package: entry point, one hook, its tests, README."""
-    from fides_plugins.cli._new_plugin import write_package
-
-    folder = write_package(name, hook, into)
+    folder = _write_package(name, hook, into)
     typer.echo(f"Made {folder}. Next:")
     typer.echo(f"  pip install -e '{folder}[test]' && pytest {folder}")
     typer.echo("  fides plugins")
@@ -99,13 +99,12 @@ def new(
 def check(
     target: Annotated[str, typer.Argument(help="The plug-in, as package.module or package.module:attribute.")],
     classes: Annotated[str, typer.Option("--classes", help="Numbers of classes to try.")] = "2,10,1000",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run a plug-in against the contract of its hooks. Exit status 1 if it breaks it.
 
     The module may be in the current folder, as for `python -m`; a server looks only on its own path.
     """
-    from fides_plugins.errors import SettingsError
     from fides_plugins.manager import import_target
     from fides_plugins.testing import check_plugin
 
@@ -123,9 +122,9 @@ def check(
                     "notes": report.notes, "calls": len(report.calls), "slowest_ms": slowest})  # fmt: skip
     else:
         for problem in report.problems:
-            typer.echo(f"- {problem}")
+            console().print(f"- {problem}", soft_wrap=True)
         for note in report.notes:
-            typer.echo(f"Note: {note}")
+            console().print(f"Note: {note}", soft_wrap=True)
         times = ", ".join(f"{hook} at most {ms:g} ms" for hook, ms in slowest.items())
         verdict = "keeps its contract" if report.ok else "breaks its contract"
         typer.echo(f"{report.name} {verdict} ({len(report.calls)} calls{'; ' + times if times else ''}).")
@@ -133,14 +132,50 @@ def check(
         raise typer.Exit(1)
 
 
+def _write_package(name: str, hook: str, into: Path) -> Path:
+    """Write the package `name` with an implementation of `hook` from the templates into a new folder below `into`."""
+    distribution = name.replace("_", "-").lower()
+    if not _NAME.fullmatch(distribution) or keyword.iskeyword(distribution):
+        raise InputError(f"{name!r} cannot be a package name.", "Use lower-case words and hyphens: fides-quiet-hours.")
+    chosen = hook.removeprefix("fides_")
+    if chosen not in HOOKS:
+        raise InputError(f"{hook!r} is no hook that a new package can start from.", f"Use one of: {', '.join(HOOKS)}.")
+    folder = into / distribution
+    if folder.exists():
+        raise InputError(f"{folder} exists already.", "Choose another name or folder.")
+    plugin = distribution.removeprefix("fides-")
+    module = distribution.replace("-", "_")
+    values = {
+        "distribution": distribution,
+        "module": module,
+        "plugin": plugin,
+        "class_name": "".join(part.capitalize() for part in plugin.split("-")),
+        "hook": f"fides_{chosen}",
+        # This release's hooks; added arguments do not break a plug-in, so no upper bound.
+        "fides_version": __version__,
+    }
+    files = {
+        "pyproject.toml": "pyproject.toml",
+        "README.md": "README.md",
+        f"src/{module}/__init__.py": f"{chosen}.py",
+        f"src/{module}/py.typed": "",
+        f"tests/test_{module}.py": f"test_{chosen}.py",
+    }
+    templates = resources.files("fides_plugins.cli") / "templates"
+    for path, template in files.items():
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source = templates.joinpath(f"{template}.tmpl").read_text(encoding="utf-8") if template else ""
+        target.write_text(Template(source).substitute(values), encoding="utf-8")
+    return folder
+
+
 def _stops_start(manager: FidesPluginManager, required: tuple[str, ...]) -> list[str]:
     """Names that would stop a server: required and not loaded, configured and failed, or built in and failed."""
     names = {n for n in required if manager.report.state(n) != "loaded"}
     for plugin in manager.report.plugins:
-        if plugin.state == "failed" and not plugin.source.startswith("entry point"):
-            names.add(plugin.name)
         # An installed plug-in that imports but cannot configure itself stops the start as well.
-        if plugin.state == "failed" and plugin.hooks:
+        if plugin.state == "failed" and (plugin.hooks or not plugin.source.startswith("entry point")):
             names.add(plugin.name)
     return sorted(names)
 
@@ -157,10 +192,10 @@ def _order(manager: FidesPluginManager) -> dict[str, list[str]]:
 
 
 def _print(manager: FidesPluginManager, stops: list[str], without_bundle: bool) -> None:
-    rows: list[Any] = []
-    for plugin in manager.report.plugins:
-        what = ", ".join(h.removeprefix("fides_") for h in plugin.hooks)
-        rows.append((plugin.name, plugin.state, what, plugin.source))
+    rows = [
+        (p.name, p.state, ", ".join(h.removeprefix("fides_") for h in p.hooks), p.source)
+        for p in manager.report.plugins
+    ]
     if rows:
         print_table("Plug-ins, in load order", ("plug-in", "state", "hooks", "from"), rows, "left")
         order = [(hook, " > ".join(names)) for hook, names in _order(manager).items() if names]
@@ -172,8 +207,8 @@ def _print(manager: FidesPluginManager, stops: list[str], without_bundle: bool) 
         typer.echo("No plug-in is installed or configured.")
     for plugin in manager.report.plugins:
         if plugin.state != "loaded":
-            console().print(f"{plugin.name} is {plugin.state}: {plugin.detail}", markup=False, soft_wrap=True)
+            console().print(f"{plugin.name} is {plugin.state}: {plugin.detail}", soft_wrap=True)
     if without_bundle:
         typer.echo("Without a bundle there are no built-ins: give one with --bundle.")
     if stops:
-        typer.echo(f"A server would not start because of: {', '.join(stops)}.")
+        console().print(f"A server would not start because of: {', '.join(stops)}.", soft_wrap=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fides_plugins.cli._output import console, read_file
+from fides_plugins.cli.evidence import endorsements
+from fides_plugins.cli.infer import Scheme
 from fides_plugins.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ class Kind(str, Enum):
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command("serve-verifier")(serve_verifier)
+    app.command("sign-clients")(sign_clients)
 
 
 def serve_verifier(
@@ -38,7 +41,10 @@ def serve_verifier(
         list[str] | None,
         typer.Option(help="Public key (hex) of a client that is answered; repeatable. Default: anyone."),
     ] = None,
-    scheme: Annotated[list[str] | None, typer.Option(help="hpke or commitment; repeat it. Default: both.")] = None,
+    client_set: Annotated[
+        Path | None, typer.Option(help="Signed set of clients that are answered (sign-clients), in place of --client.")
+    ] = None,
+    scheme: Annotated[list[Scheme] | None, typer.Option(help="hpke or commitment; repeat it. Default: both.")] = None,
     decimals: Annotated[
         int | None, typer.Option(help="Round references, against extraction; 2 or more, see the how-to.", min=1, max=9)
     ] = None,
@@ -58,21 +64,27 @@ def serve_verifier(
     """Serve the verification model over the Open Inference Protocol, one signed receipt per request."""
     import asyncio
 
+    from fides_plugins.attestation.clients import ClientSet
     from fides_plugins.bundle import Bundle
-    from fides_plugins.enclave.http import ServerLimits
+    from fides_plugins.enclave.connections import ServerLimits
     from fides_plugins.enclave.providers import make_provider
     from fides_plugins.enclave.serve import serve
     from fides_plugins.enclave.verifier import Verifier, VerifierOptions
 
+    text, clients = "", frozenset(_key(text) for text in client or ())
+    if client_set is not None:
+        if clients:
+            raise InputError("--client and --client-set exclude each other.", "Sign a set with all clients in it.")
+        text = read_file(client_set).decode("utf-8", "replace").strip()
+        clients = frozenset(ClientSet.open(text).clients)
     options = VerifierOptions(
-        clients=frozenset(_key(text) for text in client or ()),
-        schemes=_schemes(scheme),
+        clients=clients,
+        client_set=text,
+        schemes=tuple(s.value for s in Scheme if s in (scheme or Scheme)),
         decimals=decimals,
-        collateral="" if collateral is None else read_file(collateral).decode("utf-8", "replace"),
-        vcek=b"" if vcek is None else read_file(vcek),
-        chain="" if chain is None else read_file(chain).decode("utf-8", "replace"),
         rate=rate,
         burst=2 * rate,
+        **endorsements(collateral, vcek, chain),
     )
     verifier = Verifier(Bundle.load(bundle), make_provider(evidence.value), options, threads)
     limits = ServerLimits(
@@ -85,18 +97,51 @@ def serve_verifier(
     asyncio.run(serve(verifier, host, port, limits, ready=lambda free: _announce(verifier, f"{host}:{free}")))
 
 
+def sign_clients(
+    operator: Annotated[Path, typer.Argument(help="The operator's private key (new-identity).", metavar="KEY")],
+    out: Annotated[Path, typer.Option(help="File for the signed set; one that exists is replaced.", metavar="FILE")],
+    set_id: Annotated[str, typer.Option("--id", help="Name of the set, as policies give it.")],
+    serial: Annotated[int, typer.Option(help="Number of this version of the set; must grow.", min=0)],
+    client: Annotated[list[str], typer.Option(help="Public key (hex) of a client; repeat it.")],
+    days: Annotated[float, typer.Option(help="Days for which the set holds, from now.", min=0.01)] = 30.0,
+) -> None:
+    """Sign the set of clients that a verifier may answer, so that it changes without a new policy for each client."""
+    import time
+
+    from fides_plugins.attestation.clients import ClientSet
+    from fides_plugins.cli.infer import read_identity
+
+    now = int(time.time())
+    keys = tuple(sorted({_key(text) for text in client}))
+    # Clocks of clients may be a little behind.
+    start, end = now - 300, now + int(days * 86_400)
+    signed = ClientSet(id=set_id, serial=serial, not_before=start, not_after=end, clients=keys)
+    try:
+        out.write_text(signed.sign(read_identity(operator)) + "\n")
+    except OSError as error:
+        raise InputError(f"Cannot write {out.name}: {error.strerror}.") from None
+
+
 def _announce(verifier: Verifier, where: str) -> None:
     """One line that programs can wait for, then what an operator should know."""
     out = console(stderr=True)
     out.print(f"verifier ready: HTTP on {where}", soft_wrap=True)
     out.print(f"bundle {verifier.bundle.digest}, key {verifier.key_id.hex()}, {verifier.tee}", soft_wrap=True)
     if verifier.tee == "development":
-        out.print("[bold red]warning:[/] development evidence: no hardware protects this verifier", soft_wrap=True)
-    if not verifier.options.clients:
-        out.print(
-            "[bold yellow]warning:[/] no --client is given: the host can ask for references in its own name",
-            soft_wrap=True,
+        text = "warning: development evidence: no hardware protects this verifier"
+        out.print(text, style="bold red", soft_wrap=True)
+    report, statement = verifier.evidence().report, verifier.evidence().statement
+    # A TD report has RTMR3, of 48 bytes, before its report data.
+    at = report.find(statement.report_data()) if verifier.tee == "tdx" and statement is not None else -1
+    if at >= 48 and not any(report[at - 48 : at]):
+        text = (
+            "warning: RTMR3 is zero: no evidence vouches for what this machine was started with after its kernel; "
+            "clients refuse it unless their policy sets allow_zero_registers"
         )
+        out.print(text, style="bold yellow", soft_wrap=True)
+    if not verifier.options.clients:
+        text = "warning: no --client is given: the host can ask for references in its own name"
+        out.print(text, style="bold yellow", soft_wrap=True)
 
 
 def _key(text: str) -> bytes:
@@ -107,11 +152,3 @@ def _key(text: str) -> bytes:
     if len(key) != 32:
         raise InputError(f"--client {text[:80]!r} is not a public key of 32 bytes in hexadecimal.")
     return key
-
-
-def _schemes(names: list[str] | None) -> tuple[Literal["hpke", "commitment"], ...]:
-    known: tuple[Literal["hpke", "commitment"], ...] = ("hpke", "commitment")
-    unknown = [n for n in names or () if n not in known]
-    if unknown:
-        raise InputError(f"--scheme {unknown[0]!r} is unknown.", "Use hpke or commitment.")
-    return tuple(s for s in known if not names or s in names)

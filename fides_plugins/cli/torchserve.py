@@ -3,42 +3,18 @@
 from __future__ import annotations
 
 import mimetypes
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from fides_plugins.cli._output import console, print_findings, print_json, read_file
-from fides_plugins.cli.hosts import adds
+from fides_plugins.cli._output import AsJson, console, print_findings, print_json, read_file
+from fides_plugins.cli.hosts import adds, assignments
 from fides_plugins.errors import SettingsError
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace the output if it exists.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Where the new archive goes.")]
-
-
-def _section(options: Mapping[str, Any], pairs: Sequence[str]) -> dict[str, Any]:
-    """The section `fides:` from the mode and the options that are set; `--set a.b=c` reaches every key."""
-    import yaml
-
-    section = {key: value for key, value in options.items() if value or key == "mode"}
-    for pair in pairs:
-        key, separator, text = pair.partition("=")
-        if not separator or not key:
-            raise SettingsError(f"--set {pair!r} is not of the form key=value.")
-        *parents, last = key.split(".")
-        node = section
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise SettingsError(f"--set {pair!r}: {parent!r} has a value and no keys.")
-        try:
-            node[last] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise SettingsError(f"--set {pair!r}: the value is not valid yaml.") from None
-    return section
 
 
 def attach_torchserve(
@@ -54,16 +30,32 @@ def attach_torchserve(
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any other key, as key=value.")] = None,
     vendor: Annotated[bool, typer.Option("--vendor", help="Put the package into the archive.")] = False,
     python: Annotated[str, typer.Option(help="The server's Python, to import the handler with.")] = "",
-    skip_import_check: Annotated[bool, typer.Option("--skip-import-check", help="Do not import the handler.")] = False,
+    skip_import_check: Annotated[
+        bool, typer.Option("--skip-import-check", help="Run none of the archive's code: no import, no row to try.")
+    ] = False,
     force: Force = False,
-    as_json: Json = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Write a protected copy of a model archive."""
-    given = dict(locals())
-    from fides_plugins.serving.torchserve.attach import attach
+    """Write a protected copy of a model archive.
 
-    named = ("mode", "on_error", "rows", "rows_per_request", "envelope", "parser")
-    section = _section({name: given[name] for name in named}, set_ or [])
+    To see whether a worker could load it, the handler is imported. That runs code of the archive: in a process that
+    can write into a scratch folder only and open no TCP connection, but can read what you can read. Use
+    --skip-import-check for an archive that you do not trust so far.
+    """
+    given = dict(locals())
+    import yaml
+
+    from fides_plugins.serving.torchserve.attach import attach
+    from fides_plugins.settings import nest
+
+    section = {name: given[name] for name in ("on_error", "rows", "rows_per_request", "envelope", "parser")}
+    section = {"mode": mode, **{key: value for key, value in section.items() if value}}
+    for key, text in assignments(set_).items():
+        try:
+            section[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise SettingsError(f"--set {key}: the value is not valid yaml.") from None
+    section = nest(section, prefix="")
     done = attach(
         archive,
         bundle,
@@ -84,14 +76,15 @@ def attach_torchserve(
     for note in done.notes:
         out.print(f"  note: {note}")
     out.print("Serve it like the original; for metrics, config.properties needs:")
-    out.print("  metrics_mode=prometheus\n  model_metrics_auto_detect=true")
+    out.print("  metrics_mode=prometheus")
+    out.print("  model_metrics_auto_detect=true")
 
 
 def detach_torchserve(
     archive: Annotated[Path, typer.Argument(help="An archive that `fides attach torchserve` wrote.")],
     output: Output,
     force: Force = False,
-    as_json: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write the archive that was there before."""
     from fides_plugins.serving.torchserve.attach import detach
@@ -114,7 +107,7 @@ def check_torchserve(
         str, typer.Option(help="Inference key, where token authorization is on.", envvar="TS_INFERENCE_KEY")
     ] = "",
     repeat: Annotated[int, typer.Option(min=1, help="Requests to time, after a first one.")] = 5,
-    as_json: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Send a real inference through a served model, once and then to time it, and say what is wrong."""
     from fides_plugins.serving.torchserve.check import check

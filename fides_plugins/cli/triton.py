@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fides_plugins.cli._output import console, print_findings, print_json
-from fides_plugins.cli.hosts import adds
+from fides_plugins.cli._output import AsJson, console, print_findings, print_json
+from fides_plugins.cli.hosts import adds, assignments
 from fides_plugins.errors import InputError, SettingsError
 
 if TYPE_CHECKING:
     from fides_plugins.serving.triton.operator.watch import Event
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Repository = Annotated[Path, typer.Argument(help="The model repository.")]
 Model = Annotated[str, typer.Argument(help="Name of the model.")]
 Url = Annotated[str, typer.Argument(help="host:port of Triton's HTTP endpoint.")]
@@ -26,22 +28,12 @@ Data = Annotated[
 
 
 def _read_data(path: Path | None) -> dict[str, Any] | None:
-    import numpy as np
+    from fides_plugins.array_files import open_npz
 
     if path is None:
         return None
-    try:
-        content = np.load(path, allow_pickle=False)
-        if isinstance(content, np.ndarray):
-            raise ValueError("it holds one array without a name")
-        with content:
-            found = {name: content[name] for name in content.files}
-    # A damaged file makes numpy's readers raise nearly anything: zip, zlib, end-of-file and even tokenizer errors.
-    except Exception as error:
-        raise InputError(
-            f"{path.name} is not an .npz file of plain arrays: {error}.",
-            "Make it with numpy.savez(FILE, INPUT_NAME=ROWS).",
-        ) from None
+    with open_npz(path) as archive:
+        found = archive.read(*archive.names)
     if not found:
         raise InputError(f"{path.name} holds no array.", "Make it with numpy.savez(FILE, INPUT_NAME=ROWS).")
     return found
@@ -67,7 +59,7 @@ def attach_triton(
         list[str] | None,
         typer.Option("--set", help="Any setting, as key=value; may be repeated."),
     ] = None,
-    json_output: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Protect MODEL of a Triton REPOSITORY with new files only; print the start-up flag that switches it on."""
     from fides_plugins.serving.triton.attach import attach
@@ -75,17 +67,12 @@ def attach_triton(
 
     if takeover and serve_as:
         raise SettingsError("--takeover and --as exclude each other.", "Choose one.")
-    values = {"mode": mode, "on_error": on_error}
-    for pair in settings or []:
-        key, separator, value = pair.partition("=")
-        if not separator or not key:
-            raise SettingsError(f"--set {pair!r} is not of the form key=value.")
-        values[key] = value
+    values = {"mode": mode, "on_error": on_error, **assignments(settings)}
     options = AttachOptions(
         bundle, serve_as, version or None, input_name, output_name, output_kind, decode, pass_inputs, values
     )
     done = attach(repository, model, options, from_server=from_server, live=live)
-    if json_output:
+    if as_json:
         print_json(
             {
                 "model": done.model,
@@ -102,16 +89,11 @@ def attach_triton(
     out.print(f"{done.public}: protected; {done.verdict_model} adds the verdict; {done.base} is the bare model.")
     for note in done.notes:
         out.print(f"Note: {note}")
+    flagged, plain = "Start tritonserver with:", "Start tritonserver as before."
     if live:
         out.print("The running server was switched.")
-    if live and done.flag:
-        out.print(f"Its next start needs: {done.flag}", soft_wrap=True)
-    elif live:
-        out.print("Its next start needs nothing more.")
-    elif done.flag:
-        out.print(f"Start tritonserver with: {done.flag}", soft_wrap=True)
-    else:
-        out.print("Start tritonserver as before.")
+        flagged, plain = "Its next start needs:", "Its next start needs nothing more."
+    out.print(f"{flagged} {done.flag}" if done.flag else plain, soft_wrap=True)
 
 
 def detach_triton(
@@ -121,14 +103,14 @@ def detach_triton(
     force: Annotated[
         bool, typer.Option("--force", "-f", help="Remove files that were changed since attach, too.")
     ] = False,
-    json_output: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Remove exactly what attach wrote for MODEL; with --live switch the running server back first."""
     from fides_plugins.serving.triton.attach import detach
 
     done, left = detach(repository, model, live=live, force=force)
     removed = sorted([*done.files, *done.links])
-    if json_output:
+    if as_json:
         print_json({"model": done.model, "removed": removed, "kept": left})
         return
     console().print(f"Removed {len(removed)} files and links of {done.public}.")
@@ -149,14 +131,14 @@ def check_triton(
     model: Model,
     data: Data = None,
     timeout: Annotated[float, typer.Option(help="Seconds for each inference.")] = 10.0,
-    json_output: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Send one real inference through every step of MODEL and say what is wrong and how to fix it."""
     from fides_plugins.serving.triton.operator.api import TritonApi
     from fides_plugins.serving.triton.operator.check import check
 
     findings = check(TritonApi(url), model, _read_data(data), timeout)
-    print_findings(url, model, findings, json_output)
+    print_findings(url, model, findings, as_json)
 
 
 def watch_triton(
@@ -168,7 +150,7 @@ def watch_triton(
         bool, typer.Option("--once", help="Probe once and change nothing; exit 1 if protection is not full.")
     ] = False,
     data: Data = None,
-    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object per event.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per event.")] = False,
 ) -> None:
     """Probe protected models with real inferences; reload dead steps (the server must be in explicit mode).
 
@@ -177,9 +159,7 @@ def watch_triton(
     from fides_plugins.serving.triton.operator.api import TritonApi
     from fides_plugins.serving.triton.operator.watch import Watcher, watch_forever
 
-    def report(event: Event) -> None:
-        _print_event(event, json_output)
-
+    report = partial(print_event, as_json=as_json)
     watcher = Watcher(
         TritonApi(url), model=model, timeout_s=timeout, heal=not once, inputs=_read_data(data), report=report
     )
@@ -193,19 +173,29 @@ def watch_triton(
         raise typer.Exit(0) from None
 
 
+def print_event(event: Event, as_json: bool) -> None:
+    """What a watch saw or did, in one line."""
+    now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    if as_json:
+        typer.echo(json.dumps({"time": now, **event.__dict__}))
+    else:
+        text = f"{now} {event.kind} {event.model} ({event.seconds:.2f} s) {event.detail}".rstrip()
+        console().print(text, soft_wrap=True)
+
+
 def reset_triton(
     url: Url,
     model: Model,
     metrics: Annotated[str, typer.Option(help="Address of the metrics page, if not port 8002 of the host.")] = "",
     timeout: Annotated[float, typer.Option(help="Seconds to wait for the alarm to be withdrawn.")] = 10.0,
-    json_output: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Withdraw the service alarm of MODEL: reload its validation (explicit mode) and check that it is gone."""
     from fides_plugins.serving.triton.operator.api import TritonApi
     from fides_plugins.serving.triton.operator.reset import reset
 
     done = reset(TritonApi(url, metrics_url=metrics), model, timeout)
-    if json_output:
+    if as_json:
         print_json(done.__dict__)
     elif done.under_attack:
         console().print(f"{done.step} is a new process, and {model} is under attack again: the attack goes on.")
@@ -214,17 +204,6 @@ def reset_triton(
         console().print(f"{done.step} is a new process; the service alarm of {model} {what}.")
     if done.under_attack:
         raise typer.Exit(1)
-
-
-def _print_event(event: Event, json_output: bool) -> None:
-    import json
-    from datetime import datetime, timezone
-
-    now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-    if json_output:
-        typer.echo(json.dumps({"time": now, **event.__dict__}))
-    else:
-        typer.echo(f"{now} {event.kind} {event.model} ({event.seconds:.2f} s) {event.detail}".rstrip())
 
 
 register_attach = adds("triton", attach_triton)

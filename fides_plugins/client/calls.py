@@ -30,6 +30,7 @@ from fides_plugins.attestation.verify import TrustRoots
 from fides_plugins.attestation.wire import COMMITMENT_PARAMETER, PARAMETER, RECEIPT_OUTPUT
 from fides_plugins.bundle import Bundle
 from fides_plugins.client.address import checked_address
+from fides_plugins.client.http import connections, exchange, remaining, wait, within
 from fides_plugins.client.receipts import Brought, Pending, ReceiptChecker
 from fides_plugins.client.trust import EvidenceFile, EvidenceUrl, Trust
 from fides_plugins.errors import InputError, ServerError
@@ -47,6 +48,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 ReceiptFrom = Literal["host", "verifier"]
 _LONGEST_EXCUSE = 200
+#: What an answer may hold besides its numbers, and for each number of its class output.
+_ANSWER_BYTES = 1 << 20
+_NUMBER_BYTES = 64
 
 
 #: Refusals that a restart of the verifier explains: its evidence is then fetched anew, and the request repeated.
@@ -55,7 +59,7 @@ _RESTARTED = frozenset(("receipt-missing", "receipt-key", "receipt-start"))
 
 @dataclass(frozen=True)
 class Reply:
-    """The service's class output, what came as its receipt, and the library's own object."""
+    """The service's class output, what came as its receipt, and the response itself."""
 
     output: NDArray[Any]
     brought: Brought
@@ -73,7 +77,7 @@ class Answer:
     output:
         The service's class output as it came, (N, K).
     raw:
-        The server library's own response object.
+        The response itself: httpx's, or tritonclient's where Triton is asked over gRPC.
     refusal:
         Why the receipt was refused; None where it was good.
     reference:
@@ -85,6 +89,11 @@ class Answer:
     raw: Any
     refusal: Refusal | None
     reference: Float32Array | None
+
+
+def printable(words: str) -> str:
+    """A host's words, fit to be printed: one short line without control characters."""
+    return "".join(c if c.isprintable() else " " for c in words[:_LONGEST_EXCUSE])
 
 
 class Client(ABC):
@@ -108,7 +117,7 @@ class Client(ABC):
     trust:
         Verifiers that are trusted already, instead of evidence.
     timeout_s:
-        For each network operation.
+        For one question: evidence, answer, receipt and a repetition together.
 
     Attributes
     ----------
@@ -153,7 +162,7 @@ class Client(ABC):
                 raise InputError("No evidence can be fetched.", "Give verifier_url, or a file as evidence.")
             source = EvidenceFile(evidence) if evidence is not None else EvidenceUrl(verifier_url, timeout_s)
             trust = Trust(policy, source, roots=roots, insecure_development=insecure_development)
-        self.checker = ReceiptChecker(trust, identity, scheme, loaded.n_classes)
+        self.checker = ReceiptChecker(trust, identity, scheme, loaded)
         self.receipt_from: ReceiptFrom = receipt_from
         self.alarm: Alarm | None = None
         self.refusals: Counter[str] = Counter()
@@ -172,8 +181,12 @@ class Client(ABC):
         """Ask the service, and read its answer."""
 
     @abstractmethod
-    async def _post(self, **call: Any) -> httpx.Response:
-        """A request over HTTP; the arguments are those of httpx."""
+    async def _http_call(self, n_rows: int, **call: Any) -> httpx.Response:
+        """A request over HTTP about so many rows; the arguments are those of httpx."""
+
+    def _longest_answer(self, n_rows: int) -> int:
+        """Bytes of the longest answer about so many rows: no honest one has more for a number, whatever its form."""
+        return _ANSWER_BYTES + _NUMBER_BYTES * n_rows * self.checker.n_classes
 
     async def _blocking(self, call: Callable[..., T], *arguments: Any) -> T:
         """The result of a call that may block."""
@@ -189,11 +202,12 @@ class Client(ABC):
             second.close()  # where the first one failed, it was never asked
 
     async def _ask(self, inputs: Mapping[str, NDArray[Any]]) -> Answer:
-        answer = await self._once(inputs)
-        # Evidence is fetched again only where a receipt was refused.
-        if answer.refusal is not None and await self._blocking(self.worth_repeating, answer):
-            return await self._once(inputs)
-        return answer
+        with within(self._timeout_s):
+            answer = await self._once(inputs)
+            # Evidence is fetched again only where a receipt was refused.
+            if answer.refusal is not None and await self._blocking(self.worth_repeating, answer):
+                return await self._once(inputs)
+            return answer
 
     async def _once(self, inputs: Mapping[str, NDArray[Any]]) -> Answer:
         query = Query(inputs)
@@ -220,7 +234,8 @@ class Client(ABC):
             parameters[COMMITMENT_PARAMETER] = self.checker.commitment(committed)
         body, headers = oip.request_body({self._verifier_input: tensor}, parameters=parameters)
         try:
-            response = await self._post(url=self._verifier_url, content=body, headers=headers)
+            call = {"method": "POST", "url": self._verifier_url, "content": body, "headers": headers}
+            response = await self._http_call(len(tensor), **call)
         except httpx.HTTPError as error:
             return Brought(None, f"no answer ({type(error).__name__})")
         try:
@@ -230,8 +245,7 @@ class Client(ABC):
         receipt = oip.first_text(outputs, RECEIPT_OUTPUT)
         if receipt is not None:
             return Brought(receipt)
-        # Foreign words, fit to be printed: one short line without control characters.
-        words = "".join(c if c.isprintable() else " " for c in oip.read_error(response.content)[:_LONGEST_EXCUSE])
+        words = printable(oip.read_error(response.content))
         return Brought(None, words or f"status {response.status_code}, no receipt")
 
     def finish(self, query: Query, pending: Pending, reply: Reply) -> Answer:
@@ -278,7 +292,7 @@ class Calls(Client):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._http = httpx.Client(timeout=self._timeout_s)
+        self._http = connections(self._timeout_s)
 
     def infer(self, inputs: Mapping[str, NDArray[Any]]) -> Verdict:
         """Ask the service and give the verdict on its answer.
@@ -301,12 +315,12 @@ class Calls(Client):
         """Like `infer`, with the raw response and the reference beside the verdict."""
         return _run(self._ask(inputs))
 
-    async def _post(self, **call: Any) -> httpx.Response:
-        return self._http.post(**call)
+    async def _http_call(self, n_rows: int, **call: Any) -> httpx.Response:
+        return wait(exchange(self._http, remaining(self._timeout_s), self._longest_answer(n_rows), **call))
 
     def close(self) -> None:
         """Close the connections."""
-        self._http.close()
+        wait(self._http.aclose())
         self.protection.close()
 
     def __enter__(self) -> Self:
@@ -323,7 +337,7 @@ class AsyncCalls(Client):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._http = httpx.AsyncClient(timeout=self._timeout_s)
+        self._http = connections(self._timeout_s)
 
     async def infer(self, inputs: Mapping[str, NDArray[Any]]) -> Verdict:
         """See `Calls.infer`."""
@@ -333,8 +347,8 @@ class AsyncCalls(Client):
         """See `Calls.ask`."""
         return await self._ask(inputs)
 
-    async def _post(self, **call: Any) -> httpx.Response:
-        return await self._http.post(**call)
+    async def _http_call(self, n_rows: int, **call: Any) -> httpx.Response:
+        return await exchange(self._http, remaining(self._timeout_s), self._longest_answer(n_rows), **call)
 
     async def _blocking(self, call: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.to_thread(call, *arguments)

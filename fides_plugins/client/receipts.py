@@ -17,11 +17,13 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from numpy.typing import NDArray
 
 from fides_plugins.attestation import sealing
+from fides_plugins.attestation.judge import Judge
 from fides_plugins.attestation.receipt import Receipt, open_receipt
 from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.attestation.request import SESSION_BYTES, Scheme, SignedRequest, from_text, to_text
 from fides_plugins.attestation.tensors import tensor_digest
 from fides_plugins.attestation.verify import TrustedEvidence
+from fides_plugins.bundle import Bundle
 from fides_plugins.client.trust import Trust
 from fides_plugins.oip import oip_type, tensor_from_bytes
 from fides_plugins.types import SUM_TOLERANCE, Float32Array
@@ -60,7 +62,7 @@ class Pending:
     dtype, shape:
         Of the input.
     evidence:
-        Evidence that the request names.
+        Evidence for the key that the request names.
     """
 
     text: str
@@ -82,8 +84,8 @@ class ReceiptChecker:
         The key that the verifier knows this client by; None makes a new one, for verifiers that answer anybody.
     scheme:
         "hpke" or "commitment".
-    n_classes:
-        K of the bundle.
+    bundle:
+        The client's own: what it judges by must be what the receipt is for.
     lifetime_s:
         Time after which a request's receipt is refused.
     """
@@ -93,14 +95,15 @@ class ReceiptChecker:
         trust: Trust,
         identity: Ed25519PrivateKey | None,
         scheme: Scheme,
-        n_classes: int,
+        bundle: Bundle,
         lifetime_s: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.trust = trust
         self.scheme: Scheme = scheme
         self._identity = identity or Ed25519PrivateKey.generate()
-        self._n_classes = n_classes
+        self.n_classes = bundle.n_classes
+        self._judge = Judge.of(bundle)
         self._lifetime_s = lifetime_s
         self._clock = clock
         self._session = os.urandom(SESSION_BYTES)
@@ -117,9 +120,13 @@ class ReceiptChecker:
             If no verifier is trusted.
         """
         evidence = self.trust.current()
+        assert evidence.statement is not None  # `Trust` keeps no other
         key = X25519PrivateKey.generate() if self.scheme == "hpke" else None
         request = SignedRequest(
-            evidence_id=evidence.facts.evidence_id,
+            key_id=evidence.statement.key_id,
+            model=self._judge.model,
+            classes=self._judge.classes,
+            judge=self._judge.judge,
             input_digest=tensor_digest(tensor),
             scheme=self.scheme,
             client_key=key.public_key().public_bytes_raw() if key is not None else None,
@@ -178,24 +185,26 @@ class ReceiptChecker:
             raise Refusal("receipt-late", "The receipt came after the request had expired.")
 
     def _compare(self, pending: Pending, receipt: Receipt) -> None:
-        request, facts, statement = pending.request, pending.evidence.facts, pending.evidence.statement
+        request, statement = pending.request, pending.evidence.statement
         assert statement is not None  # `Trust` keeps no other
-        policy = self.trust.policy
+        rule = self.trust.policy.models.get(self._judge.model)
         if not hmac.compare_digest(receipt.nonce, request.nonce):
             raise Refusal("receipt-nonce", "The receipt is for another request: an old answer was replayed.")
         if not hmac.compare_digest(receipt.session, request.session):
             raise Refusal("receipt-session", "The receipt is for another client.")
         if receipt.key_id != statement.key_id or receipt.boot_id != statement.boot_id:
             raise Refusal("receipt-start", "The receipt is of another start of the verifier than the one asked.")
-        if receipt.evidence_id != facts.evidence_id or receipt.tee != facts.tee:
-            raise Refusal("receipt-evidence", "The receipt names other evidence than the one that was checked.")
+        if receipt.tee != pending.evidence.facts.tee:
+            raise Refusal("receipt-evidence", "The receipt names another kind of TEE than the evidence.")
         shown = (receipt.input_digest, receipt.input_dtype, receipt.input_shape, receipt.preprocessing)
         sent = (request.input_digest, pending.dtype, pending.shape, _PREPROCESSING)
         if shown != sent:
             raise Refusal("receipt-input", "The verifier was shown another input than the one that was sent.")
-        if receipt.bundle_digest != statement.bundle_digest or receipt.bundle_digest.hex() not in policy.bundle_digests:
-            raise Refusal("receipt-bundle", "The receipt is of a bundle that the policy does not trust.")
-        if receipt.bundle_version < policy.minimum_bundle_version:
+        self._judge.check(receipt, "receipt")
+        trusted = rule.bundle_digests if rule is not None else ()
+        if receipt.bundle_digest != statement.bundle_digest or receipt.bundle_digest.hex() not in trusted:
+            raise Refusal("receipt-bundle", "The receipt is of a bundle that the policy does not trust for this model.")
+        if rule is not None and receipt.bundle_version < rule.minimum_bundle_version:
             raise Refusal("receipt-bundle-version", "The receipt is of a bundle that is too old.")
         if receipt.scheme != request.scheme:
             raise Refusal("receipt-scheme", "The receipt follows another scheme than the one that was asked for.")
@@ -217,8 +226,8 @@ class ReceiptChecker:
             data = sealing.unseal(data, pending.private_key, info)
         rows = pending.shape[0]
         said = (receipt.output_dtype, receipt.output_shape, len(data))
-        if said != ("FP32", (rows, self._n_classes), 4 * rows * self._n_classes):
-            raise Refusal("receipt-output", f"The reference is not {rows} rows of {self._n_classes} classes.")
+        if said != ("FP32", (rows, self.n_classes), 4 * rows * self.n_classes):
+            raise Refusal("receipt-output", f"The reference is not {rows} rows of {self.n_classes} classes.")
         reference = tensor_from_bytes(data, "FP32", receipt.output_shape)
         sums = reference.sum(axis=1, dtype=np.float64)
         # A row of zeros is the verifier's "no answer"; anything else must be a distribution.

@@ -73,7 +73,7 @@ class _TorchServeBase(Client):
         if self.receipt_from == "host":
             headers[REQUEST_HEADER] = pending.text
         try:
-            response = await self._post(url=self._url, content=body, headers=headers)
+            response = await self._http_call(1, method="POST", url=self._url, content=body, headers=headers)
         except httpx.HTTPError as error:
             raise ServerError(f"{self._url} gave no answer ({type(error).__name__}).") from None
         if response.status_code != 200:
@@ -106,7 +106,7 @@ class TorchServeClient(_TorchServeBase, Calls):
     headers:
         More request headers, such as an authorization token.
     timeout_s:
-        For each network operation.
+        For one question: see `Client`.
     """
 
 

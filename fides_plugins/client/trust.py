@@ -6,9 +6,10 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import Future, TimeoutError
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -19,6 +20,7 @@ from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.attestation.request import to_text
 from fides_plugins.attestation.verify import TrustedEvidence, TrustRoots, new_challenge, verify_evidence
 from fides_plugins.client.address import checked_address
+from fides_plugins.client.http import AnswerTooLong, connections, exchange, remaining, wait
 from fides_plugins.errors import InputError, ServerError
 
 _MAX_DOCUMENT = 1 << 20
@@ -26,6 +28,8 @@ _MAX_DOCUMENT = 1 << 20
 _KEPT = 4
 #: A host must not make a client fetch evidence as often as it likes by answering with nonsense.
 _RENEWAL_PAUSE_S = 5.0
+#: For another thread's evidence, where the caller has no time of its own.
+_LONGEST_WAIT_S = 60.0
 
 
 class EvidenceSource(Protocol):
@@ -55,28 +59,20 @@ class EvidenceUrl:
         ServerError, Refusal
             If the endpoint cannot be reached, or gives no document.
         """
-        options: dict[str, Any] = {"params": {"challenge": to_text(challenge)}, "timeout": self._timeout_s}
-        # Not compressed: the limit of the document's size is one of what is read.
-        options["headers"] = {"accept-encoding": "identity"}
         try:
-            with httpx.stream("GET", self._url, **options) as reply:
-                if reply.status_code != 200:
-                    raise ServerError(f"The evidence at {self._url} was answered with status {reply.status_code}.")
-                return Evidence.from_json(self._document(reply))
+            reply = wait(self._get(to_text(challenge), remaining(self._timeout_s)))
+        except AnswerTooLong as error:
+            raise Refusal("evidence-malformed", f"The evidence at {self._url} is no document: {error}.") from None
         except httpx.HTTPError as error:
             raise ServerError(f"The evidence at {self._url} cannot be fetched ({type(error).__name__}).") from None
+        if reply.status_code != 200:
+            raise ServerError(f"The evidence at {self._url} was answered with status {reply.status_code}.")
+        return Evidence.from_json(reply.content)
 
-    def _document(self, reply: httpx.Response) -> bytes:
-        """The body, up to where it is too long; the time-out holds for the whole of it."""
-        deadline = time.monotonic() + self._timeout_s
-        data = bytearray()
-        for chunk in reply.iter_raw():
-            data += chunk
-            if len(data) > _MAX_DOCUMENT:
-                break
-            if time.monotonic() > deadline:
-                raise ServerError(f"The evidence at {self._url} did not come in time.")
-        return bytes(data)
+    async def _get(self, challenge: str, timeout_s: float) -> httpx.Response:
+        call = {"method": "GET", "url": self._url, "params": {"challenge": challenge}}
+        async with connections(timeout_s) as client:
+            return await exchange(client, timeout_s, _MAX_DOCUMENT, **call)
 
 
 class EvidenceFile:
@@ -133,6 +129,7 @@ class Trust:
         self._clock = clock
         self._lock = threading.Lock()
         self._known: OrderedDict[bytes, TrustedEvidence] = OrderedDict()
+        self._fetching: Future[TrustedEvidence] | None = None
         self._renewed = -_RENEWAL_PAUSE_S
 
     def current(self) -> TrustedEvidence:
@@ -145,9 +142,7 @@ class Trust:
         """
         with self._lock:
             newest = next(reversed(self._known.values()), None)
-            if newest is None or self._expired(newest):
-                newest = self._fetch()
-            return newest
+        return self._fetch() if newest is None or self._expired(newest) else newest
 
     def renew(self) -> bool:
         """Fetch evidence again, at most once in a few seconds; whether it is of another start than before.
@@ -162,8 +157,8 @@ class Trust:
                 return False
             self._renewed = time.monotonic()
             before = next(reversed(self._known.values()), None)
-            after = self._fetch()
-            return before is None or _key(before) != _key(after)
+        after = self._fetch()
+        return before is None or _key(before) != _key(after)
 
     def keys(self) -> dict[bytes, Ed25519PublicKey]:
         """Keys by key id whose receipts may be believed now."""
@@ -172,17 +167,37 @@ class Trust:
         return {_key(e): e.signing_key for e in trusted}
 
     def _fetch(self) -> TrustedEvidence:
+        """Fetch evidence, or wait for what another thread fetches: a slow host holds up only those who have none."""
+        with self._lock:
+            others, mine = self._fetching, Future[TrustedEvidence]()
+            self._fetching = others or mine
+        if others is not None:
+            try:
+                return others.result(remaining(_LONGEST_WAIT_S))
+            except TimeoutError:
+                raise ServerError("The evidence did not come in time.") from None
+        try:
+            mine.set_result(self._fetched())
+        except BaseException as error:
+            mine.set_exception(error)
+        with self._lock:
+            self._fetching = None
+        return mine.result()
+
+    def _fetched(self) -> TrustedEvidence:
         challenge = new_challenge() if self._source.challenges else b""
         trusted = self._verify(self._source.fetch(challenge), now=self._clock(), challenge=challenge)
         if trusted.statement is None:
             raise Refusal("evidence-statement", "This evidence vouches for no key.")
-        self._known[trusted.facts.evidence_id] = trusted
-        while len(self._known) > _KEPT:
-            self._known.popitem(last=False)
+        with self._lock:
+            self._known[trusted.facts.evidence_id] = trusted
+            while len(self._known) > _KEPT:
+                self._known.popitem(last=False)
         return trusted
 
     def _expired(self, evidence: TrustedEvidence) -> bool:
-        return self._clock() - evidence.dated_at > self.policy.maximum_age_s
+        now = self._clock()
+        return now > evidence.valid_until or now - evidence.dated_at > self.policy.maximum_age_s
 
 
 def _key(evidence: TrustedEvidence) -> bytes:

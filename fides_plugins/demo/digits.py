@@ -16,7 +16,6 @@ from fides_plugins.types import Float32Array, IntArray
 INPUT_NAME = "image"
 OUTPUT_NAME = "logits"
 CLASS_NAMES = tuple(str(i) for i in range(10))
-IMAGE_SHAPE = (1, 8, 8)
 
 #: Rows for training the service and for fitting the bundle; the rest is held out for the figures.
 SERVICE_ROWS = 400

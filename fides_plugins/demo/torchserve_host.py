@@ -79,25 +79,15 @@ class TorchServeHost(Host):
         d = self.deployment
         store = d.folder / "model_store"
         store.mkdir(parents=True)
-        models: dict[str, dict[str, bytes | str]] = {BARE: {"digits_handler.py": HANDLER, "service.onnx": d.service}}
+        plain: dict[str, bytes | str] = {"digits_handler.py": HANDLER, "service.onnx": d.service}
+        build_archive(store / f"{BARE}.mar", "digits_handler.py", plain)
+        config = CONFIG.format(rate=d.false_alarm_rate)
         for attack in ("", *ATTACKS):
             lie = "\n" + TAMPERING.format(seed=d.seed, attack=attack).strip("\n") + "\n"
             source = HANDLER.replace("\n        return logits\n", lie) if attack else HANDLER
-            models[f"digits{attack}"] = {
-                "digits_handler.py": source,
-                "service.onnx": d.service,
-                SHIM_NAME: shim(),
-                **bundle_files(d.bundle),
-            }
-        for name, files in models.items():
-            protected = name != BARE
-            build_archive(
-                store / f"{name}.mar",
-                SHIM_NAME if protected else "digits_handler.py",
-                files,
-                config=CONFIG.format(rate=d.false_alarm_rate) if protected else "",
-            )
-        archives = {name: f"{name}.mar" for name in models}
+            files = {**plain, "digits_handler.py": source, SHIM_NAME: shim(), **bundle_files(d.bundle)}
+            build_archive(store / f"digits{attack}.mar", SHIM_NAME, files, config=config)
+        archives = {archive.stem: archive.name for archive in store.iterdir()}
         server = stack.enter_context(TorchServeServer(store, archives, ready_timeout_s=120))
         self._client = stack.enter_context(httpx.Client(base_url=server.inference_url, timeout=30))
 

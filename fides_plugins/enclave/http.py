@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import anyio
-import h11
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fides_plugins import __version__, oip
 from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.attestation.request import from_text
 from fides_plugins.enclave import protocol
 from fides_plugins.enclave.bounds import request_bounds
-from fides_plugins.enclave.limits import ByteBudget
+from fides_plugins.enclave.connections import ServerLimits, peer_of
+from fides_plugins.enclave.limits import ByteBudget, RateLimit
 from fides_plugins.enclave.verifier import Verifier
 from fides_plugins.errors import FidesError, InputError, ServerError
 
@@ -48,42 +45,6 @@ _UNREAD = ("request-slow", "request-size", "request-encoding")
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class ServerLimits:
-    """What one server holds at most.
-
-    Attributes
-    ----------
-    workers:
-        Requests that run at once.
-    queue:
-        Requests that wait for a worker; more are refused at once.
-    timeout_s:
-        From a complete request to its answer.
-    body_bytes, body_timeout_s:
-        Size of one body, and the time it may take to arrive. A size of None is what the largest honest batch
-        needs, by the bundle (`request_bounds`).
-    buffered_bytes:
-        All bodies together; at least twice the size of one.
-    header_timeout_s:
-        Time for a request's headers to arrive.
-    connections:
-        Connections at once.
-    grace_s:
-        Time for running requests when the server stops.
-    """
-
-    workers: int = 2
-    queue: int = 64
-    timeout_s: float = 10.0
-    body_bytes: int | None = None
-    body_timeout_s: float = 10.0
-    buffered_bytes: int = 48 << 20
-    header_timeout_s: float = 10.0
-    connections: int = 512
-    grace_s: float = 10.0
-
-
 class WorkQueue:
     """Runs the model in a few threads and refuses what would wait too long.
 
@@ -100,32 +61,34 @@ class WorkQueue:
         self.parsing = threading.Lock()
         self._limits = limits
         self._pool = ThreadPoolExecutor(limits.workers, thread_name_prefix="fides-verifier")
-        self._held = 0
+        self._held: Counter[bytes] = Counter()
 
-    async def run(self, call: Callable[[], T], held: int = 0) -> T:
+    async def run(self, call: Callable[[], T], held: int = 0, peer: bytes = b"") -> T:
         """The call's result.
 
         Parameters
         ----------
         call:
             What to run.
-        held:
-            Bytes taken from `bodies` for it; given back when it has ended, however late that is.
+        held, peer:
+            Bytes taken from `bodies` for it, given back when it has ended, however late that is; and who asks.
 
         Raises
         ------
         FidesError
             Of the call; ServerError without a reason where the call raised anything else.
         Refusal
-            `request-busy` where the queue is full or the time is up. A call that is too late still runs to
-            its end and keeps its place, and its answer is dropped.
+            `request-busy` where the queue is full, or the peer has half of it, or the time is up. A call that is
+            too late still runs to its end and keeps its place, and its answer is dropped.
         """
-        if self._held >= self._limits.workers + self._limits.queue:
-            self.bodies.give(held)
+        limits = self._limits
+        full = self._held.total() >= limits.workers + limits.queue
+        if full or self._held[peer] >= limits.workers + (limits.queue + 1) // 2:
+            self.bodies.give(held, peer)
             raise Refusal("request-busy", "The verifier's queue is full.", "Try again later.")
-        self._held += 1
+        self._held[peer] += 1
         future = asyncio.get_running_loop().run_in_executor(self._pool, _outcome, call)
-        future.add_done_callback(lambda _: self._released(held))
+        future.add_done_callback(lambda _: self._released(held, peer))
         try:
             outcome = await asyncio.wait_for(asyncio.shield(future), self._limits.timeout_s)
         except asyncio.TimeoutError:
@@ -138,9 +101,11 @@ class WorkQueue:
             # Otherwise this frame, which the error's traceback names, would hold the error: the same cycle.
             del outcome, future
 
-    def _released(self, held: int) -> None:
-        self._held -= 1
-        self.bodies.give(held)
+    def _released(self, held: int, peer: bytes) -> None:
+        self._held[peer] -= 1
+        if not self._held[peer]:
+            del self._held[peer]
+        self.bodies.give(held, peer)
 
     def close(self) -> None:
         """Wait for running calls."""
@@ -170,6 +135,8 @@ class HttpFront:
         self._verifier = verifier
         self._queue = queue
         self._limits = limits
+        # The hardware makes some quotes per second at most: no peer may use them up for the others.
+        self._evidence_rate = RateLimit(per_second=limits.evidence_rate, burst=limits.evidence_burst)
         self._bounds = request_bounds(verifier.input, verifier.options.max_rows, limits.body_bytes)
         routes = [
             Route("/v2", self._server),
@@ -205,7 +172,9 @@ class HttpFront:
     async def _evidence(self, request: Request) -> Response:
         text = request.query_params.get("challenge", "")
         challenge = from_text(text, "request", 64) if text else b""
-        document = await self._queue.run(lambda: self._verifier.evidence(challenge).to_json())
+        if challenge:
+            self._evidence_rate.take(_peer(request))
+        document = await self._queue.run(lambda: self._verifier.evidence(challenge).to_json(), peer=_peer(request))
         return Response(document, media_type="application/json")
 
     async def _infer(self, request: Request) -> Response:
@@ -215,7 +184,9 @@ class HttpFront:
         length = oip.read_length(request.headers.get(oip.JSON_LENGTH))
         model = request.path_params["model"]
         body = await self._body(request)
-        data, headers = await self._queue.run(lambda: self._answer(model, body, length), held=len(body))
+        data, headers = await self._queue.run(
+            lambda: self._answer(model, body, length), held=len(body), peer=_peer(request)
+        )
         return Response(data, headers=headers)
 
     def _answer(self, model: str, body: bytes, json_length: int | None) -> oip.Body:
@@ -237,11 +208,11 @@ class HttpFront:
                 async for chunk in request.stream():
                     if size + len(chunk) > limit:
                         raise Refusal("request-size", f"The body is longer than {limit} bytes.")
-                    self._queue.bodies.take(len(chunk))
+                    self._queue.bodies.take(len(chunk), _peer(request))
                     size += len(chunk)
                     chunks.append(chunk)
         except BaseException as error:
-            self._queue.bodies.give(size)
+            self._queue.bodies.give(size, _peer(request))
             if isinstance(error, TimeoutError):
                 raise Refusal("request-slow", "The body did not arrive in time.") from None
             raise
@@ -265,71 +236,9 @@ class HttpFront:
         return Response(status_code=499)
 
 
+def _peer(request: Request) -> bytes:
+    return peer_of(request.client.host if request.client is not None else "")
+
+
 def _problem(status: int, code: str, message: str, headers: dict[str, str] | None = None) -> Response:
     return JSONResponse({"error": message, "code": code}, status_code=status, headers=headers)
-
-
-class _HeaderDeadline(H11Protocol):
-    """uvicorn's HTTP/1.1 with a deadline for headers, which it lacks: a slow sender would hold a connection."""
-
-    header_timeout_s = 10.0
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._waiting: asyncio.TimerHandle | None = None
-        self._wait()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        # IDLE after data: headers have begun and are not complete.
-        if self.conn.their_state is h11.IDLE:
-            self._wait()
-        else:
-            self._stop()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._stop()
-        super().connection_lost(exc)
-
-    def _wait(self) -> None:
-        if self._waiting is None:
-            self._waiting = self.loop.call_later(self.header_timeout_s, self._give_up)
-
-    def _stop(self) -> None:
-        if self._waiting is not None:
-            self._waiting.cancel()
-            self._waiting = None
-
-    def _give_up(self) -> None:
-        self._waiting = None
-        if not self.transport.is_closing():
-            self.transport.close()
-
-
-def make_server(front: HttpFront, limits: ServerLimits) -> uvicorn.Server:
-    """A uvicorn server that is not started yet and has no socket."""
-    protocol = type("HeaderDeadline", (_HeaderDeadline,), {"header_timeout_s": limits.header_timeout_s})
-    config = uvicorn.Config(
-        front.app,
-        http=protocol,
-        ws="none",
-        lifespan="off",
-        loop="asyncio",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        limit_concurrency=limits.connections,
-        backlog=256,
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=max(1, int(limits.grace_s)),
-        h11_max_incomplete_event_size=16 << 10,
-    )
-    return _Server(config)
-
-
-class _Server(uvicorn.Server):
-    """Leaves signals to `serve`."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Any:
-        yield

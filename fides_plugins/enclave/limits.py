@@ -5,25 +5,29 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 
 from fides_plugins.attestation.refusal import Refusal
 
 #: After so many bytes of bodies, what the allocator keeps of them goes back to the system.
 _TRIM_BYTES = 16 << 20
+#: Nonces of one client that outlast any clock: an enclave's may be the host's, who could let it run fast.
+_KEPT = 4096
 #: glibc keeps freed memory for each of its threads' arenas, in holes between small objects; others have no such call.
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 class ByteBudget:
-    """Bytes of all bodies that are held at once. Belongs to one event loop."""
+    """Bytes of all bodies that are held at once, at most half of them one peer's. Belongs to one event loop."""
 
     def __init__(self, capacity: int) -> None:
         self._left = capacity
+        self._share = capacity // 2
+        self._held: Counter[bytes] = Counter()
         self._given = 0
 
-    def take(self, size: int) -> None:
+    def take(self, size: int, peer: bytes) -> None:
         """Hold some more.
 
         Raises
@@ -31,13 +35,17 @@ class ByteBudget:
         Refusal
             `request-memory`.
         """
-        if size > self._left:
+        if size > min(self._left, self._share - self._held[peer]):
             raise Refusal("request-memory", "The verifier holds too many bodies.", "Try again later.")
         self._left -= size
+        self._held[peer] += size
 
-    def give(self, size: int) -> None:
+    def give(self, size: int, peer: bytes) -> None:
         """Hold less again."""
         self._left += size
+        self._held[peer] -= size
+        if not self._held[peer]:
+            del self._held[peer]
         self._given += size
         if self._given >= _TRIM_BYTES:
             self._given = 0
@@ -46,39 +54,54 @@ class ByteBudget:
 
 
 class SpentNonces:
-    """Nonces that were used, for a while.
+    """Nonces that were used, each client's for itself: nobody's requests make the table forget another's.
 
-    When the table is full of nonces that have not expired, requests are refused: forgetting one would let
-    its request be answered twice.
+    A nonce costs its client at least one row of its rate, which bounds how many are remembered.
+
+    Parameters
+    ----------
+    lifetime_s:
+        Time for which a nonce is remembered; the last few of each client are, whatever the host's clock says.
+    capacity:
+        Most nonces of all clients together; beyond it those of the client that was seen least recently are forgotten.
+        None where the clients are known: forgetting a nonce lets its request be answered twice.
     """
 
-    def __init__(self, capacity: int, lifetime_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._capacity = capacity
+    def __init__(
+        self, lifetime_s: float, capacity: int | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._lifetime_s = lifetime_s
+        self._capacity = capacity
         self._clock = clock
         self._lock = threading.Lock()
-        self._expiry: OrderedDict[bytes, float] = OrderedDict()
+        self._clients: OrderedDict[bytes, OrderedDict[bytes, float]] = OrderedDict()
+        self._held = 0
 
-    def spend(self, nonce: bytes) -> None:
-        """Use a nonce.
+    def spend(self, client: bytes, nonce: bytes, pay: Callable[[], None]) -> None:
+        """Use a nonce, unless `pay` refuses.
 
         Raises
         ------
         Refusal
-            `request-replay` or `request-busy`.
+            `request-replay`, or that of `pay`.
         """
         now = self._clock()
         with self._lock:
-            while self._expiry and next(iter(self._expiry.values())) <= now:
-                self._expiry.popitem(last=False)
-            if nonce in self._expiry:
+            spent = self._clients.setdefault(client, OrderedDict())
+            self._clients.move_to_end(client)
+            if nonce in spent:
                 raise Refusal("request-replay", "This nonce was used before.", "Draw 32 random bytes per request.")
-            if len(self._expiry) >= self._capacity:
-                raise Refusal("request-busy", "The verifier remembers too many requests.", "Try again later.")
-            self._expiry[nonce] = now + self._lifetime_s
+            pay()
+            spent[nonce] = now + self._lifetime_s
+            self._held += 1
+            while len(spent) > _KEPT and next(iter(spent.values())) <= now:
+                spent.popitem(last=False)
+                self._held -= 1
+            while self._capacity is not None and self._held > self._capacity and len(self._clients) > 1:
+                self._held -= len(self._clients.popitem(last=False)[1])
 
     def __len__(self) -> int:
-        return len(self._expiry)
+        return self._held
 
 
 class RateLimit:
@@ -112,4 +135,8 @@ class RateLimit:
             if len(self._buckets) > self._keys:
                 self._buckets.popitem(last=False)
         if not allowed:
-            raise Refusal("request-rate", "This client asks too often.", "Wait, or raise --rate on the verifier.")
+            raise Refusal(
+                "request-rate",
+                "This client asks too often.",
+                "Wait a while. For rows, --rate on the verifier allows more.",
+            )

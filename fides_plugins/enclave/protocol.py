@@ -14,6 +14,7 @@ from fides_plugins.attestation.wire import COMMITMENT_PARAMETER, PARAMETER, RECE
 from fides_plugins.enclave.bounds import RequestBounds
 from fides_plugins.enclave.verifier import Verifier
 from fides_plugins.errors import InputError
+from fides_plugins.types.query import printable_id
 
 _VERSION = "1"
 _MAX_INPUTS = 4
@@ -120,7 +121,7 @@ def parse_request(body: bytes, json_length: int | None, bounds: RequestBounds) -
     return InferRequest(
         tensors,
         {k: v for k, v in parameters.items() if isinstance(v, str)},
-        request_id=str(document.get("id", ""))[:128],
+        request_id=printable_id(document.get("id", "")),
         binary=parameters.get("binary_data_output") is True,
         binary_outputs=frozenset(str(o.get("name")) for o in wanted if oip.parameters_of(o).get("binary_data") is True),
     )

@@ -6,8 +6,10 @@ import asyncio
 import signal
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 
-from fides_plugins.enclave.http import HttpFront, ServerLimits, WorkQueue, make_server
+from fides_plugins.enclave.connections import ServerLimits, make_server, spare_descriptors, sparing_log
+from fides_plugins.enclave.http import HttpFront, WorkQueue
 from fides_plugins.enclave.verifier import Verifier
 from fides_plugins.errors import ServerError
 
@@ -41,27 +43,29 @@ async def serve(
         If the port cannot be bound.
     """
     bounds = limits or ServerLimits()
+    bounds = replace(bounds, connections=spare_descriptors(bounds.connections))
     queue = WorkQueue(bounds)
     listener = _listen(host, port)
-    http = make_server(HttpFront(verifier, queue, bounds), bounds)
+    http = make_server(HttpFront(verifier, queue, bounds).app, bounds)
     stopping = stop or asyncio.Event()
     if stop is None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopping.set)
-    task = asyncio.create_task(http.serve(sockets=[listener]))
-    try:
-        while not http.started and not task.done():
-            await asyncio.sleep(0.01)
-        if ready is not None and not task.done():
-            ready(listener.getsockname()[1])
-        waiter = asyncio.create_task(stopping.wait())
-        await asyncio.wait({task, waiter}, return_when=asyncio.FIRST_COMPLETED)
-        waiter.cancel()
-    finally:
-        http.should_exit = True
-        await task
-        queue.close()
+    with sparing_log(bounds.log_lines):
+        task = asyncio.create_task(http.serve(sockets=[listener]))
+        try:
+            while not http.started and not task.done():
+                await asyncio.sleep(0.01)
+            if ready is not None and not task.done():
+                ready(listener.getsockname()[1])
+            waiter = asyncio.create_task(stopping.wait())
+            await asyncio.wait({task, waiter}, return_when=asyncio.FIRST_COMPLETED)
+            waiter.cancel()
+        finally:
+            http.should_exit = True
+            await task
+            queue.close()
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -24,10 +22,10 @@ from numpy.typing import NDArray
 from fides_plugins import __version__
 from fides_plugins.attestation import receipt, sealing
 from fides_plugins.attestation.evidence import CHALLENGE_BYTES, Evidence, Statement
+from fides_plugins.attestation.judge import Judge
 from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.attestation.request import Scheme, SignedRequest, decode_commitment
 from fides_plugins.attestation.tensors import tensor_digest
-from fides_plugins.attestation.verify import evidence_id
 from fides_plugins.builtin.verify import OnnxVerifier
 from fides_plugins.bundle import Bundle
 from fides_plugins.enclave.limits import RateLimit, SpentNonces
@@ -38,8 +36,6 @@ from fides_plugins.oip import oip_type
 from fides_plugins.settings import Settings
 from fides_plugins.types import Float32Array, Query
 
-#: Evidence made for clients' challenges that requests may still name.
-_MAX_EVIDENCE = 1024
 _PREPROCESSING = "none"
 
 
@@ -52,6 +48,8 @@ class VerifierOptions:
     clients:
         Ed25519 public keys (32 bytes each) that are answered; empty: everybody, the host included, who
         can then learn each reference by asking for it in its own name.
+    client_set:
+        The signed set that `clients` come from, shown in the evidence; empty where they come from nowhere else.
     schemes:
         Schemes that are offered.
     decimals:
@@ -61,12 +59,14 @@ class VerifierOptions:
     rate, burst:
         Rows per second and client.
     nonces, nonce_lifetime_s:
-        Size of the table of spent nonces, and how long each is remembered.
+        How long a spent nonce is remembered, and how many are where anybody is answered: clients that are listed are
+        bounded by their rate. A request's receipt is of use for half that time.
     max_rows:
         Rows of one request.
     """
 
     clients: frozenset[bytes] = frozenset()
+    client_set: str = ""
     schemes: tuple[Scheme, ...] = get_args(Scheme)
     decimals: int | None = None
     collateral: str = ""
@@ -75,7 +75,7 @@ class VerifierOptions:
     rate: float = 1000.0
     burst: float = 2000.0
     nonces: int = 200_000
-    nonce_lifetime_s: float = 600.0
+    nonce_lifetime_s: float = 120.0
     max_rows: int = 1024
 
 
@@ -127,6 +127,7 @@ class Verifier:
     ) -> None:
         self.options = options or VerifierOptions()
         self.bundle = bundle
+        self._judge = Judge.of(bundle)
         self.tee = provider.tee
         self._provider = provider
         self._clock = clock
@@ -147,15 +148,10 @@ class Verifier:
             challenge=b"",
         )
         self.key_id = self._statement.key_id
-        self._nonces = SpentNonces(self.options.nonces, self.options.nonce_lifetime_s)
+        self._nonces = SpentNonces(self.options.nonce_lifetime_s, None if self.options.clients else self.options.nonces)
         self._rate = RateLimit(self.options.rate, self.options.burst)
-        # The hardware makes some quotes per second at most, and each evidence id is remembered.
-        self._evidence_rate = RateLimit(10.0, 100.0, keys=1)
         self._sequence = itertools.count(1)
-        self._lock = threading.Lock()
-        self._issued: OrderedDict[bytes, None] = OrderedDict()
         self._evidence = self._make_evidence(b"")
-        self._own_evidence = evidence_id(self._evidence)
 
     def _configuration(self) -> dict[str, Any]:
         return {
@@ -166,6 +162,7 @@ class Verifier:
             "decimals": self.options.decimals,
             "schemes": sorted(self.options.schemes),
             "clients": sorted(c.hex() for c in self.options.clients),
+            "client_set": self.options.client_set,
         }
 
     def _make_evidence(self, challenge: bytes) -> Evidence:
@@ -185,19 +182,13 @@ class Verifier:
         Raises
         ------
         FidesError
-            If the challenge has another length, there were too many, or the hardware fails.
+            If the challenge has another length, or the hardware fails.
         """
         if not challenge:
             return self._evidence
         if len(challenge) != CHALLENGE_BYTES:
             raise Refusal("request-challenge", f"A challenge has {CHALLENGE_BYTES} bytes.")
-        self._evidence_rate.take(b"")
-        made = self._make_evidence(challenge)
-        with self._lock:
-            self._issued[evidence_id(made)] = None
-            if len(self._issued) > _MAX_EVIDENCE:
-                self._issued.popitem(last=False)
-        return made
+        return self._make_evidence(challenge)
 
     def answer(self, request: str, tensor: NDArray[Any], commitment: str = "") -> SignedAnswer:
         """Run the model on a tensor and sign what came out.
@@ -221,20 +212,19 @@ class Verifier:
         asked = SignedRequest.decode(request, self.options.clients)
         if asked.scheme not in self.options.schemes:
             raise Refusal("request-scheme", f"This verifier does not offer the scheme {asked.scheme!r}.")
-        rows = tensor.shape[0] if tensor.ndim else 0
-        if rows > self.options.max_rows:
-            raise InputError(f"{rows} rows in one request; at most {self.options.max_rows} are answered.")
-        self._rate.take(asked.client, rows)
-        if asked.evidence_id != self._own_evidence and asked.evidence_id not in self._issued:
+        if asked.key_id != self.key_id:
             raise Refusal(
                 "request-evidence", "The request is for another start of this verifier.", "Fetch its evidence again."
             )
+        self._judge.check(asked, "request")
+        self._check_tensor(tensor)
         # The frame signs the digest, so a host cannot ask about another input in this client's name.
         digest = tensor_digest(tensor)
         if digest != asked.input_digest:
             raise Refusal("request-input", "The tensor is not the one that the client signed for.")
         service_digest = decode_commitment(commitment) if asked.scheme == "commitment" else None
-        self._nonces.spend(asked.nonce)
+        # Only now does the client pay: whoever repeats or twists its requests must not use up its rate.
+        self._nonces.spend(asked.client, asked.nonce, lambda: self._rate.take(asked.client, len(tensor)))
         reference = self._reference(tensor)
         output = reference.tobytes()
         if asked.client_key is not None:
@@ -253,7 +243,9 @@ class Verifier:
             output_shape=reference.shape,
             bundle_digest=self._statement.bundle_digest,
             bundle_version=self.bundle.manifest.bundle_version,
-            evidence_id=asked.evidence_id,
+            model=self._judge.model,
+            classes=self._judge.classes,
+            judge=self._judge.judge,
             tee=self.tee,
             boot_id=self._statement.boot_id,
             sequence=next(self._sequence),
@@ -262,10 +254,20 @@ class Verifier:
         ).sign(self._signing, self.key_id)
         return SignedAnswer(signed, reference if asked.scheme == "commitment" else None)
 
+    def _check_tensor(self, tensor: NDArray[Any]) -> None:
+        """Whether the model can take it, as far as the bundle's description of the input tells."""
+        wanted = self.input.shape
+        fits = tensor.ndim == len(wanted) and all(
+            size in (None, given) for size, given in zip(wanted[1:], tensor.shape[1:], strict=True)
+        )
+        if not fits or tensor.dtype != np.dtype(self.input.dtype):
+            shape = ["rows", *("any" if size is None else size for size in wanted[1:])]
+            raise InputError(f"The input must be {self.input.dtype} of the shape {shape}.")
+        if len(tensor) > self.options.max_rows:
+            raise InputError(f"{len(tensor)} rows in one request; at most {self.options.max_rows} are answered.")
+
     def _reference(self, tensor: NDArray[Any]) -> Float32Array:
         """(N, K) float32; rows that the model could not judge are zero, which no client takes for a distribution."""
-        if not tensor.ndim:
-            raise InputError("The input is a scalar; the first axis must be the row.")
         verification = self._model.fides_verify(Query({self.input.name: tensor}))
         reference = np.where(verification.valid[:, None], verification.probabilities, np.float32(0))
         if self.options.decimals is not None:

@@ -89,11 +89,6 @@ def descendants(pid: int) -> list[int]:
     return [child.pid for root in _found([pid]) for child in _below(root)]
 
 
-def is_alive(pid: int) -> bool:
-    """Whether a process with this id exists and is no zombie."""
-    return any(_lives(process) for process in _found([pid]))
-
-
 def command_line(pid: int) -> list[str]:
     """The program and its arguments; empty where the process has ended or is not ours to see."""
     for process in _found([pid]):
@@ -198,10 +193,8 @@ class Process:
     env: Mapping[str, str] = field(default_factory=dict)
     cwd: Path | None = None
     grace_s: float = 10.0
-
-    def __post_init__(self) -> None:
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._popen: subprocess.Popen[bytes] | None = None
+    _folder: tempfile.TemporaryDirectory[str] | None = field(default=None, init=False)
+    _popen: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     @property
     def folder(self) -> Path:
@@ -246,12 +239,7 @@ class Process:
         ServerError
             If the program does not exist or cannot be executed.
         """
-        env = {
-            **os.environ,
-            "TMPDIR": str(self.folder),
-            "TEMP": str(self.folder),
-            **self.env,
-        }
+        env = {**os.environ, "TMPDIR": str(self.folder), "TEMP": str(self.folder), **self.env}
         with self.log_path.open("ab") as log:
             try:
                 self._popen = subprocess.Popen(
@@ -334,9 +322,15 @@ class Server(ABC):
     def _start_once(self) -> None:
         """Set `_process` to a process with new ports, start it and wait until it is ready."""
 
-    @abstractmethod
     def stop(self) -> None:
-        """Stop all of the server's processes; may be called more than once."""
+        """Stop all of the server's processes, by id; may be called more than once."""
+        if self._process is not None:
+            self._process.stop(also=self._daemons(self._process))
+            self._process = None
+
+    def _daemons(self, process: Process) -> list[int]:
+        """Ids of processes that left the tree."""
+        return []
 
     def __enter__(self) -> Self:
         return self.start()

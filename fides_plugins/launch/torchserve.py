@@ -18,7 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
 from fides_plugins.errors import ServerError
@@ -67,10 +67,11 @@ def require_torchserve(python: str = sys.executable) -> None:
         )
 
 
+@dataclass(eq=False)
 class TorchServeServer(Server):
     """A TorchServe process tree, as a context manager.
 
-    Parameters
+    Attributes
     ----------
     model_store:
         Folder with the archives.
@@ -84,27 +85,19 @@ class TorchServeServer(Server):
         Further environment of the server.
     properties:
         Further lines of config.properties.
+    ready_timeout_s:
+        How long to wait until every worker has loaded its model, seconds.
     """
 
-    def __init__(
-        self,
-        model_store: str | Path,
-        models: Mapping[str, str],
-        *,
-        batch_size: int = 1,
-        python: str = sys.executable,
-        env: Mapping[str, str] | None = None,
-        properties: Mapping[str, str] | None = None,
-        ready_timeout_s: float = 180.0,
-    ) -> None:
-        self.model_store = Path(model_store).resolve()
-        self.models = dict(models)
-        self._batch_size = batch_size
-        self._python = python
-        self._env = dict(env or {})
-        self._properties = dict(properties or {})
-        self._ready_timeout_s = ready_timeout_s
-        self._ports: list[int] = []
+    model_store: Path
+    models: Mapping[str, str]
+    _: KW_ONLY
+    batch_size: int = 1
+    python: str = sys.executable
+    env: Mapping[str, str] = field(default_factory=dict)
+    properties: Mapping[str, str] = field(default_factory=dict)
+    ready_timeout_s: float = 180.0
+    _ports: list[int] = field(default_factory=list, init=False)
 
     @property
     def inference_url(self) -> str:
@@ -133,7 +126,7 @@ class TorchServeServer(Server):
         return [WorkerState(w["id"], w["status"] == "READY", int(w["pid"])) for w in description["workers"]]
 
     def _start_once(self) -> None:
-        require_torchserve(self._python)
+        require_torchserve(self.python)
         missing = [a for a in self.models.values() if not (self.model_store / a).exists()]
         if missing:
             raise ServerError(f"The model store has no {', '.join(missing)}.", "Give archives that exist.")
@@ -142,35 +135,30 @@ class TorchServeServer(Server):
         (process.folder / "config.properties").write_text(self._config())
         process.command = [*process.command, "--ts-config", str(process.folder / "config.properties")]
         process.start()
-        process.wait_ready(self._ready, self._ready_timeout_s)
+        process.wait_ready(self._ready, self.ready_timeout_s)
 
-    def stop(self) -> None:
-        """Stop launcher, Java and workers, by id; may be called more than once."""
-        if self._process is None:
-            return
-        java: list[int] = []
+    def _daemons(self, process: Process) -> list[int]:
         with contextlib.suppress(OSError, ValueError):
-            java = [int((self._process.folder / PID_FILE).read_text())]
-        self._process.stop(also=java)
-        self._process = None
+            return [int((process.folder / PID_FILE).read_text())]
+        return []
 
     def _command(self) -> Sequence[str]:
         models = [f"{name}={archive}" for name, archive in self.models.items()]
-        command = [self._python, "-m", "ts.model_server", "--start", "--foreground", "--no-config-snapshots"]
-        return [*command, "--disable-token-auth", "--model-store", str(self.model_store), "--models", *models]
+        command = [self.python, "-m", "ts.model_server", "--start", "--foreground", "--no-config-snapshots"]
+        return [*command, "--disable-token-auth", "--model-store", str(self.model_store.resolve()), "--models", *models]
 
     def _environment(self) -> dict[str, str]:
         # A user's own TS_CONFIG_FILE would win over the file written here.
         quiet = {"LOG_LOCATION": "logs", "METRICS_LOCATION": "logs", "PYTHONUNBUFFERED": "1"}
         hidden = {"TS_CONFIG_FILE": ""} if "TS_CONFIG_FILE" in os.environ else {}
-        return {**quiet, **hidden, **self._env}
+        return {**quiet, **hidden, **self.env}
 
     def _config(self) -> str:
         inference, management, metrics, grpc_inference, grpc_management, worker = self._ports
         options = {
             "minWorkers": 1,
             "maxWorkers": 1,
-            "batchSize": self._batch_size,
+            "batchSize": self.batch_size,
             "maxBatchDelay": 20,
             "responseTimeout": _RESPONSE_TIMEOUT_S,
         }
@@ -191,7 +179,7 @@ class TorchServeServer(Server):
             "model_metrics_auto_detect": "true",
             "disable_system_metrics": "true",
             "models": json.dumps(models),
-            **self._properties,
+            **self.properties,
         }
         return "".join(f"{key}={value}\n" for key, value in lines.items())
 

@@ -17,12 +17,14 @@ import sys
 import sysconfig
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
 from fides_plugins.errors import ServerError
 from fides_plugins.launch.process import HOST, Process, Server, command_line, free_ports
 from fides_plugins.serving.triton.operator.api import TritonApi
 
+_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 #: Lines that every start without a GPU logs as errors.
 _HARMLESS = ("CudaDriverHelper", "NVML", "DCGM", "CUDA driver version")
 
@@ -46,11 +48,11 @@ def wheel_folder() -> Path:
             "Install it with: pip install 'fides-plugins[triton]' (Linux x86-64 with glibc 2.35 or newer only).",
         )
     folder = Path(next(iter(spec.submodule_search_locations))) / "tritonserver"
-    stub = folder / "python_backend_stubs" / _python_version()
+    stub = folder / "python_backend_stubs" / _PYTHON
     for needed in (folder / "bin" / "tritonserver", stub):
         if not needed.exists():
             raise ServerError(
-                f"The wheel nvidia-pytriton has no {needed.name!r} for Python {_python_version()}.",
+                f"The wheel nvidia-pytriton has no {needed.name!r} for Python {_PYTHON}.",
                 "Use nvidia-pytriton 0.7.0 with Python 3.10 to 3.12.",
             )
     return folder
@@ -58,25 +60,18 @@ def wheel_folder() -> Path:
 
 def is_available() -> bool:
     """Whether a Triton server can be started here."""
-    try:
+    with contextlib.suppress(ServerError):
         wheel_folder()
-    except ServerError:
-        return False
-    return True
-
-
-def _python_version() -> str:
-    return f"{sys.version_info.major}.{sys.version_info.minor}"
+        return True
+    return False
 
 
 def _make_backends(target: Path) -> Path:
     """Put the python backend and the stub for this interpreter into `target/python`."""
     wheel = wheel_folder()
     backend = target / "python"
-    if not backend.exists():
-        shutil.copytree(wheel / "backends" / "python", backend, ignore=shutil.ignore_patterns("__pycache__"))
-        for file in (wheel / "python_backend_stubs" / _python_version()).iterdir():
-            shutil.copy2(file, backend / file.name)
+    shutil.copytree(wheel / "backends" / "python", backend, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(wheel / "python_backend_stubs" / _PYTHON, backend, dirs_exist_ok=True)
     return target
 
 
@@ -100,12 +95,13 @@ def _error_lines(log: str) -> str:
     return "\n".join(lines[:12]) or "\n".join(log.splitlines()[-12:])
 
 
+@dataclass(eq=False)
 class TritonServer(Server):
     """A real `tritonserver` on free ports; a context manager.
 
-    Parameters
+    Attributes
     ----------
-    model_repository:
+    repository:
         Folder of models.
     explicit:
         Start in explicit model-control mode: models are loaded and unloaded over the API. `load` names
@@ -115,8 +111,6 @@ class TritonServer(Server):
     auto_complete:
         False adds `--disable-auto-complete-config`, which spares a second start of every python model
         but wants every config complete.
-    extra_args:
-        Further arguments of `tritonserver`.
     env:
         Further environment variables.
     timeout_s:
@@ -131,30 +125,19 @@ class TritonServer(Server):
     True
     """
 
-    def __init__(
-        self,
-        model_repository: str | os.PathLike[str],
-        *,
-        explicit: bool = False,
-        load: Sequence[str] = ("*",),
-        config_name: str = "",
-        auto_complete: bool = True,
-        extra_args: Sequence[str] = (),
-        env: Mapping[str, str] | None = None,
-        timeout_s: float = 60.0,
-        grace_s: float = 10.0,
-    ) -> None:
-        self.repository = Path(model_repository).resolve()
-        self.explicit = explicit
-        self.load = tuple(load)
-        self.config_name = config_name
-        self.auto_complete = auto_complete
-        self.extra_args = tuple(extra_args)
-        self.env = dict(env or {})
-        self.timeout_s = timeout_s
-        self.grace_s = grace_s
-        self.http_port = self.grpc_port = self.metrics_port = 0
-        self._id = ""
+    repository: str | os.PathLike[str]
+    _: KW_ONLY
+    explicit: bool = False
+    load: Sequence[str] = ("*",)
+    config_name: str = ""
+    auto_complete: bool = True
+    env: Mapping[str, str] = field(default_factory=dict)
+    timeout_s: float = 60.0
+    grace_s: float = 10.0
+    http_port: int = field(default=0, init=False)
+    grpc_port: int = field(default=0, init=False)
+    metrics_port: int = field(default=0, init=False)
+    _id: str = field(default="", init=False)
 
     @property
     def http_address(self) -> str:
@@ -180,7 +163,7 @@ class TritonServer(Server):
         """The full command line."""
         command = [str(wheel_folder() / "bin" / "tritonserver")]
         command += [
-            f"--model-repository={self.repository}",
+            f"--model-repository={Path(self.repository).resolve()}",
             f"--backend-directory={backends}",
             f"--http-address={HOST}",
             f"--grpc-address={HOST}",
@@ -197,10 +180,10 @@ class TritonServer(Server):
             command += [f"--model-config-name={self.config_name}"]
         if not self.auto_complete:
             command += ["--disable-auto-complete-config"]
-        return [*command, *self.extra_args]
+        return command
 
     def _start_once(self) -> None:
-        if not self.repository.is_dir():
+        if not Path(self.repository).is_dir():
             raise ServerError(f"There is no model repository {str(self.repository)!r}.")
         self._id = f"fides-{uuid.uuid4().hex[:12]}"
         self.http_port, self.grpc_port, self.metrics_port = free_ports(3)
@@ -218,8 +201,6 @@ class TritonServer(Server):
         if not self.api.ready() or self.api.server_name() != self._id:
             return False
         # The metrics come up last, and a server that cannot bind their port ends after it said "ready".
-        if any(a.startswith("--allow-metrics") for a in self.extra_args):
-            return True
         try:
             self.api.metrics()
         except ServerError:
@@ -228,13 +209,11 @@ class TritonServer(Server):
 
     def stop(self) -> None:
         """Stop the server and its stubs; may be called more than once."""
-        if self._process is not None:
-            self._process.stop()
-            self._process = None
-            # A killed process leaves its shared memory behind.
-            for region in Path("/dev/shm").glob(f"{self._id}*"):
-                with contextlib.suppress(OSError):
-                    region.unlink()
+        super().stop()
+        # A killed process leaves its shared memory behind.
+        for region in Path("/dev/shm").glob(f"{self._id}*") if self._id else ():
+            with contextlib.suppress(OSError):
+                region.unlink()
 
     def stub_pids(self, model: str) -> list[int]:
         """Process ids of the python-backend instances of `model`, found among the server's children."""

@@ -10,14 +10,16 @@ from __future__ import annotations
 from fides_plugins.testing.contract import BATCH_SIZES, CLASS_COUNTS, CallTime, CheckReport, check_plugin, plugin_name
 from fides_plugins.testing.endpoint import OipServer
 from fides_plugins.testing.fakes import (
+    INPUT_NAME,
+    OPSET,
     fake_logits,
     fake_query,
     fake_service,
+    linear_onnx,
     make_bundle,
     memory_bundle,
     switch_top_two,
 )
-from fides_plugins.testing.graphs import INPUT_NAME, OPSET, linear_onnx
 from fides_plugins.testing.hosts import Answered, HostCase, check_host, host_cases, host_requests
 
 __all__ = [

@@ -7,7 +7,7 @@ package `onnx` (extra `testing`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,28 @@ from fides_plugins.bundle import (
     write_bundle,
 )
 from fides_plugins.statistics.divergences import DIVERGENCES, score
-from fides_plugins.testing.graphs import (
-    INPUT_NAME,
-    linear_onnx,
-    reference_reclassifier_onnx,
-    total_variation_detector_onnx,
-)
 from fides_plugins.types import OutputKind, Prediction, Query, softmax
+
+#: Name of the input tensor of fake queries and of the fake verification model.
+INPUT_NAME = "pixels"
+#: Opset of every graph made here; old enough for any supported onnxruntime.
+OPSET = 17
+#: A detector graph whose score is the total variation between both distributions.
+_TOTAL_VARIATION = """
+detector (float[N,K] service, float[N,K] verification) => (float[N] score)
+<int64[1] axes = {1}, float half = {0.5}, float zero = {0.0}, float one = {1.0}> {
+    difference = Sub(service, verification)
+    absolute = Abs(difference)
+    total = ReduceSum<keepdims = 0>(absolute, axes)
+    raw = Mul(total, half)
+    score = Clip(raw, zero, one)
+}
+"""
+#: A re-classifier graph that answers with the reference.
+_REFERENCE = """
+reclassifier (float[N,K] service, float[N,K] verification) => (float[N,K] probabilities)
+{ probabilities = Identity(verification) }
+"""
 
 
 def fake_logits(n_rows: int = 8, n_classes: int = 10, seed: int = 0, margin: float = 4.0) -> NDArray[np.float32]:
@@ -85,19 +100,14 @@ def make_bundle(
     manifest:
         Fields of the manifest to set otherwise.
     """
-    return write_bundle(folder, *_parts(n_classes, output_kind, n_calibration, manifest))
+    made = memory_bundle(n_classes, output_kind, n_calibration, **manifest)
+    return write_bundle(folder, made.manifest, {name: made.file(name) for name in made.file_names})
 
 
 def memory_bundle(
     n_classes: int = 10, output_kind: OutputKind = "logits", n_calibration: int = 999, **manifest: Any
 ) -> Bundle:
     """The bundle of `make_bundle`, in memory: a few kilobytes for ten classes, and nothing on disk."""
-    return Bundle.in_memory(*_parts(n_classes, output_kind, n_calibration, manifest))
-
-
-def _parts(
-    n_classes: int, output_kind: OutputKind, n_calibration: int, manifest: Mapping[str, Any]
-) -> tuple[Manifest, dict[str, bytes]]:
     logits = fake_logits(n_calibration, n_classes, seed=7)
     service, reference = fake_service(logits, seed=8).probabilities, softmax(logits)
     tv = np.clip(DIVERGENCES["total_variation"](service, reference), 0, 1)
@@ -115,8 +125,31 @@ def _parts(
     }
     files = {
         "verification.onnx": linear_onnx(np.eye(n_classes, dtype=np.float32)),
-        "detector.onnx": total_variation_detector_onnx(),
-        "reclassifier.onnx": reference_reclassifier_onnx(),
+        "detector.onnx": _graph(_TOTAL_VARIATION),
+        "reclassifier.onnx": _graph(_REFERENCE),
         "calibration.json": calibration_file(scores),
     }
-    return Manifest(**fields), files
+    return Bundle.in_memory(Manifest(**fields), files)
+
+
+def linear_onnx(weight: NDArray[np.float32], input_name: str = INPUT_NAME, output_name: str = "logits") -> bytes:
+    """An ONNX graph x (N, D) -> x @ weight (N, K)."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    d, k = weight.shape
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", [input_name, "weight"], [output_name])],
+        "linear",
+        [helper.make_tensor_value_info(input_name, TensorProto.FLOAT, ["N", d])],
+        [helper.make_tensor_value_info(output_name, TensorProto.FLOAT, ["N", k])],
+        [numpy_helper.from_array(np.asarray(weight, np.float32), "weight")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8)
+    return bytes(model.SerializeToString())
+
+
+def _graph(text: str) -> bytes:
+    """A model from a graph in ONNX's own notation."""
+    import onnx
+
+    return bytes(onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": {OPSET}]> {text}').SerializeToString())

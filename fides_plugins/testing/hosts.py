@@ -24,8 +24,7 @@ from fides_plugins.bundle import Bundle
 from fides_plugins.hookspecs import hookimpl
 from fides_plugins.protection import Protection
 from fides_plugins.settings import Mode, Settings
-from fides_plugins.testing.fakes import fake_logits, memory_bundle, switch_top_two
-from fides_plugins.testing.graphs import INPUT_NAME
+from fides_plugins.testing.fakes import INPUT_NAME, fake_logits, memory_bundle, switch_top_two
 from fides_plugins.types import Detection, Float32Array, OutputKind, Prediction, softmax
 
 K = 10

@@ -8,7 +8,6 @@ Labels are never needed to fit a bundle, because the service model answers for e
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fides_plugins.array_files import open_npz
 from fides_plugins.bundle import InputSpec
-from fides_plugins.errors import TrainingError
+from fides_plugins.errors import InputError, TrainingError
 from fides_plugins.types import IntArray
 
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
@@ -136,21 +136,17 @@ def load_data(path: str | Path, spec: InputSpec | None = None) -> Dataset:
     if source.suffix != ".npz":
         raise TrainingError(f"{source.name} is not an .npz file.", "Save it with numpy.savez(path, images=..., ...).")
     try:
-        with np.load(source, allow_pickle=False) as archive:
-            names = set(archive.files)
-            if "images" not in names:
+        with open_npz(source) as archive:
+            if "images" not in archive.names:
                 raise TrainingError(
-                    f"{source.name} holds {sorted(names)} and no array `images`.",
+                    f"{source.name} holds {sorted(archive.names)} and no array `images`.",
                     "Save it with numpy.savez(path, images=..., labels=...).",
                 )
-            images = archive["images"]
-            labels = archive["labels"] if "labels" in names else None
-            class_names = tuple(str(n) for n in archive["class_names"]) if "class_names" in names else ()
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise TrainingError(
-            f"{source.name} cannot be read: {error}.", "Save plain arrays with numpy.savez; objects are refused."
-        ) from error
-    return Dataset(images, labels, class_names)
+            found = archive.read("images", "labels", "class_names")
+    except InputError as error:
+        raise TrainingError(error.cause_text, error.remedy) from None
+    class_names = tuple(str(n) for n in found.get("class_names", np.empty(0)).ravel())
+    return Dataset(found["images"], found.get("labels"), class_names)
 
 
 def _load_folder(folder: Path, spec: InputSpec | None) -> Dataset:

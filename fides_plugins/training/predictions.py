@@ -7,8 +7,6 @@ and judged without any model at hand.
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fides_plugins.array_files import open_npz
 from fides_plugins.codec import OutputCodec
 from fides_plugins.errors import InputError, TrainingError
 from fides_plugins.onnx_model import OnnxModel
@@ -157,14 +156,19 @@ def load_predictions(
         If the file cannot be read, arrays are missing, or their contents do not fit.
     """
     name = Path(path).name
-    arrays = _read_npz(Path(path), name)
+    wanted = [f"{side}_{kind}" for side in ("service", "verification") for kind in ("logits", "probabilities")]
+    try:
+        with open_npz(Path(path)) as archive:
+            arrays, names = archive.read(*wanted, "labels"), sorted(archive.names)
+    except InputError as error:
+        raise TrainingError(error.cause_text, error.remedy) from None
     outputs: list[NDArray[Any]] = []
     codecs: list[OutputCodec] = []
     for side, temperature in (("service", service_temperature), ("verification", verification_temperature)):
         kinds: list[OutputKind] = [k for k in ("logits", "probabilities") if f"{side}_{k}" in arrays]
         if not kinds:
             raise TrainingError(
-                f"{name} has neither `{side}_logits` nor `{side}_probabilities`; it has {sorted(arrays)}.",
+                f"{name} has neither `{side}_logits` nor `{side}_probabilities`; it has {names}.",
                 f"A predictions file holds {_ARRAYS}.",
             )
         outputs.append(arrays[f"{side}_{kinds[0]}"])
@@ -182,23 +186,6 @@ def run_graph(model: OnnxModel, output: str, **inputs: NDArray[Any]) -> Float32A
         for i in range(0, max(n, 1), _CHUNK)
     ]
     return np.concatenate(parts)
-
-
-def _read_npz(path: Path, name: str) -> Mapping[str, NDArray[Any]]:
-    try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise TrainingError(f"{name} holds one array, not an archive.", f"Save {_ARRAYS} with numpy.savez.")
-        with archive:
-            return {key: archive[key] for key in archive.files}
-    except FileNotFoundError:
-        raise TrainingError(f"There is no file {name}.", "Check the path.") from None
-    except OSError as error:
-        raise TrainingError(f"{name} cannot be read: {error.strerror or error}.") from None
-    except (ValueError, zipfile.BadZipFile, EOFError):
-        raise TrainingError(
-            f"{name} is no .npz file of plain arrays.", f"Save {_ARRAYS} with numpy.savez; objects are not read."
-        ) from None
 
 
 def _read(values: ArrayLike, codec: OutputCodec, what: str) -> Prediction:

@@ -15,6 +15,26 @@ from fides_plugins.types.arrays import EMPTY, Rows, frozen, set_field
 
 #: Name of the row-only tensor, (N, 0), of a query whose inputs the host does not have.
 ROWS_ONLY = "FIDES_ROWS"
+#: Characters of a request id.
+MAX_ID = 128
+_KEPT_END = 32
+
+
+def printable_id(given: object) -> str:
+    """A request id as it leaves us, in logs, records and answers: printable ASCII, at most `MAX_ID` characters.
+
+    Clients choose their ids. Anything else is escaped, so that different ids stay different, and a long one
+    loses its middle, so that the row's number at the end stays.
+    """
+    text = str(given)
+    long = len(text) > MAX_ID
+    if long:
+        text = text[:MAX_ID] + text[-_KEPT_END:]
+    if not (text.isascii() and text.isprintable()):
+        text = text.encode("unicode_escape").decode("ascii")
+    if long or len(text) > MAX_ID:
+        text = f"{text[: MAX_ID - _KEPT_END - 3]}...{text[-_KEPT_END:]}"
+    return text
 
 
 @dataclass(frozen=True)
@@ -39,7 +59,7 @@ class Query:
     inputs:
         Name to tensor; the first axis of every tensor is the row (N). Read-only.
     request_ids:
-        One string per row, or empty when the host knows none.
+        One string per row, or empty when the host knows none. Printable ASCII, whatever a client sent.
     model_name:
         Name under which the service model is served.
     metadata:
@@ -69,6 +89,7 @@ class Query:
             raise InputError(f"Inputs disagree on the number of rows: {lengths}.")
         set_field(self, "inputs", MappingProxyType(arrays))
         set_field(self, "metadata", MappingProxyType(dict(self.metadata)))
+        set_field(self, "request_ids", tuple(printable_id(i) for i in self.request_ids))
         if self.request_ids and len(self.request_ids) != self.n_rows:
             raise InputError(f"{len(self.request_ids)} request ids for {self.n_rows} rows.")
         set_field(self, "signed", tuple(self.signed) if any(part.request for part in self.signed) else ())

@@ -106,6 +106,8 @@ def test_check_tells_observe_from_unprotected(server: TorchServeServer, folder: 
     assert code == 1
     assert "not protected" in steps["verdict"]["detail"]
     assert "attach torchserve" in steps["verdict"]["remedy"]
+    # Other models of this server are counted, so the lines in config.properties are there.
+    assert "metrics_mode" not in steps["verdict"]["remedy"] + steps["metrics"]["remedy"]
 
 
 def test_check_names_what_is_wrong(server: TorchServeServer, folder: Path) -> None:
@@ -120,6 +122,16 @@ def test_check_names_what_is_wrong(server: TorchServeServer, folder: Path) -> No
     )
     assert result.exit_code == 1
     assert "Traceback" not in result.output
+
+
+def test_check_without_any_metrics_names_the_lines_once(folder: Path, tmp_path: Path) -> None:
+    plain_archive(tmp_path, name="bare")
+    with TorchServeServer(tmp_path, {"bare": "bare.mar"}) as server:
+        code, steps = check(server, folder, "bare")
+    assert code == 1
+    assert steps["verdict"]["remedy"].startswith("Run `fides attach torchserve`")
+    assert "metrics_mode" in steps["verdict"]["remedy"]
+    assert steps["metrics"]["remedy"] == ""
 
 
 def test_check_without_a_server_fails_in_one_line(folder: Path) -> None:

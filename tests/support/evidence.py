@@ -54,6 +54,8 @@ TDX = {
     "allow_dynamic_platform": True,
     "allow_cached_keys": True,
     "allow_smt": True,
+    "allow_unpinned_rtmr0": True,
+    "allow_zero_registers": True,
 }
 SNP = {
     "measurements": [
@@ -79,7 +81,7 @@ def statement(**changes: Any) -> Statement:
         "signing_key": KEY.public_key().public_bytes_raw(),
         "encryption_key": bytes(32),
         "bundle_digest": b"\x22" * 32,
-        "configuration": json.dumps({"bundle_version": 3, "clients": []}),
+        "configuration": json.dumps({"model": "fides", "bundle_version": 3, "clients": []}),
         "boot_id": b"\x44" * 16,
         "issued_at": int(NOW_S) - 60,
         "challenge": b"",
@@ -90,7 +92,7 @@ def statement(**changes: Any) -> Statement:
 def policy(tee: str, **changes: Any) -> EvidencePolicy:
     values: dict[str, Any] = {
         "measurements": [measurement_of(tee)],
-        "bundle_digests": ["22" * 32],
+        "models": {"fides": {"bundle_digests": ["22" * 32]}},
         "allow_any_client": True,
         "snp_minimum_tcb": SnpTcb(bootloader=3, tee=0, snp=20, microcode=209),
     }

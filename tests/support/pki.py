@@ -229,8 +229,10 @@ class IntelPki:
             + report_data
         )
 
-    def quote(self, tee: str, report_data: bytes, measurement: str = "program", debug: bool = False) -> bytes:
-        """A quote whose registers are digests of `measurement` and their own names."""
+    def quote(
+        self, tee: str, report_data: bytes, measurement: str = "program", debug: bool = False, zero: str = ""
+    ) -> bytes:
+        """A quote whose registers are digests of `measurement` and their own names; one may be zero (TDX)."""
         attestation = raw_point(self.keys["ak"])
         auth = bytes(range(32))
         qe = self._enclave_report(
@@ -242,6 +244,7 @@ class IntelPki:
         head += bytes.fromhex("939a7233f79c4ca9940a0db3957f0607") + bytes(20)
         if tee == "tdx":
             registers = {n: register(measurement, n) for n in ("mrtd", "rtmr0", "rtmr1", "rtmr2", "rtmr3")}
+            registers |= {zero: bytes(48)} if zero else {}
             td_attributes = (0x10000000 | int(debug)).to_bytes(8, "little")  # SEPT_VE_DISABLE
             body = bytes(16) + bytes(96) + bytes(8) + td_attributes + bytes.fromhex("e702060000000000")
             body += registers["mrtd"] + bytes(144) + b"".join(registers[f"rtmr{i}"] for i in range(4)) + report_data

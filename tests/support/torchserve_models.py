@@ -213,6 +213,23 @@ PASSES = CLASS.replace(
     "        return self.postprocess((self.inference(x) + self.inference(x * 1.0)) / 2)\n",
 )
 
+#: Takes the rows of a request from its body itself, as KServe's clients send them, and answers with a list.
+INSTANCES = (
+    CLASS
+    + """
+    def handle(self, data, context):
+        bodies = [d["body"]["instances"] for d in data]
+        made = self.postprocess(self.inference(self.preprocess([{"body": i} for body in bodies for i in body])))
+        return [{"predictions": [made.pop(0) for _ in body]} for body in bodies]
+"""
+)
+
+#: Gets the tensors of a KServe v2 request from TorchServe's envelope `kservev2`, and answers with class numbers.
+INPUTS = (
+    "import torch\n"
+    + CLASS.replace("return rows(decoded(data)) * self.scale", 'return torch.tensor([d["data"] for d in data])')
+).replace("return answers(logits)", 'return [a["label"] for a in answers(logits)]')
+
 #: A plug-in that misbehaves when the last column says so.
 FAULTY = """
 import time
@@ -260,6 +277,8 @@ SPECIAL: dict[str, tuple[str, str]] = {
     "mixed": ("digits.py", MIXED),
     "passes": ("digits.py", PASSES),
     "stream": ("digits.py", STREAM),
+    "instances": ("digits.py", INSTANCES),
+    "inputs": ("digits.py", INPUTS),
 }
 
 #: What the section `fides:` of a pure function needs besides.
@@ -277,6 +296,15 @@ def rows(n: int, seed: int = 0, attacked: tuple[int, ...] = (), trigger: float =
 def body(row: NDArray[np.float32]) -> dict[str, Any]:
     """JSON body of one request."""
     return {"x": [float(v) for v in row]}
+
+
+def kserve_v2(x: NDArray[np.float32]) -> dict[str, Any]:
+    """Body of one KServe v2 request, with an input tensor for each row."""
+    return {
+        "inputs": [
+            {"name": f"row-{i}", "shape": [WIDTH], "datatype": "FP32", "data": r.tolist()} for i, r in enumerate(x)
+        ]
+    }
 
 
 def post(

@@ -21,15 +21,17 @@ from fides_plugins.client.receipts import ReceiptChecker
 from fides_plugins.client.trust import EvidenceUrl, Trust
 from fides_plugins.errors import ServerError
 from fides_plugins.oip import JSON_LENGTH, first_text, read_answer, request_body
-from tests.support.verifiers import IDENTITY, IDENTITY_PUBLIC, IMAGE_28
+from tests.support.verifiers import IDENTITY, IDENTITY_PUBLIC, IMAGE_28, models_of
 
 
 class Process:
     """The command in a process of its own; free ports."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(
+        self, folder: Path, *options: str, clients: tuple[str, ...] = ("--client", IDENTITY_PUBLIC.hex())
+    ) -> None:
         command = [sys.executable, "-m", "fides_plugins.cli", "serve-verifier", "--bundle", str(folder)]
-        command += ["--evidence", "development", "--client", IDENTITY_PUBLIC.hex(), "--port", "0"]
+        command += ["--evidence", "development", *clients, "--port", "0"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -76,10 +78,8 @@ def image(seed: int) -> np.ndarray[Any, np.dtype[np.float32]]:
 
 def checker(server: Process, bundle: Bundle) -> ReceiptChecker:
     source = EvidenceUrl(f"http://{server.http}", timeout_s=60)
-    trust = Trust(
-        EvidencePolicy(bundle_digests=(bundle.digest,), allow_any_client=True), source, insecure_development=True
-    )
-    return ReceiptChecker(trust, IDENTITY, "hpke", 10)
+    rules = EvidencePolicy.model_validate({"models": models_of(bundle), "allow_any_client": True})
+    return ReceiptChecker(Trust(rules, source, insecure_development=True), IDENTITY, "hpke", bundle)
 
 
 def body(text: str, tensor: np.ndarray[Any, Any]) -> tuple[bytes, dict[str, str]]:

@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from typing_extensions import Self
 
 from fides_plugins.attestation.evidence import Evidence, Tee
+from fides_plugins.attestation.judge import Judge
 from fides_plugins.attestation.policy import EvidencePolicy, SnpTcb
 from fides_plugins.attestation.request import SignedRequest
 from fides_plugins.attestation.tensors import tensor_digest
-from fides_plugins.attestation.verify import TrustRoots, evidence_id
+from fides_plugins.attestation.verify import TrustRoots
 from fides_plugins.builtin.verify import OnnxVerifier
 from fides_plugins.bundle import Bundle, Manifest, write_bundle
-from fides_plugins.enclave.http import ServerLimits
+from fides_plugins.enclave.connections import ServerLimits
 from fides_plugins.enclave.serve import serve
 from fides_plugins.enclave.verifier import Verifier, VerifierOptions
 from fides_plugins.settings import Settings
@@ -39,6 +40,11 @@ def receipt_keys(verifier: Verifier) -> dict[bytes, Ed25519PublicKey]:
     statement = verifier.evidence().statement
     assert statement is not None
     return {statement.key_id: Ed25519PublicKey.from_public_bytes(statement.signing_key)}
+
+
+def models_of(*bundles: Bundle, **rule: Any) -> dict[str, Any]:
+    """The `models` of a policy that trusts these bundles, each for its own model."""
+    return {b.manifest.name: {"bundle_digests": [b.digest], **rule} for b in bundles}
 
 
 def reference_of(bundle: Bundle, tensor: NDArray[Any]) -> Float32Array:
@@ -89,10 +95,12 @@ class Hardware:
             chosen = VerifierOptions(**{**fields, "collateral": self.intel.collateral(tee)})
         return Verifier(bundle, PkiProvider(tee, self.intel, self.amd, measurement), chosen, clock=clock)
 
-    def policy(self, bundle: Bundle, tee: Tee = "tdx", **changes: object) -> EvidencePolicy:
+    def policy(
+        self, bundle: Bundle, tee: Tee = "tdx", minimum_bundle_version: int = 0, **changes: object
+    ) -> EvidencePolicy:
         values = {
             "measurements": [measurement_of(tee)],
-            "bundle_digests": [bundle.digest],
+            "models": models_of(bundle, minimum_bundle_version=minimum_bundle_version),
             "clients": [IDENTITY_PUBLIC.hex()],
             "snp_minimum_tcb": SnpTcb(bootloader=3, tee=0, snp=20, microcode=209),
         }
@@ -112,7 +120,8 @@ class Asked:
     ) -> None:
         self.key = X25519PrivateKey.generate()
         values: dict[str, Any] = {
-            "evidence_id": evidence_id(verifier.evidence()),
+            "key_id": verifier.key_id,
+            **vars(Judge.of(verifier.bundle)),
             "input_digest": tensor_digest(tensor),
             "scheme": scheme,
             "client_key": self.key.public_key().public_bytes_raw() if scheme == "hpke" else None,

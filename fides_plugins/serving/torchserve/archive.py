@@ -11,9 +11,11 @@ import gzip
 import io
 import os
 import shutil
+import stat
 import tarfile
 import tempfile
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +26,8 @@ from fides_plugins.errors import InputError
 
 #: The entry that makes a zip a model archive.
 MANIFEST = "MAR-INF/MANIFEST.json"
+#: The entry that makes a zip a workflow archive.
+_WORKFLOW = "WAR-INF/MANIFEST.json"
 #: Archives are reproducible: every new entry has the earliest time that a zip can hold.
 _ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 Form = Literal["mar", "tar.gz", "folder"]
@@ -31,6 +35,11 @@ Form = Literal["mar", "tar.gz", "folder"]
 _ENDINGS: dict[str, Form] = {".mar": "mar", ".tar.gz": "tar.gz", ".tgz": "tar.gz"}
 _FILE_MODE = 0o644
 _LIMIT = "Check that the file is a whole model archive."
+#: Bytes of a manifest or another document that is read whole.
+MAX_DOCUMENT_BYTES = 4 * 1024**2
+#: How many times its size an archive may unpack to, and how many bytes are allowed in any case.
+MAX_RATIO = 200
+ALWAYS_ALLOWED_BYTES = 1024**3
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,16 @@ class Entry:
             return b""
         with self.open() as stream:
             return stream.read()
+
+    def document(self, limit: int = MAX_DOCUMENT_BYTES) -> bytes:
+        """Whole contents of an entry that is short; `InputError` for a longer one."""
+        if self.open is None:
+            return b""
+        with self.open() as stream:
+            content = stream.read(limit + 1)
+        if len(content) > limit:
+            raise InputError(f"{self.name} has more than {limit:,} bytes.", "Build the archive again.")
+        return content
 
     def with_content(self, content: bytes) -> Entry:
         """The same entry with other contents."""
@@ -119,11 +138,18 @@ def open_archive(path: str | Path) -> Iterator[ModelArchive]:
         with zipfile.ZipFile(source) as zipped:
             if any(i.flag_bits & 1 for i in zipped.infolist()):
                 raise InputError(f"{source.name} holds encrypted entries.", "Remove the encryption first.")
+            _check_unpacked(source, sum(i.file_size for i in zipped.infolist()))
             entries = [_zip_entry(zipped, info) for info in zipped.infolist()]
             yield _checked(source, "mar", entries, zipped.comment)
     elif tarfile.is_tarfile(source):
         with tarfile.open(source, "r:*") as tar:
-            yield _checked(source, "tar.gz", [_tar_entry(tar, info) for info in tar.getmembers()])
+            members, unpacked = [], 0
+            for info in tar:
+                # As they are met: what follows need not be unpacked to be refused.
+                unpacked += info.size
+                _check_unpacked(source, unpacked)
+                members.append(_tar_entry(tar, info))
+            yield _checked(source, "tar.gz", members)
     else:
         raise InputError(f"{source.name} is neither a zip, nor a tar, nor a folder.", _LIMIT)
 
@@ -150,12 +176,7 @@ def write_archive(target: str | Path, archive: ModelArchive, force: bool = False
         raise InputError(f"There is no folder for {path.name}.", "Make it first.")
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         staging = Path(folder) / "archive"
-        if archive.form == "folder":
-            write_folder(staging, archive)
-        elif archive.form == "mar":
-            _write_zip(staging, archive)
-        else:
-            _write_tar(staging, archive)
+        {"folder": write_folder, "mar": _write_zip, "tar.gz": _write_tar}[archive.form](staging, archive)
         if path.is_dir() and not path.is_symlink():
             # A folder cannot be replaced in one step; the old one steps aside first.
             os.replace(path, Path(folder) / "before")
@@ -167,40 +188,47 @@ def write_folder(root: Path, archive: ModelArchive) -> None:
     root.mkdir(parents=True)
     for entry in archive.entries:
         path = root / entry.name
-        if entry.open is None:
-            if isinstance(entry.info, Path) and entry.info.is_symlink():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.symlink_to(os.readlink(entry.info))
-            else:
-                path.mkdir(parents=True, exist_ok=True)
-            continue
         path.parent.mkdir(parents=True, exist_ok=True)
-        with entry.open() as source, path.open("wb") as out:
-            shutil.copyfileobj(source, out)
-        if isinstance(entry.info, Path):
-            shutil.copystat(entry.info, path)
+        if entry.open is not None:
+            with entry.open() as source, path.open("wb") as out:
+                shutil.copyfileobj(source, out)
+            if isinstance(entry.info, Path):
+                shutil.copystat(entry.info, path)
+        elif isinstance(entry.info, Path):
+            path.symlink_to(os.readlink(entry.info))
+        else:
+            path.mkdir(exist_ok=True)
+
+
+def _check_unpacked(source: Path, n_bytes: int) -> None:
+    if n_bytes > max(ALWAYS_ALLOWED_BYTES, MAX_RATIO * source.stat().st_size):
+        raise InputError(
+            f"{source.name} unpacks to {n_bytes:,} bytes or more.", f"At most {MAX_RATIO} times its own size are read."
+        )
 
 
 def _checked(source: Path, form: Form, entries: Sequence[Entry], comment: bytes = b"") -> ModelArchive:
+    if any(e.name == _WORKFLOW for e in entries):
+        raise InputError(
+            f"{source.name} is a workflow and holds no model.",
+            "Attach to the archive of each of its models that classifies; its functions cannot be protected.",
+        )
     manifests = [e.name for e in entries if e.name == MANIFEST or e.name.endswith(f"/{MANIFEST}")]
     prefix = manifests[0][: -len(MANIFEST)] if len(manifests) == 1 else ""
-    if not manifests or any(not _inside(e.name, prefix) for e in entries):
+    # The folder around everything, where there is one, is an entry itself in some archives.
+    outside = [e for e in entries if not e.name.startswith(prefix) and e.name.rstrip("/") + "/" != prefix]
+    if not manifests or outside:
         raise InputError(f"{source.name} is no model archive: it has no {MANIFEST} at its top.", _LIMIT)
-    # The folder around everything becomes the entry with the empty name.
+    # It becomes the entry with the empty name.
     plain = [Entry(e.name[len(prefix) :], e.open, e.info) for e in entries]
     for entry in plain:
         parts = PurePosixPath(entry.name)
         if parts.is_absolute() or ".." in parts.parts or "\\" in entry.name:
             raise InputError(f"{source.name} holds the unsafe entry {entry.name!r}.", "Build the archive again.")
-    names = [e.name for e in plain]
-    if len(set(names)) < len(names):
-        twice = next(n for n in names if names.count(n) > 1)
-        raise InputError(f"{source.name} holds {twice!r} twice.", "Build the archive again.")
+    twice = [name for name, count in Counter(e.name for e in plain).items() if count > 1]
+    if twice:
+        raise InputError(f"{source.name} holds {twice[0]!r} twice.", "Build the archive again.")
     return ModelArchive(form, prefix, tuple(plain), comment)
-
-
-def _inside(name: str, prefix: str) -> bool:
-    return name.startswith(prefix) or name.rstrip("/") + "/" == prefix
 
 
 def _zip_entry(zipped: zipfile.ZipFile, info: zipfile.ZipInfo) -> Entry:
@@ -221,6 +249,8 @@ def _tar_entry(tar: tarfile.TarFile, info: tarfile.TarInfo) -> Entry:
 
 def _folder_entry(root: Path, path: Path) -> Entry:
     name = path.relative_to(root).as_posix()
+    if not stat.S_ISREG(path.lstat().st_mode) and not path.is_symlink():
+        raise InputError(f"{name} is neither a file nor a folder.", "Take it out of the archive's folder.")
     return Entry(name, None if path.is_symlink() else lambda: path.open("rb"), path)
 
 

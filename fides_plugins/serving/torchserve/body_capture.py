@@ -13,6 +13,7 @@ from fides_plugins.errors import InputError
 from fides_plugins.serving.http import RowVerdict, rows_of
 from fides_plugins.serving.torchserve.body import BodyParser
 from fides_plugins.serving.torchserve.judge import InferenceJudge
+from fides_plugins.types import Status
 
 logger = logging.getLogger("fides_plugins")
 
@@ -27,7 +28,8 @@ class Bodies:
     request_ids:
         One per item of `data`; ignored where there are more or fewer.
     exempt:
-        Requests whose answer is no class output, and why. They are not read.
+        Requests that asked for something else than a class output, and why. Any client may, by a header, whether the
+        handler knows such a thing or not: an answer that holds a class output all the same is judged, alone.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Bodies:
         self._request_ids = request_ids if len(request_ids) == len(data) else ()
         self._exempt = exempt or {}
         self._unread = dict(self._exempt)
+        self._alone = {i: Bodies(judge, parser, [data[i]], self._ids([i])) for i in self._exempt}
         rows: dict[int, NDArray[Any]] = {}
         for index, item in enumerate(data):
             if index not in self._exempt:
@@ -62,10 +65,18 @@ class Bodies:
     def judge(self, answer: Any) -> tuple[list[RowVerdict], Any]:
         """Verdict per request, and the answers to send (changed only where corrected)."""
         verdicts: dict[int, RowVerdict] = {}
-        for index, reason in self._unread.items():
-            (verdicts[index],) = self._judge.unjudged(1, reason, self._ids([index]), exempt=index in self._exempt)
         n_requests = len(self._read) + len(self._unread)
-        if not isinstance(answer, list) or len(answer) != n_requests:
+        whole = isinstance(answer, list) and len(answer) == n_requests
+        for index, reason in self._unread.items():
+            alone = self._alone.get(index)
+            if whole and alone is not None and alone.holds_class_output(answer[index]):
+                (verdict,), (changed,) = alone.judge([answer[index]])
+                attacked = verdict.status is Status.ATTACKED
+                answer = [changed if i == index else item for i, item in enumerate(answer)]
+                verdicts[index] = verdict if attacked else RowVerdict(Status.INDETERMINATE, reason=reason)
+            else:
+                (verdicts[index],) = self._judge.unjudged(1, reason, self._ids([index]), exempt=alone is not None)
+        if not whole:
             # TorchServe refuses such an answer itself.
             reason = "the handler did not answer once per request"
             rows = self._judge.unjudged(len(self._read), reason, self._ids(self._read))
@@ -73,6 +84,13 @@ class Bodies:
         elif self._read:
             answer = self._judge_read(answer, verdicts)
         return [verdicts[i] for i in range(n_requests)], answer
+
+    def holds_class_output(self, item: Any) -> bool:
+        """Whether the one request could be read, and its answer too."""
+        try:
+            return bool(self._read) and self._parser.response(item).size > 0
+        except InputError:
+            return False
 
     def _judge_read(self, answer: list[Any], verdicts: dict[int, RowVerdict]) -> list[Any]:
         """Add the verdicts on the requests that could be read; the answers to send."""

@@ -19,17 +19,15 @@ def build_archive(
     handler: str,
     files: Mapping[str, bytes | str],
     *,
-    name: str = "",
     config: str = "",
     serialized_file: str = "",
-    version: str = "1.0",
 ) -> Path:
     """Write a `.mar`, in one step; what is there already is replaced.
 
     Parameters
     ----------
     path:
-        Where it goes; its stem is the model's name unless `name` is given.
+        Where it goes; its stem is the model's name.
     handler:
         As in the manifest: a file among `files`, or the name of a built-in.
     files:
@@ -40,7 +38,7 @@ def build_archive(
         Name of the weights among `files`, for handlers that load them.
     """
     target = Path(path)
-    model = {"modelName": name or target.stem, "handler": handler, "modelVersion": version}
+    model = {"modelName": target.stem, "handler": handler, "modelVersion": "1.0"}
     if serialized_file:
         model["serializedFile"] = serialized_file
     contents = dict(files)

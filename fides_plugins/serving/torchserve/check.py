@@ -65,12 +65,12 @@ def check(
         raise InputError(f"{url!r} is no URL.", "Give one such as http://localhost:8080.")
     headers = {"content-type": content_type, **({"authorization": f"Bearer {token}"} if token else {})}
     metrics = metrics_url or f"{_neighbour(url, 2)}/metrics"
-    workers = _check_workers(management_url or _neighbour(url, 1), model, headers)
-    before = _count_verdicts(metrics, model)
+    before = _read_page(metrics)
+    workers = _check_workers(management_url or _neighbour(url, 1), model, headers, before)
     inference, answer = _check_inference(f"{url.rstrip('/')}/predictions/{model}", body, headers, repeat)
     if answer is None:
         return [workers, inference]
-    return [workers, inference, *_check_protection(answer, lambda: _count_verdicts(metrics, model), before)]
+    return [workers, inference, *_check_protection(answer, model, lambda: _read_page(metrics), before)]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class _Answer:
     body: bytes
 
 
-def _check_workers(management_url: str, model: str, headers: Mapping[str, str]) -> CheckFinding:
+def _check_workers(management_url: str, model: str, headers: Mapping[str, str], page: str | None) -> CheckFinding:
     try:
         answer = _ask(f"{management_url}/models/{model}", None, headers)
     except ServerError:
@@ -88,7 +88,9 @@ def _check_workers(management_url: str, model: str, headers: Mapping[str, str]) 
         return CheckFinding("workers", None, "the management API cannot be reached", remedy)
     if answer.status == 404:
         remedy = "Register it, or correct the name."
-        return CheckFinding("workers", False, f"no model {model!r} is registered", remedy)
+        # TorchServe keeps the last value of every metric, an alarm too, until it is restarted.
+        past = "; its metrics are of the past" if page and _count_verdicts(page, model) else ""
+        return CheckFinding("workers", False, f"no model {model!r} is registered{past}", remedy)
     try:
         workers = json.loads(answer.body)[0]["workers"]
         ready = sum(1 for w in workers if w["status"] == "READY")
@@ -125,22 +127,19 @@ def _check_inference(
 
 
 def _check_protection(
-    answer: _Answer, count: Callable[[], float | None], before: float | None
+    answer: _Answer, model: str, read_page: Callable[[], str | None], before: str | None
 ) -> tuple[CheckFinding, CheckFinding]:
-    """The findings on the verdict and on the metrics."""
+    """The findings on the verdict and on the metrics; `before` is the metrics page before the inference."""
     status = answer.headers.get(HEADER_STATUS, "")
-    after = before
-    if before is not None:
-        deadline = time.monotonic() + _METRIC_WAIT_S
-        while (after := count()) is not None and after <= before and time.monotonic() < deadline:
-            time.sleep(_METRIC_PAUSE_S)
-    counted = before is not None and after is not None and after > before
+    counted = before is not None and _counts_more(read_page, model, _count_verdicts(before, model))
     if counted:
         metrics = CheckFinding("metrics", True, f"{VERDICTS.name} counts this model")
     elif before is None:
         metrics = CheckFinding("metrics", None, "the metrics page cannot be reached", METRIC_LINES)
-    else:
+    elif status:
         metrics = CheckFinding("metrics", False, f"{VERDICTS.name} does not count this model", METRIC_LINES)
+    else:
+        metrics = CheckFinding("metrics", None, "nothing of this model is counted")
     if status in ("trusted", "attacked"):
         return CheckFinding("verdict", True, f"{status}, in the response headers"), metrics
     if status:
@@ -152,20 +151,37 @@ def _check_protection(
     if before is None:
         detail = "no verdict, and no metrics to see whether mode is `observe`"
         return CheckFinding("verdict", False, detail, METRIC_LINES), metrics
-    remedy = "Run `fides attach torchserve` on its archive."
-    return CheckFinding("verdict", False, "the model is not protected", remedy), metrics
+    detail, remedy = "the model is not protected", "Run `fides attach torchserve` on its archive."
+    if VERDICTS.name not in before:
+        # No model of this server is counted, so the lines may be missing: without them `observe` looks like this too.
+        detail += ", or its mode is `observe` and metrics are off"
+        remedy += f" If that was done: {METRIC_LINES}"
+    return CheckFinding("verdict", False, detail, remedy), metrics
 
 
-def _count_verdicts(url: str, model: str) -> float | None:
-    """Sum of the verdict counters of a model; None where there is no metrics page."""
+def _counts_more(read_page: Callable[[], str | None], model: str, before: float) -> bool:
+    """Whether the model's counter grows; it is written a little after the answer."""
+    deadline = time.monotonic() + _METRIC_WAIT_S
+    while (page := read_page()) is not None and time.monotonic() < deadline:
+        if _count_verdicts(page, model) > before:
+            return True
+        time.sleep(_METRIC_PAUSE_S)
+    return False
+
+
+def _read_page(url: str) -> str | None:
+    """The metrics page; None where there is none."""
     try:
         answer = _ask(url, None, {})
     except ServerError:
         return None
-    if answer.status != 200:
-        return None
+    return answer.body.decode("utf-8", "replace") if answer.status == 200 else None
+
+
+def _count_verdicts(page: str, model: str) -> float:
+    """Sum of the verdict counters of a model."""
     pattern = rf'^{VERDICTS.name}{{[^}}]*ModelName="{re.escape(model)}"[^}}]*}} ([0-9.eE+]+)$'
-    return sum(float(v) for v in re.findall(pattern, answer.body.decode("utf-8", "replace"), re.MULTILINE))
+    return sum(float(v) for v in re.findall(pattern, page, re.MULTILINE))
 
 
 def _neighbour(url: str, offset: int) -> str:

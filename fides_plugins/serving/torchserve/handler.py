@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,17 @@ from fides_plugins.builtin.remote import NAME as REMOTE
 from fides_plugins.errors import FidesError, SettingsError
 from fides_plugins.observation.metrics import MetricsBackend
 from fides_plugins.protection import INTERNAL
-from fides_plugins.serving.http import RowVerdict, envelope, headers, per_request, refusal
+from fides_plugins.serving.http import RowVerdict, envelope, headers, only_split, per_request, refusal
+from fides_plugins.serving.torchserve.answer import AnswerReader
 from fides_plugins.serving.torchserve.body import BodyParser, make_parser
 from fides_plugins.serving.torchserve.body_capture import Bodies
+from fides_plugins.serving.torchserve.envelopes import items_per_request, stand_outside
 from fides_plugins.serving.torchserve.judge import InferenceJudge
 from fides_plugins.serving.torchserve.metrics import TorchServeMetrics
 from fides_plugins.serving.torchserve.options import HostOptions, read_section
 from fides_plugins.serving.torchserve.original import Found, Original, find_handler, protect, require_wrappable
 from fides_plugins.serving.torchserve.receipts import Receipts
+from fides_plugins.serving.torchserve.row_counts import row_counts
 from fides_plugins.settings import Settings
 from fides_plugins.types import Status
 
@@ -34,11 +38,16 @@ logger = logging.getLogger("fides_plugins")
 #: Asks for the verdict in the body: an HTTP header, or an extra key of the inputs over gRPC.
 ENVELOPE_KEY = "x-fides-envelope"
 
+#: In the names of a workflow's nodes, and nowhere else by default.
+_NODE = "__"
+
 NOT_CALLED = "the handler did not call inference()"
 NO_ROWS = "the input or the output of inference() cannot be read"
 EXPLAINED = "explanations and descriptions are not verified"
 REFUSED = "the handler refused this request itself"
 STREAMED = "streamed answers are not verified"
+ANOTHER = "the answer names another class than inference() gave"
+UNREADABLE = "the class in the answer cannot be read where `answer` says it is"
 MIXED = f"{NOT_CALLED}; a request of its batch asked for an explanation"
 
 
@@ -62,7 +71,9 @@ class FidesHandler:
         self._request_ids: tuple[str, ...] = ()
         self._parser: BodyParser | None = None
         self._receipts: Receipts | None = None
+        self._envelope: Any = None
         self._warned = False
+        stand_outside(FidesHandler)
 
     @property
     def settings(self) -> Settings:
@@ -82,6 +93,7 @@ class FidesHandler:
             self.options, self.judge, found, self._parser = prepare(
                 context.model_yaml_config, context.system_properties["model_dir"], context.model_name, metrics
             )
+            self._reader = AnswerReader(self.options.answer, self.judge.protection.class_names)
             self.original = protect(found, self._capture if self._parser is None else None)
         except FidesError as error:
             raise RuntimeError(f"Fides cannot protect this model: {error}") from error
@@ -89,6 +101,14 @@ class FidesHandler:
         if self.options.metrics and context.metrics is not None:
             metrics.start(context.metrics)
         logger.info("Fides protects %s in mode %s", found.description, self.settings.mode)
+        if _NODE in context.model_name:
+            logger.warning("%s is a node of a workflow: only refusals reach clients, no headers", context.model_name)
+
+    def enclose(self, envelope: type) -> None:
+        """Put a service envelope around the original handler, once; see `envelopes`."""
+        if self._envelope is None:
+            self._envelope = envelope(self.original.handle)
+            self.original.handle = self._envelope.handle
 
     def handle(self, data: Any, context: Any) -> Any:
         """Answer one batch: the original's answer, with verdicts in headers, bodies and statuses."""
@@ -106,7 +126,7 @@ class FidesHandler:
         self._request_ids = tuple(str(context.get_request_id(i)) for i in range(n_requests))
         self._receipts = Receipts(context, n_requests) if REMOTE in self.settings.plugins.options else None
         try:
-            if self._parser is not None and len(explained) < n_requests:
+            if self._parser is not None:
                 bodies = Bodies(self.judge, self._parser, data, self._request_ids, explained)
             self._collecting = self._parser is None
             answer = self.original.handle(data, context)
@@ -117,15 +137,28 @@ class FidesHandler:
                 verdicts, answer = bodies.judge(answer)
             else:
                 streamed = {i: STREAMED for i in range(n_requests) if _streamed(context, i)}
-                verdicts = self._verdicts({**streamed, **explained}, n_requests)
+                verdicts = self._verdicts({**streamed, **explained}, n_requests, data)
+            verdicts = self._compared(answer, context, verdicts)
             answered = self._answer(answer, context, verdicts, wanted) if visible else answer
             if self._receipts is not None:
                 self._receipts.write(context)
-            return answered
         except Exception:  # host boundary: the answer exists, and only policy may hold it back
             logger.exception("the protection failed")
-            failed = self.judge.unjudged(n_requests, INTERNAL, self._request_ids)
-            return self._answer(answer, context, failed, []) if visible else answer
+            verdicts = self.judge.unjudged(n_requests, INTERNAL, self._request_ids)
+            answered = self._answer(answer, context, verdicts, []) if visible else answer
+        refused = next((v for v in verdicts if v.refused), None)
+        if visible and refused is not None and self._hands_on_any_body(context):
+            raise _prediction_exception(refused)
+        return answered
+
+    def _hands_on_any_body(self, context: Any) -> bool:
+        """Whether TorchServe hands a body on whatever status it has, so that only a failed batch withholds anything.
+
+        So it does inside a workflow, whose nodes it names `workflow__node`, and in the Open Inference Protocol's gRPC,
+        which reads tensors in every body.
+        """
+        of_tensors = type(self._envelope).__name__ == "KServev2Envelope"
+        return _NODE in context.model_name or (of_tensors and not _over_http(context, 0))
 
     def _capture(self, call: Callable[[], Any], data: Any, micro_batch: int | None) -> Any:
         """Around each `inference()` of the original handler."""
@@ -143,7 +176,7 @@ class FidesHandler:
             self._calls.append((micro_batch, len(self._calls), rows))
         return output
 
-    def _verdicts(self, exempt: Mapping[int, str], n_requests: int) -> list[RowVerdict]:
+    def _verdicts(self, exempt: Mapping[int, str], n_requests: int, data: Sequence[Any]) -> list[RowVerdict]:
         """One verdict per request; `exempt`: requests without a class output to verify, and why."""
         with self._lock:
             calls = sorted(self._calls, key=lambda c: (c[0] or 0, c[1]))
@@ -152,50 +185,93 @@ class FidesHandler:
         if not n_rows and others and not self._warned:
             self._warned = True
             logger.warning("%s; its answers cannot be judged", NOT_CALLED)
-        reason, nothing_read = "", len(self._unread) == n_rows
-        if nothing_read:
+        reason = ""
+        if len(self._unread) == n_rows:
             # Nothing of the batch could be read: its requests say why, however many there are.
             reason = self._unread[0] if self._unread else MIXED if EXPLAINED in exempt.values() else NOT_CALLED
             self.judge.unjudged(len(others), reason, [self._request_ids[i] for i in others])
         elif self._unread:
             self.judge.unjudged(len(self._unread), self._unread[0])
         # A handler hands over the rows of the whole batch, or leaves out those that it answers otherwise.
-        whole = not nothing_read and n_rows == n_requests * (self.options.rows_per_request or 1)
-        judged = range(n_requests) if whole else others
-        made = per_request(
+        counts = [c | {0} if i in exempt else c for i, c in enumerate(self._counts(data, n_requests, n_rows))]
+        split = only_split(counts, n_rows) or [0] * n_requests
+        verdicts = per_request(
             [rows for _, _, rows in calls],
-            len(judged),
+            n_requests,
             self.options.rows,
             self.options.rows_per_request,
             unjudged=lambda why: self.judge.failed(reason or why),
             # TorchServe's own micro-batching cuts the batch into parts.
             layout="parts" if any(micro is not None for micro, _, _ in calls) else self.options.calls,
+            counts=counts,
         )
-        verdicts = dict(zip(judged, made, strict=True))
         for index, why in exempt.items():
-            if whole:
-                # Its row is counted and logged already, with the others. Any client may ask for an explanation by a
-                # header, whether the handler knows such a thing or not: that hides no attack.
-                if why != EXPLAINED or verdicts[index].status is not Status.ATTACKED:
-                    verdicts[index] = RowVerdict(Status.INDETERMINATE, reason=why)
+            # Any client may ask for an explanation by a header, whether the handler knows such a thing or not: that
+            # hides no attack.
+            if why == EXPLAINED and verdicts[index].status is Status.ATTACKED:
+                continue
+            if split[index]:
+                # Its row is counted and logged already, with the others.
+                verdicts[index] = RowVerdict(Status.INDETERMINATE, reason=why)
             else:
                 (verdicts[index],) = self.judge.unjudged(1, why, [self._request_ids[index]], exempt=True)
-        return [verdicts[i] for i in range(n_requests)]
+        return verdicts
+
+    def _compared(self, answer: Any, context: Any, verdicts: list[RowVerdict]) -> list[RowVerdict]:
+        """The verdicts once the class that each final body names was compared with the label that was judged.
+
+        What `postprocess()` and `handle()` do after `inference()` is code of the service like the model. Only answers
+        that would be handed out as good are compared.
+        """
+        if not isinstance(answer, list) or len(answer) != len(verdicts):
+            return verdicts
+        corrects = self.settings.mode == "correct"
+        made = list(verdicts)
+        for index, verdict in enumerate(verdicts):
+            if verdict.status not in (Status.TRUSTED, Status.ATTACKED):
+                continue
+            # A parser reads the final body.
+            by_body = self._parser is not None
+            labels = (verdict.label,) if by_body else verdict.labels
+            made[index] = replace(verdict, judged="answer" if by_body else "inference")
+            good = verdict.status is Status.TRUSTED or (verdict.corrected and corrects)
+            if not good or verdict.refused or _streamed(context, index) or _refused_by_handler(context, index):
+                continue
+            agrees = self._reader.agrees(answer[index], labels)
+            if agrees:
+                made[index] = replace(verdict, judged="answer")
+            elif agrees is False:
+                lie = self.judge.lied(len(labels), self._request_ids[index], ANOTHER)
+                made[index] = replace(lie, judged="answer")
+            elif self._reader.required and labels:
+                made[index] = self.judge.failed(UNREADABLE)
+        return made
+
+    def _counts(self, data: Sequence[Any], n_requests: int, n_rows: int) -> list[frozenset[int]]:
+        """The numbers of rows that each request may have made."""
+        declared = self.options.rows_per_request
+        if declared is not None or n_requests == n_rows == 1:
+            return [frozenset({declared or 1})] * n_requests
+        items = items_per_request(self._envelope, n_requests)
+        return [row_counts(item, None if items is None else items[i]) for i, item in enumerate(data)]
 
     def _wants_envelope(self, data: Any, context: Any, index: int) -> bool:
         """Whether this request's verdict goes into the body; takes our own key out of gRPC inputs."""
         item = data[index] if isinstance(data, list) and index < len(data) else None
         asked = isinstance(item, MutableMapping) and item.pop(ENVELOPE_KEY, None) is not None
+        if _NODE in context.model_name:
+            # A client's headers reach every node of a workflow, and a body goes to the next one.
+            return self.options.envelope == "always"
         properties = context.get_all_request_header(index)
         asked = asked or any(str(k).lower() == ENVELOPE_KEY for k in properties)
         rule = self.options.envelope
-        over_http = "url_path" in properties
+        over_http = _over_http(context, index)
         return rule == "always" or (rule == "grpc" and not over_http) or (rule in ("request", "grpc") and asked)
 
     def _answer(self, answer: Any, context: Any, verdicts: Sequence[RowVerdict], wanted: Sequence[bool]) -> Any:
         """Write headers, refusals and envelopes for every request of the batch."""
-        if not isinstance(answer, list):
-            return answer
+        if not isinstance(answer, list) or len(answer) != len(verdicts):
+            return answer  # TorchServe refuses it whole, with 503
         items = list(answer)
         for index, verdict in enumerate(verdicts):
             if _streamed(context, index):
@@ -204,15 +280,12 @@ class FidesHandler:
                 _mark(context, index, RowVerdict(Status.INDETERMINATE, reason=REFUSED))
                 continue
             _mark(context, index, verdict)
-            where = _positions(index, len(items), len(verdicts), self.options)
             if verdict.refused:
                 context.set_response_status(verdict.http_status, "Refused by Fides", index)
                 context.set_response_header(index, "content-type", "application/json")
-                for position in where:
-                    items[position] = refusal(verdict)
+                items[index] = refusal(verdict)
             elif wanted and wanted[index]:
-                for position in where:
-                    items[position] = envelope(items[position], verdict, self.judge.protection.class_names)
+                items[index] = envelope(items[index], verdict, self.judge.protection.class_names)
         return items
 
 
@@ -240,21 +313,6 @@ def prepare(
     return options, judge, found, parser
 
 
-def _positions(index: int, n_items: int, n_requests: int, options: HostOptions) -> Sequence[int]:
-    """Items of the handler's answer that belong to a request.
-
-    A server-wide service envelope (such as `json`) lets a handler answer one item per row and joins
-    them afterwards.
-    """
-    if n_items == n_requests:
-        return (index,)
-    declared = options.rows_per_request or 0
-    if declared and n_items == declared * n_requests:
-        return range(index * declared, (index + 1) * declared)
-    # Without a declared number every request of the batch has the same verdict, so all items share its fate.
-    return range(n_items)
-
-
 def _mark(context: Any, index: int, verdict: RowVerdict) -> None:
     ours = headers(verdict)
     existing = context.get_response_headers(index)
@@ -275,10 +333,23 @@ def _asks(context: Any, index: int) -> bool:
     return any(context.get_request_header(index, what) == "True" for what in ("explain", "describe"))
 
 
+def _over_http(context: Any, index: int) -> bool:
+    return "url_path" in context.get_all_request_header(index)
+
+
+def _prediction_exception(refused: RowVerdict) -> Exception:
+    """What makes TorchServe fail a whole batch with a status and a text of ours."""
+    from ts.utils.util import PredictionException
+
+    made: Exception = PredictionException(refusal(refused)["message"], refused.http_status)
+    return made
+
+
 def _streamed(context: Any, index: int) -> bool:
     return bool(context.request_processor and context.get_response_headers(index).get("ts_stream_next"))
 
 
 def _refused_by_handler(context: Any, index: int) -> bool:
+    """Whether the handler refused a request itself; over gRPC no status reaches the client, so its answer is judged."""
     code, _ = context.get_response_status(index)
-    return isinstance(code, int) and code >= 400
+    return _over_http(context, index) and isinstance(code, int) and code >= 400

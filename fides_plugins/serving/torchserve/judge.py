@@ -76,6 +76,12 @@ class InferenceJudge:
         """Verdicts on rows that cannot be judged, shown to all observers."""
         return rows_of(self.protection.unjudged(n_rows, reason, request_ids, exempt=exempt))
 
+    def lied(self, n_rows: int, request_id: str, reason: str) -> RowVerdict:
+        """The verdict on an answer that contradicts what was judged, shown to all observers."""
+        withheld = self.protection.settings.mode in ("correct", "reject")
+        query = self.protection.query({}, n_rows, [request_id] * n_rows)
+        return rows_of(self.protection.refuse(query, reason, withheld=withheld))[0]
+
     def begin(self, data: Any, request_ids: Sequence[str] = (), receipts: Receipts | None = None) -> PendingCall:
         """Start the verification of what `inference()` gets."""
         if self.protection.problem:

@@ -29,6 +29,20 @@ class BodyFormat(BaseModel):
     response: str = Field("", description="Dotted path to the class output in a response; empty: the whole response.")
 
 
+class AnswerFormat(BaseModel):
+    """Where a final response names its class, to compare it with the label that was judged."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    compare: bool = Field(True, description="Compare the class that a response names with the judged label.")
+    path: str = Field(
+        "", description="Dotted path to the class in a response; if set, a response without it is an `error`."
+    )
+    names: tuple[str, ...] = Field(
+        (), description="What responses call the classes, by label; empty: the bundle's names."
+    )
+
+
 class HostOptions(BaseModel):
     """Keys of the section that only TorchServe knows."""
 
@@ -44,6 +58,7 @@ class HostOptions(BaseModel):
     parser: BodyFormat | str | None = Field(
         None, description="How to read bodies where there is no inference() to wrap: JSON paths, or a module."
     )
+    answer: AnswerFormat = Field(AnswerFormat(), description="How responses name their class.")
     concurrent: bool = Field(True, description="Verify while inference() runs.")
     metrics: bool = Field(True, description="Report metrics through TorchServe.")
 

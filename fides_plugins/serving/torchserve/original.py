@@ -140,7 +140,9 @@ def protect(found: Found, capture: Capture | None) -> Original:
     if found.kind == "class":
         handler_class = found.target
         if capture is not None and callable(getattr(handler_class, "inference", None)):
-            handler_class = _subclass(handler_class, capture)
+            body = {"__module__": handler_class.__module__, "__qualname__": handler_class.__qualname__}
+            body |= _wrapped_methods(handler_class, capture)
+            handler_class = type(handler_class)(handler_class.__name__, (handler_class,), body)
         instance = handler_class()
         return Original(instance.initialize, instance.handle, instance)
     if capture is not None:
@@ -194,11 +196,6 @@ def _find_class(module: ModuleType, chosen: Any) -> Found:
         what = f"lacks {' and '.join(missing)}" if missing else "is abstract"
         raise SettingsError(f"The handler class {chosen.__name__!r} {what}.", _REMEDY)
     return Found("class" if callable(getattr(chosen, "inference", None)) else "body", module, chosen)
-
-
-def _subclass(cls: type, capture: Capture) -> type:
-    body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, **_wrapped_methods(cls, capture)}
-    return type(cls)(cls.__name__, (cls,), body)
 
 
 def _wrapped_methods(cls: type, capture: Capture) -> dict[str, Callable[..., Any]]:

@@ -142,20 +142,18 @@ class ClassOutput:
         """
         if self.key is None:
             return _with_rows(self.whole, rows, values)
-        if isinstance(self.key, int) or isinstance(self.whole, Mapping):
-            item = _with_rows(self.whole[self.key], rows, values)
-        else:
-            item = _with_rows(getattr(self.whole, self.key), rows, values)
+        indexed = isinstance(self.key, int) or isinstance(self.whole, Mapping)
+        item = _with_rows(self.whole[self.key] if indexed else getattr(self.whole, str(self.key)), rows, values)
         if isinstance(self.key, str) and hasattr(self.whole, "_replace"):
             return self.whole._replace(**{self.key: item})
         if isinstance(self.whole, tuple):
             items = [item if i == self.key else v for i, v in enumerate(self.whole)]
             return type(self.whole)(*items) if hasattr(self.whole, "_fields") else tuple(items)
         changed = copy.copy(self.whole)
-        if isinstance(changed, Mapping) or isinstance(self.key, int):
+        if indexed:
             changed[self.key] = item
         else:
-            setattr(changed, self.key, item)
+            setattr(changed, str(self.key), item)
         return changed
 
 
@@ -171,12 +169,11 @@ def _with_rows(value: Any, rows: IntArray, values: NDArray[Any]) -> Any:
     items = list(value)
     for row, new in zip(rows.tolist(), values, strict=True):
         old = items[row]
-        items[row] = old.new_tensor(new.tolist()) if hasattr(old, "new_tensor") else _like(old, new)
+        if isinstance(old, np.ndarray):
+            items[row] = new.astype(old.dtype)
+        else:
+            items[row] = old.new_tensor(new.tolist()) if hasattr(old, "new_tensor") else new.tolist()
     return type(value)(items) if isinstance(value, tuple) else items
-
-
-def _like(old: Any, new: NDArray[Any]) -> Any:
-    return new.astype(old.dtype) if isinstance(old, np.ndarray) else new.tolist()
 
 
 def _unknown(name: str, known: list[str]) -> InputError:

@@ -24,13 +24,13 @@ from fides_plugins.serving.triton.config import (
     model_info,
     parse_json,
     parse_text,
+    queue_problem,
     to_json,
     to_text,
     without_name,
 )
 from fides_plugins.serving.triton.operator.api import TritonApi
 from fides_plugins.serving.triton.plan import CONFIG_NAME, AttachOptions, Plan, make_plan
-from fides_plugins.serving.triton.queues import queue_problem
 
 MANIFEST_FILE = "fides-attach.json"
 _NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")

@@ -12,13 +12,10 @@ from typing import Any
 
 
 class _LazyModel:
-    module = ""
-
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Import the step and initialise it."""
-        module = importlib.import_module(f"fides_plugins.serving.triton.{self.module}")
-        self._model = module.TritonPythonModel()
-        self._model.initialize(args)
+        """Import the step, which is in the module of the same name, and initialise it."""
+        module = importlib.import_module(f"fides_plugins.serving.triton.{type(self).__name__.lower()}")
+        self._model = module.TritonPythonModel(args)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """One response per request."""
@@ -34,10 +31,6 @@ class _LazyModel:
 class Verify(_LazyModel):
     """`fides_verify`: see `fides_plugins.serving.triton.verify`."""
 
-    module = "verify"
-
 
 class Validate(_LazyModel):
     """`fides_validate`: see `fides_plugins.serving.triton.validate`."""
-
-    module = "validate"

@@ -35,7 +35,6 @@ from fides_plugins.settings import PARAMETER_PREFIX, Settings, nest
 
 #: Name of the alternative configuration: `configs/fides.pbtxt`, `--model-config-name=fides`.
 CONFIG_NAME = "fides"
-STEP_PREFIX = "fides_step."
 #: Settings that attach works out or checks itself, each with an option of the same name.
 _OWN_OPTIONS = {"bundle", "input", "output", "output_kind"}
 _SHIM = (
@@ -156,16 +155,21 @@ def make_plan(info: ModelInfo, options: AttachOptions) -> Plan:
         PARAMETER_PREFIX + "output_kind": options.output_kind or bundle.manifest.service.output_kind,
     }
     if batchless:
-        parameters[STEP_PREFIX + "batchless"] = "true"
+        parameters[wire.STEP_PREFIX + "batchless"] = "true"
     # Loading the plug-ins now shows what would otherwise stop the server at its next start.
     settings = Settings.from_mapping({**nest(parameters), "bundle": str(options.bundle.resolve())})
     Pipeline.from_settings(settings).close()
-    shapes = _Shapes(info.max_batch_size, batchless, bundle.n_classes)
+    for_verify = {**parameters, PARAMETER_PREFIX + "bundle": "bundle"}
+    if options.decode:
+        for_verify[wire.STEP_PREFIX + "decode"] = options.decode
+    elif cast:
+        for_verify[wire.STEP_PREFIX + "cast"] = cast
     for name in bundle.file_names:
         plan.files[f"{plan.steps[0]}/bundle/{name}"] = bundle.file(name)
     plan.files[f"{plan.steps[0]}/bundle/{MANIFEST_NAME}"] = (options.bundle / MANIFEST_NAME).read_bytes()
-    _add_steps(plan, info, output, shapes, parameters, options, cast)
-    _add_ensembles(plan, info, output, shapes, options.pass_inputs)
+    writer = _Writer(plan, info, output, batchless, bundle.n_classes, options.pass_inputs)
+    writer.add_steps(parameters, for_verify)
+    writer.add_ensembles()
     for folder in plan.steps[1:]:
         _link_labels(plan, folder, [output])
     for folder in plan.ensembles:
@@ -184,117 +188,92 @@ def _link_labels(plan: Plan, folder: str, outputs: Sequence[Tensor]) -> None:
 
 
 @dataclass(frozen=True)
-class _Shapes:
-    """Declared shapes of our own tensors, which depend on who owns the row axis."""
+class _Writer:
+    """Adds the configurations of steps and ensembles to a plan; `batchless`: the class output has no row axis."""
 
-    max_batch_size: int
+    plan: Plan
+    info: ModelInfo
+    output: Tensor
     batchless: bool
     n_classes: int
+    pass_inputs: bool
 
+    @property
     def internal(self) -> list[Tensor]:
-        rows = () if self.max_batch_size else (-1,)
+        """What travels from `fides_verify` to `fides_validate`; these tensors always have a row axis."""
+        rows = () if self.info.max_batch_size else (-1,)
         return [
             Tensor(wire.REFERENCES, "FP32", (*rows, -1, self.n_classes)),
             Tensor(wire.AVAILABLE, "UINT8", (*rows, -1)),
             Tensor(wire.VERIFICATION, "UINT8", (*rows, -1)),
         ]
 
+    @property
     def verdict(self) -> list[Tensor]:
-        rows = () if self.max_batch_size or self.batchless else (-1,)
-        column = (1,) if self.max_batch_size else (-1,)
+        rows = () if self.info.max_batch_size or self.batchless else (-1,)
+        column = (1,) if self.info.max_batch_size else (-1,)
         wide = {wire.PROBABILITIES: (*rows, self.n_classes)}
         return [Tensor(name, dtype, wide.get(name, column)) for name, dtype in wire.VERDICT_TYPES.items()]
 
+    def add_steps(self, parameters: Mapping[str, str], for_verify: Mapping[str, str]) -> None:
+        verify, validate, fallback = self.plan.steps
+        given = [replace(self.output, label_file=""), *(self.info.inputs if self.pass_inputs else ())]
+        answers = [self.output, *self.verdict]
+        steps = {
+            verify: ("Verify", self.info.inputs, self.internal, for_verify),
+            validate: ("Validate", [*given, *self.internal], answers, parameters),
+            fallback: ("Validate", given, answers, parameters),
+        }
+        # Requests that wait for an instance are taken together: one call of the verification model, and if
+        # the instance died they fail together instead of one second after the other.
+        batching: dict[str, Any] = {"dynamic_batching": {}} if self.info.max_batch_size else {}
+        for name, (entry, taken, made, settings) in steps.items():
+            group = [{"kind": "KIND_CPU", "count": 1}]
+            config = self._config(taken, made, backend="python", instance_group=group, **batching)
+            # One line each, because operators edit them; strings of JSON are strings of protobuf's text format.
+            for key, value in sorted(settings.items()):
+                name_text, value_text = (json.dumps(text, ensure_ascii=False) for text in (key, value))
+                config += f"parameters {{ key: {name_text} value {{ string_value: {value_text} }} }}\n"
+            self.plan.files[f"{name}/{CONFIG_FILE}"] = config.encode()
+            self.plan.files[f"{name}/1/model.py"] = _SHIM.format(entry=entry).encode()
 
-def _add_steps(
-    plan: Plan,
-    info: ModelInfo,
-    output: Tensor,
-    shapes: _Shapes,
-    parameters: Mapping[str, str],
-    options: AttachOptions,
-    cast: str,
-) -> None:
-    verify, validate, fallback = plan.steps
-    for_verify = dict(parameters)
-    for_verify[PARAMETER_PREFIX + "bundle"] = "bundle"
-    if options.decode:
-        for_verify[STEP_PREFIX + "decode"] = options.decode
-    elif cast:
-        for_verify[STEP_PREFIX + "cast"] = cast
-    inputs = [_plain(t) for t in info.inputs]
-    given = [_plain(output), *(inputs if options.pass_inputs else ())]
-    answers = [output, *shapes.verdict()]
-    steps = {
-        verify: ("Verify", inputs, shapes.internal(), for_verify),
-        validate: ("Validate", [*given, *shapes.internal()], answers, parameters),
-        fallback: ("Validate", given, answers, parameters),
-    }
-    # Requests that wait for an instance are taken together: one call of the verification model, and if
-    # the instance died they fail together instead of one second after the other.
-    batching: dict[str, Any] = {"dynamic_batching": {}} if info.max_batch_size else {}
-    for name, (entry, taken, made, settings) in steps.items():
-        config = _config(
-            info.max_batch_size,
-            taken,
-            made,
-            backend="python",
-            instance_group=[{"kind": "KIND_CPU", "count": 1}],
-            **batching,
+    def add_ensembles(self) -> None:
+        plan = self.plan
+        for name, verdict in ((plan.public, []), (plan.verdict_model, self.verdict)):
+            text = plan.ensembles[name] = self._ensemble(verdict)
+            if name == plan.model:
+                plan.files[f"{name}/configs/{CONFIG_NAME}.pbtxt"] = text.encode()
+            else:
+                plan.files[f"{name}/{CONFIG_FILE}"] = text.encode()
+                plan.folders.append(f"{name}/{self.info.version}")
+
+    def _ensemble(self, verdict: Sequence[Tensor]) -> str:
+        verify, validate, _ = self.plan.steps
+        output, version = self.output.name, self.info.version
+        service = {o.name: (f"service.{o.name}" if o.name == output else o.name) for o in self.info.outputs}
+        same = {i.name: i.name for i in self.info.inputs}
+        between = {t.name: t.name for t in self.internal}
+        judged = {output: service[output], **(same if self.pass_inputs else {}), **between}
+        answer = {output: output, **{t.name: t.name for t in verdict}}
+        # The order matters. Steps that wait for nothing are started one after the other, and if the first fails
+        # before the second is started, Triton 2.51 crashes (triton-inference-server/core#483). The service
+        # answers with errors whenever a client's input is bad; `fides_verify` never does.
+        steps = [
+            _step(verify, 1, same, between),
+            _step(self.plan.base, version, same, service),
+            _step(validate, 1, judged, answer),
+        ]
+        return self._config(
+            self.info.inputs,
+            [*self.info.outputs, *verdict],
+            platform="ensemble",
+            version_policy={"specific": {"versions": [version]}},
+            ensemble_scheduling={"step": steps},
         )
-        # One line each, because operators edit them; strings of JSON are strings of protobuf's text format.
-        for key, value in sorted(settings.items()):
-            name_text, value_text = (json.dumps(text, ensure_ascii=False) for text in (key, value))
-            config += f"parameters {{ key: {name_text} value {{ string_value: {value_text} }} }}\n"
-        plan.files[f"{name}/{CONFIG_FILE}"] = config.encode()
-        plan.files[f"{name}/1/model.py"] = _SHIM.format(entry=entry).encode()
 
-
-def _plain(tensor: Tensor) -> Tensor:
-    return replace(tensor, label_file="")
-
-
-def _config(max_batch_size: int, inputs: Sequence[Tensor], outputs: Sequence[Tensor], **fields: Any) -> str:
-    tensors = {"input": [t.entry for t in inputs], "output": [t.entry for t in outputs]}
-    return to_text(parse_json({"max_batch_size": max_batch_size, **tensors, **fields}))
-
-
-def _add_ensembles(plan: Plan, info: ModelInfo, output: Tensor, shapes: _Shapes, pass_inputs: bool) -> None:
-    for name, verdict in ((plan.public, []), (plan.verdict_model, shapes.verdict())):
-        text = _ensemble(plan, info, output, shapes, verdict, pass_inputs)
-        plan.ensembles[name] = text
-        if name == plan.model:
-            plan.files[f"{name}/configs/{CONFIG_NAME}.pbtxt"] = text.encode()
-        else:
-            plan.files[f"{name}/{CONFIG_FILE}"] = text.encode()
-            plan.folders.append(f"{name}/{info.version}")
-
-
-def _ensemble(
-    plan: Plan, info: ModelInfo, output: Tensor, shapes: _Shapes, verdict: Sequence[Tensor], pass_inputs: bool
-) -> str:
-    verify, validate, _ = plan.steps
-    service = {o.name: (f"service.{o.name}" if o.name == output.name else o.name) for o in info.outputs}
-    same = {i.name: i.name for i in info.inputs}
-    between = {t.name: t.name for t in shapes.internal()}
-    judged = {output.name: service[output.name], **(same if pass_inputs else {}), **between}
-    answer = {output.name: output.name, **{t.name: t.name for t in verdict}}
-    # The order matters. Steps that wait for nothing are started one after the other, and if the first fails
-    # before the second is started, Triton 2.51 crashes (triton-inference-server/core#483). The service
-    # answers with errors whenever a client's input is bad; `fides_verify` never does.
-    steps = [
-        _step(verify, 1, same, between),
-        _step(plan.base, info.version, same, service),
-        _step(validate, 1, judged, answer),
-    ]
-    return _config(
-        info.max_batch_size,
-        info.inputs,
-        [*info.outputs, *verdict],
-        platform="ensemble",
-        version_policy={"specific": {"versions": [info.version]}},
-        ensemble_scheduling={"step": steps},
-    )
+    def _config(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], **fields: Any) -> str:
+        tensors = {"input": [t.entry for t in inputs], "output": [t.entry for t in outputs]}
+        return to_text(parse_json({"max_batch_size": self.info.max_batch_size, **tensors, **fields}))
 
 
 def _step(model: str, version: int, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> dict[str, Any]:

@@ -17,12 +17,10 @@ from numpy.typing import NDArray
 from fides_plugins.errors import FidesError
 from fides_plugins.protection import Protection
 from fides_plugins.serving.triton.metrics import TritonMetrics
+from fides_plugins.serving.triton.wire import STEP_PREFIX
 from fides_plugins.settings import Settings, nest
 
 logger = logging.getLogger("fides_plugins")
-
-#: Parameters of the adapter itself, which `fides attach` writes; `fides.*` are the settings every host knows.
-STEP_PREFIX = "fides_step."
 
 
 class _TritonLogHandler(logging.Handler):
@@ -105,8 +103,8 @@ class Step:
             array = array[0]
         return pb_utils.Tensor(name, np.ascontiguousarray(array))
 
-    def close(self) -> None:
-        """The model is unloaded."""
+    def finalize(self) -> None:
+        """The model is unloaded: close the plug-ins."""
         self.protection.close()
         self._metrics.close()
 

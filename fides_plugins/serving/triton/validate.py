@@ -53,44 +53,37 @@ class _Work:
         return len(self.output) if self.output is not None and self.output.ndim else 0
 
 
-class TritonPythonModel:
+class TritonPythonModel(Step):
     """Gives the class output (the service's tensor, or corrected rows) and, where asked, the verdict."""
 
-    def initialize(self, args: Mapping[str, str]) -> None:
-        """Load settings, bundle and plug-ins."""
+    def __init__(self, args: Mapping[str, str]) -> None:
         # The stand-in for dead steps judges nothing: its gauges would only overwrite those of the real one.
-        self._step = Step(args, alarm=wire.REFERENCES in args["model_config"])
-        inputs = [n for n in self._step.input_names if n not in wire.INTERNAL]
-        outputs = {o["name"]: o for o in self._step.config.get("output", [])}
+        super().__init__(args, alarm=wire.REFERENCES in args["model_config"])
+        inputs = [n for n in self.input_names if n not in wire.INTERNAL]
+        outputs = {o["name"]: o for o in self.config.get("output", [])}
         shared = [n for n in outputs if n not in wire.VERDICT_TYPES]
-        name = self._step.settings.output or (shared[0] if len(shared) == 1 else "")
+        name = self.settings.output or (shared[0] if len(shared) == 1 else "")
         if name not in inputs or name not in outputs:
-            raise self._step.cannot_start(
-                f"it needs its class output {name!r} among its inputs and its outputs; "
-                "set the parameter fides.output to its name."
-            )
+            what = f"it needs its class output {name!r} among its inputs and its outputs"
+            raise self.cannot_start(f"{what}; set the parameter fides.output to its name.")
         self._output = name
         self._query_inputs = tuple(n for n in inputs if n != name)
-        self._verified = set(wire.INTERNAL) <= set(self._step.input_names)
+        self._verified = set(wire.INTERNAL) <= set(self.input_names)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """One response per request: an answer, or the refusal of that request."""
         works = [self._read(request) for request in requests]
-        judged = iter(self._step.protection.judge_many([w.part for w in works if w.part is not None]))
+        judged = iter(self.protection.judge_many([w.part for w in works if w.part is not None]))
         return [
             self._answer(request, work, None if work.part is None else next(judged))
             for request, work in zip(requests, works, strict=True)
         ]
 
-    def finalize(self) -> None:
-        """Close the plug-ins."""
-        self._step.close()
-
     def _read(self, request: Any) -> _Work:
         output: NDArray[Any] | None = None
         ids: tuple[str, ...] = ()
         try:
-            output = self._step.array(request, self._output)
+            output = self.array(request, self._output)
             if output is None:
                 return _Work(None, problem="the service gave no class output")
             n_rows = len(output) if output.ndim else 0
@@ -100,7 +93,7 @@ class TritonPythonModel:
                 # These tensors always have the row axis, so they are taken as they are.
                 parts = [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in wire.INTERNAL]
                 outcome, probe = wire.unpack_outcome(*parts), wire.is_probe(parts[-1])
-            query = self._step.protection.query(self._step.arrays(request, self._query_inputs), n_rows, ids)
+            query = self.protection.query(self.arrays(request, self._query_inputs), n_rows, ids)
             return _Work(output, Claim(query, output, outcome, probe))
         except Exception as error:  # host boundary: the row is an error, and policy decides what that means
             logger.error("fides_validate cannot read a request", exc_info=error)
@@ -109,7 +102,7 @@ class TritonPythonModel:
     def _answer(self, request: Any, work: _Work, verdict: Verdict | None) -> Any:
         if work.output is None:
             return refusal(work.problem, attacked=False)
-        protection = self._step.protection
+        protection = self.protection
         try:
             return self._respond(request, work, verdict or protection.unjudged(work.n_rows, work.problem, work.ids))
         except Exception as error:  # host boundary: nothing may end the step or show a traceback to a client
@@ -118,25 +111,25 @@ class TritonPythonModel:
 
     def _respond(self, request: Any, work: _Work, verdict: Verdict) -> Any:
         assert work.output is not None  # `_answer` refused the others
-        output, verdict = self._step.protection.correct(work.output, verdict)
+        output, verdict = self.protection.correct(work.output, verdict)
         if verdict.refused.any():
             return _refuse(verdict)
         wanted = set(request.requested_output_names())
-        tensors = [self._step.tensor(self._output, output)] if self._output in wanted else []
+        tensors = [self.tensor(self._output, output)] if self._output in wanted else []
         receipt = receipts_of(work.part.outcome.verification, 1)[0] if work.part is not None else ""
         tensors += [self._verdict_tensor(name, verdict, receipt) for name in wire.VERDICT_TYPES if name in wanted]
         return pb_utils.InferenceResponse(tensors)
 
     def _verdict_tensor(self, name: str, verdict: Verdict, receipt: str) -> Any:
         if name == wire.PROBABILITIES:
-            return self._step.tensor(name, verdict.probabilities)
+            return self.tensor(name, verdict.probabilities)
         if name == wire.RECEIPT:
             column: NDArray[Any] = np.array([receipt, *[""] * (verdict.n_rows - 1)][: verdict.n_rows])
         else:
             # Only what was asked for is computed: text columns cost more than numbers.
             column = getattr(verdict, _COLUMNS[name])
         text = wire.VERDICT_TYPES[name] == "BYTES"
-        return self._step.tensor(name, column.astype(np.object_) if text else column, per_row=True)
+        return self.tensor(name, column.astype(np.object_) if text else column, per_row=True)
 
 
 def _refuse(verdict: Verdict) -> Any:

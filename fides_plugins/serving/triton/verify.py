@@ -26,34 +26,29 @@ from fides_plugins.types import Query, SignedRows
 logger = logging.getLogger("fides_plugins")
 
 
-class TritonPythonModel:
+class TritonPythonModel(Step):
     """Answers every request with FIDES_REFERENCES, FIDES_AVAILABLE and FIDES_VERIFICATION; never with an error."""
 
-    def initialize(self, args: Mapping[str, str]) -> None:
-        """Load settings, bundle and plug-ins."""
-        self._step = Step(args)
-        self._cast = np.dtype(self._step.option("cast")) if self._step.option("cast") else None
+    def __init__(self, args: Mapping[str, str]) -> None:
+        super().__init__(args)
+        self._cast = np.dtype(self.option("cast")) if self.option("cast") else None
         try:
-            self._decode = make_decoder(self._step.option("decode"))
+            self._decode = make_decoder(self.option("decode"))
         except FidesError as error:
-            raise self._step.cannot_start(error) from None
+            raise self.cannot_start(error) from None
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """One response per request; requests of equal shape are verified in one call."""
         read = [self._read(request) for request in requests]
-        verified = iter(self._step.protection.verify_many([q for q, _ in read if isinstance(q, Query)]))
+        verified = iter(self.protection.verify_many([q for q, _ in read if isinstance(q, Query)]))
         return [self._respond(next(verified) if isinstance(q, Query) else q, n_rows) for q, n_rows in read]
-
-    def finalize(self) -> None:
-        """Close the plug-ins."""
-        self._step.close()
 
     def _read(self, request: Any) -> tuple[Query | VerifyOutcome, int]:
         """The query, or what became of it, and its number of rows."""
         n_rows = 0
         try:
-            arrays = self._step.arrays(request, self._step.input_names)
-            wanted = self._step.settings.input
+            arrays = self.arrays(request, self.input_names)
+            wanted = self.settings.input
             main = wanted if wanted in arrays else next(iter(arrays))
             n_rows = len(arrays[main])
             if self._decode is not None:
@@ -61,13 +56,13 @@ class TritonPythonModel:
             elif self._cast is not None:
                 arrays[main] = arrays[main].astype(self._cast)
             ids = row_ids(request.request_id(), n_rows)
-            return self._step.protection.query(arrays, n_rows, ids, [_signed(request, n_rows)]), n_rows
+            return self.protection.query(arrays, n_rows, ids, [_signed(request, n_rows)]), n_rows
         except Exception as error:  # host boundary: a client's tensor must not end the step or show a traceback
             logger.error("fides_verify cannot read a request", exc_info=error)
             return unverified(error, "triton"), n_rows
 
     def _respond(self, outcome: VerifyOutcome, n_rows: int) -> Any:
-        packed = pack_outcome(outcome, n_rows, len(self._step.protection.class_names))
+        packed = pack_outcome(outcome, n_rows, len(self.protection.class_names))
         # The row axis of a batch-less model exists between the steps only, so it is kept here.
         return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in packed.items()])
 

@@ -20,6 +20,9 @@ from fides_plugins.guard import Failure, FailureKind
 from fides_plugins.pipeline import VerifyOutcome
 from fides_plugins.types import Verification
 
+#: Parameters of the adapter itself, which `fides attach` writes; `fides.*` are the settings every host knows.
+STEP_PREFIX = "fides_step."
+
 REFERENCES = "FIDES_REFERENCES"
 AVAILABLE = "FIDES_AVAILABLE"
 VERIFICATION = "FIDES_VERIFICATION"

@@ -11,7 +11,7 @@ Learning-as-a-Service Inference", ASIA CCS 2024, for `switch`, `random` and `ave
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -145,6 +145,9 @@ class AttackRegistry:
     def names(self, kind: str | None = None) -> tuple[str, ...]:
         """Names in order of registration, of one kind or of all."""
         return tuple(n for n, a in self._attacks.items() if kind is None or a.kind == kind)
+
+    def __iter__(self) -> Iterator[Attack]:
+        return iter(self._attacks.values())
 
 
 def default_registry(manager: Any = None) -> AttackRegistry:

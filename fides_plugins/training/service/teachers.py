@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
+from fides_plugins.array_files import read_npy
 from fides_plugins.bundle import InputSpec
 from fides_plugins.codec import OutputCodec
 from fides_plugins.errors import BundleError, InputError, TrainingError
@@ -202,8 +203,8 @@ class AnswerCache(Teacher):
     @staticmethod
     def _read(path: Path, n: int) -> Float32Array | None:
         try:
-            kept = np.load(path, allow_pickle=False)
-        except (ValueError, OSError, EOFError):
+            kept = read_npy(path)
+        except InputError:
             return None  # missing or damaged: the teacher is asked
         return kept if kept.ndim == 2 and len(kept) == n and kept.dtype == np.float32 else None
 

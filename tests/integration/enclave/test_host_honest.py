@@ -13,6 +13,7 @@ import pytest
 import tritonclient.http
 from typer.testing import CliRunner
 
+from fides_plugins import oip
 from fides_plugins.attestation.wire import RECEIPT_OUTPUT
 from fides_plugins.cli import app
 from fides_plugins.client import AsyncTritonClient, TritonClient
@@ -48,7 +49,8 @@ def test_every_way_of_asking_gives_the_same_verdict(world: World) -> None:
         answer = client.ask(query)
     assert answer.refusal is None
     assert answer.verdict.status_text.tolist() == ["trusted"] * 4
-    assert answer.raw.as_numpy("logits").tobytes() == answer.output.tobytes()
+    raw = oip.read_answer(answer.raw.content, answer.raw.headers[oip.JSON_LENGTH], ["logits"])
+    assert raw["logits"].tobytes() == answer.output.tobytes()
     reference = answer.reference
     assert reference is not None
     options: dict[str, Any] = {"identity": IDENTITY, "output": "logits"}
@@ -125,7 +127,8 @@ def test_infer_from_a_shell(world: World, tmp_path: Path, lie: bool) -> None:
     public = runner.invoke(app, ["new-identity", str(identity)]).stdout.strip()
     options = VerifierOptions(clients=frozenset((bytes.fromhex(public),)))
     rules = tmp_path / "policy.toml"
-    rules.write_text(f'[evidence]\nbundle_digests = ["{world.bundle.digest}"]\nclients = ["{public}"]\n')
+    name, digest = world.bundle.manifest.name, world.bundle.digest
+    rules.write_text(f'[evidence]\nclients = ["{public}"]\nmodels.{name}.bundle_digests = ["{digest}"]\n')
     np.save(tmp_path / "rows.npy", rows(2))
     if lie:
         world.front.on_response = lie_with(swap_top_two)

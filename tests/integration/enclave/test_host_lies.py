@@ -34,7 +34,7 @@ pytestmark = [
     pytest.mark.skipif(not is_available(), reason="no Triton server for this platform"),
 ]
 
-ATTACKS = [a for a in default_registry() if isinstance(a, OutputAttack)]
+ATTACKS = [default_registry().output(name) for name in default_registry().names("output")]
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda a: a.name)

@@ -17,24 +17,27 @@ import httpx
 import numpy as np
 import pytest
 import tritonclient.http
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from fides_plugins.attestation.clients import ClientSet
 from fides_plugins.attestation.evidence import Evidence
+from fides_plugins.attestation.judge import Judge
 from fides_plugins.attestation.policy import EvidencePolicy
 from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.attestation.request import SignedRequest
 from fides_plugins.attestation.tensors import tensor_digest
-from fides_plugins.attestation.verify import evidence_id
 from fides_plugins.attestation.wire import PARAMETER, RECEIPT_OUTPUT
 from fides_plugins.bundle import Bundle
 from fides_plugins.client.receipts import ReceiptChecker
 from fides_plugins.client.trust import EvidenceUrl, Trust
-from fides_plugins.enclave.http import ServerLimits, WorkQueue
+from fides_plugins.enclave.connections import ServerLimits
+from fides_plugins.enclave.http import WorkQueue
 from fides_plugins.enclave.providers import DevelopmentProvider
 from fides_plugins.enclave.verifier import Verifier, VerifierOptions
 from fides_plugins.launch.process import wait_until
 from tests.support.verifier_process import Process, body, checker, image, receipt_in
-from tests.support.verifiers import IDENTITY, RunningVerifier, digits_bundle
+from tests.support.verifiers import IDENTITY, IDENTITY_PUBLIC, RunningVerifier, digits_bundle, models_of
 
 pytestmark = [
     pytest.mark.integration,
@@ -356,20 +359,39 @@ def test_it_warns_where_nothing_is_protected(server: Process) -> None:
     assert not any("host can ask" in line for line in server.errors)
 
 
+def test_it_answers_the_clients_of_a_signed_set(folder: Path, bundle: Bundle, tmp_path: Path) -> None:
+    operator, now = Ed25519PrivateKey.generate(), int(time.time())
+    chosen = ClientSet(id="prod", serial=1, not_before=now - 60, not_after=now + 60, clients=(IDENTITY_PUBLIC,))
+    (tmp_path / "clients").write_text(chosen.sign(operator) + "\n")
+    process = Process(folder, clients=("--client-set", str(tmp_path / "clients")))
+    try:
+        rule = {"id": "prod", "operator": operator.public_key().public_bytes_raw().hex()}
+        rules = EvidencePolicy.model_validate({"models": models_of(bundle), "client_set": rule})
+        trust = Trust(rules, EvidenceUrl(f"http://{process.http}"), insecure_development=True)
+        for identity, status in ((IDENTITY, 200), (operator, 403)):
+            pending = ReceiptChecker(trust, identity, "hpke", bundle).begin(image(1))
+            data, headers = body(pending.text, image(1))
+            url = f"http://{process.http}/v2/models/digits/infer"
+            assert httpx.post(url, content=data, headers=headers).status_code == status
+    finally:
+        assert process.stop() == 0
+
+
 def test_its_development_receipts_need_the_flag(server: Process, bundle: Bundle) -> None:
-    trust = Trust(
-        EvidencePolicy(bundle_digests=(bundle.digest,), allow_any_client=True), EvidenceUrl(f"http://{server.http}")
-    )
+    rules = EvidencePolicy.model_validate({"models": models_of(bundle), "allow_any_client": True})
+    trust = Trust(rules, EvidenceUrl(f"http://{server.http}"))
     with pytest.raises(Refusal) as caught:
-        ReceiptChecker(trust, IDENTITY, "hpke", 10).begin(image(1))
+        ReceiptChecker(trust, IDENTITY, "hpke", bundle).begin(image(1))
     assert caught.value.code == "evidence-development"
 
 
-def test_its_errors_show_no_paths_or_tracebacks(server: Process) -> None:
+def test_its_errors_show_no_paths_or_tracebacks(server: Process, bundle: Bundle) -> None:
     document = Evidence.from_json(httpx.get(f"http://{server.http}/v2/fides/evidence").content)
+    assert document.statement is not None
     tensor = np.zeros((1, 3), np.float32)
     request = SignedRequest(
-        evidence_id=evidence_id(document),
+        key_id=document.statement.key_id,
+        **vars(Judge.of(bundle)),
         input_digest=tensor_digest(tensor),
         scheme="hpke",
         client_key=X25519PrivateKey.generate().public_key().public_bytes_raw(),

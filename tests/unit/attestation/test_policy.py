@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fides_plugins.attestation.policy import EvidencePolicy, Measurement, SnpTcb
+from fides_plugins.attestation.policy import ClientSetRule, EvidencePolicy, Measurement, ModelRule, SnpTcb
 from fides_plugins.attestation.verify import verify_evidence
 from fides_plugins.errors import SettingsError
 from tests.support.docs_blocks import blocks
@@ -52,8 +52,11 @@ def test_policies_refuse_unknown_keys(tmp_path: Path) -> None:
     path.write_text("[evidence]\nallow_everything = true\n")
     with pytest.raises(SettingsError, match=r"allow_everything.*reference/evidence-policy\.md"):
         EvidencePolicy.from_toml(path)
-    path.write_text('[evidence]\nbundle_digests = ["AB CD"]\n')
-    assert EvidencePolicy.from_toml(path).bundle_digests == ("abcd",)
+    path.write_text('[evidence.models.digits]\nbundle_digests = ["AB CD"]\n')
+    assert EvidencePolicy.from_toml(path).models["digits"].bundle_digests == ("abcd",)
+    path.write_text("[evidence.models.digits]\nbundle_digests = []\n")
+    with pytest.raises(SettingsError, match="digits"):
+        EvidencePolicy.from_toml(path)
 
 
 PAGE = REPOSITORY / "docs" / "reference" / "evidence-policy.md"
@@ -76,9 +79,11 @@ def test_the_page_names_every_field_with_its_default() -> None:
         default = field.default
         shown = "none" if default is None else json.dumps(int(default) if isinstance(default, float) else default)
         assert fields[name].strip("`") == shown, name
-    rest = PAGE.read_text().split("## A measurement")[1]
+    rules, rest = PAGE.read_text().split("## A model")[1].split("## A set of clients")
+    chosen, rest = rest.split("## A measurement")
     measurement, tcb = rest.split("## Patch levels")
-    for part, model in ((measurement, Measurement), (tcb, SnpTcb)):
+    tables = ((rules, ModelRule), (chosen, ClientSetRule), (measurement, Measurement), (tcb, SnpTcb))
+    for part, model in tables:
         assert set(re.findall(r"^\| `(\w+)` \|", part, re.MULTILINE)) == set(model.model_fields)
 
 
@@ -96,5 +101,5 @@ def test_the_example_on_the_page_is_a_policy(tmp_path: Path) -> None:
     example = EvidencePolicy.from_toml(path)
     assert {m.tee for m in example.measurements} == {"sgx", "tdx", "sev-snp"}
     assert example.relaxations() == ("allow_dynamic_platform", "allow_cached_keys", "allow_smt")
-    assert example.bundle_digests
+    assert example.models
     assert example.clients

@@ -20,7 +20,10 @@ CLIENT_PUBLIC = CLIENT.public_key().public_bytes_raw()
 
 def request(**changes: object) -> SignedRequest:
     values: dict[str, object] = {
-        "evidence_id": bytes(32),
+        "key_id": bytes(32),
+        "model": "fides",
+        "classes": bytes(32),
+        "judge": bytes(32),
         "input_digest": bytes(32),
         "scheme": "hpke",
         "client_key": bytes(range(32)),

@@ -32,9 +32,9 @@ def test_from_key_over_evidence_to_receipt(tee: str, intel: IntelPki, amd: AmdPk
     assert not trusted.development
     signed_by = trusted.statement.key_id
     assert signed_by == key_id(KEY.public_key().public_bytes_raw())
-    receipt = sample_receipt(tee=tee, evidence_id=trusted.facts.evidence_id)
+    receipt = sample_receipt(tee=tee)
     opened = open_receipt(receipt.sign(KEY, signed_by), {signed_by: trusted.signing_key})
-    assert opened.evidence_id == trusted.facts.evidence_id
+    assert opened.key_id == trusted.statement.key_id
     stranger = Ed25519PrivateKey.generate()
     with pytest.raises(Refusal, match="signature"):
         open_receipt(receipt.sign(stranger, signed_by), {signed_by: trusted.signing_key})
@@ -66,10 +66,10 @@ def test_nothing_in_the_statement_can_be_exchanged(
     "nothing",
     [
         {"measurements": []},
-        {"bundle_digests": []},
+        {"models": {}},
         # A policy that names no client would trust a verifier that answers the host.
         {"allow_any_client": False},
-        {"measurements": [], "bundle_digests": [], "allow_any_client": False, "snp_minimum_tcb": None},
+        {"measurements": [], "models": {}, "allow_any_client": False, "snp_minimum_tcb": None},
     ],
 )
 def test_policies_are_closed_on_empty(tee: str, nothing: dict[str, Any], intel: IntelPki, amd: AmdPki) -> None:
@@ -90,8 +90,13 @@ def test_a_bare_report_vouches_for_no_key_even_where_it_is_accepted(tee: str, in
 @pytest.mark.parametrize(
     ("demands", "options", "code"),
     [
-        ({"bundle_digests": ["33" * 32]}, {}, "evidence-bundle"),
-        ({"minimum_bundle_version": 4}, {}, "evidence-bundle-version"),
+        ({"models": {"other": {"bundle_digests": ["22" * 32]}}}, {}, "evidence-model"),
+        ({"models": {"fides": {"bundle_digests": ["33" * 32]}}}, {}, "evidence-bundle"),
+        (
+            {"models": {"fides": {"bundle_digests": ["22" * 32], "minimum_bundle_version": 4}}},
+            {},
+            "evidence-bundle-version",
+        ),
         ({"maximum_age_s": 10}, {}, "evidence-age"),
         ({}, {"now": NOW_S - 3600}, "evidence-age"),
         ({"clients": ["aa" * 32]}, {}, "evidence-clients"),
@@ -112,6 +117,28 @@ def test_another_program_is_refused(tee: str, intel: IntelPki, amd: AmdPki) -> N
     assert refusal(evidence, policy(tee, measurements=another), roots=roots) == "evidence-measurement"
     elsewhere = [measurement_of(t) for t in TEES if t != tee]
     assert refusal(evidence, policy(tee, measurements=elsewhere), roots=roots) == "evidence-measurement"
+
+
+@pytest.mark.parametrize("register", ["mrtd", "rtmr0", "rtmr1", "rtmr2", "rtmr3"])
+def test_a_register_that_nothing_was_measured_into_needs_a_named_relaxation(
+    register: str, intel: IntelPki, amd: AmdPki
+) -> None:
+    """An image that extends nothing pins nothing: whatever the host makes it run has the same zeros."""
+    evidence, roots = evidence_for("tdx", intel, amd, statement(), zero=register), roots_of(intel, amd)
+    pinned = [{**measurement_of("tdx"), register: "00" * 48}]
+    assert refusal(evidence, policy("tdx", measurements=pinned), roots=roots) == "evidence-zero-register"
+    relaxed = policy("tdx", measurements=pinned, allow_zero_registers=True)
+    assert verify_evidence(evidence, relaxed, NOW_S, roots=roots).facts.measurements[register] == "00" * 48
+
+
+def test_an_open_configuration_of_the_virtual_machine_needs_a_named_relaxation(intel: IntelPki, amd: AmdPki) -> None:
+    evidence, roots = evidence_for("tdx", intel, amd, statement()), roots_of(intel, amd)
+    full = measurement_of("tdx")
+    open_ = {k: v for k, v in full.items() if k != "rtmr0"}
+    assert refusal(evidence, policy("tdx", measurements=[open_]), roots=roots) == "evidence-rtmr0"
+    relaxed = policy("tdx", measurements=[open_], allow_unpinned_rtmr0=True)
+    assert verify_evidence(evidence, relaxed, NOW_S, roots=roots).facts.tee == "tdx"
+    assert verify_evidence(evidence, policy("tdx", measurements=[open_, full]), NOW_S, roots=roots).facts.tee == "tdx"
 
 
 @pytest.mark.parametrize("tee", TEES)
@@ -238,7 +265,7 @@ def test_snp_reports_are_signed_to_the_last_byte(position: int, intel: IntelPki,
 
 
 MADE_UP = Evidence("development", development.make_report(statement().report_data()), statement())
-TRUSTING = EvidencePolicy(bundle_digests=("22" * 32,), allow_any_client=True)
+TRUSTING = policy("tdx", measurements=[])
 
 
 def test_development_evidence_needs_the_insecure_flag_and_warns() -> None:

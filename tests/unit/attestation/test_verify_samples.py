@@ -75,11 +75,20 @@ def test_flipped_bytes_of_a_quote_are_refused(tee: str, policy: dict[str, Any], 
 
 
 @needs_samples
-@pytest.mark.parametrize("relaxation", ["allow_dynamic_platform", "allow_cached_keys", "allow_smt"])
-def test_cloud_tdx_needs_each_relaxation_by_name(relaxation: str) -> None:
+@pytest.mark.parametrize(
+    ("relaxation", "code"),
+    [
+        ("allow_dynamic_platform", "evidence-quote"),
+        ("allow_cached_keys", "evidence-quote"),
+        ("allow_smt", "evidence-quote"),
+        ("allow_unpinned_rtmr0", "evidence-rtmr0"),
+        ("allow_zero_registers", "evidence-zero-register"),
+    ],
+)
+def test_cloud_tdx_needs_each_relaxation_by_name(relaxation: str, code: str) -> None:
     policy = EvidencePolicy.model_validate({**TDX, relaxation: False})
     assert relaxation not in policy.relaxations()
-    assert refusal(sample("tdx"), policy, at("2025-07-01")) == "evidence-quote"
+    assert refusal(sample("tdx"), policy, at("2025-07-01")) == code
 
 
 @needs_samples

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,112 @@ def test_a_bad_row_is_one_bad_row(tmp_path: Path, bundle_folder: Path) -> None:
     pq.write_table(pa.Table.from_pylist(kept), tmp_path / "in.parquet")
     table, _ = judged(tmp_path, tmp_path / "in.parquet", "two.parquet")
     assert table["status"].to_pylist() == ["trusted", "error", "error", "indeterminate"]
+
+
+#: Fields of a row that a stranger could have written, as JSON; the others are usable.
+HOSTILE = {
+    "a number of 400 digits": {"service_probabilities": f"[{'9' * 400}]"},
+    "a number of 5,000 digits": {"service_probabilities": f"[{'9' * 5000}]"},
+    "100,000 lists": {"service_probabilities": "[" * 100_000 + "]" * 100_000},
+    "a lone surrogate": {"request_id": r'"\ud800"', "service_probabilities": "null"},
+    "a reference of 400 digits": {"REFERENCE": f"[{'9' * 400}]"},
+    "a reference of another depth": {"REFERENCE": "[[[1.0]]]"},
+    "a line that is too long": {"request_id": f'"{"x" * 300_000}"'},
+}
+
+
+@pytest.mark.parametrize("reference", ["verification_probabilities", "input"])
+@pytest.mark.parametrize("place", [0, 7, 10])
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_row_is_one_bad_row(
+    tmp_path: Path, bundle_folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str, place: int, reference: str
+) -> None:
+    # Seven rows a part and four a batch: the row also meets the borders of both.
+    monkeypatch.setattr("fides_plugins.batch.records.MAX_BATCH_ROWS", 4)
+    monkeypatch.setattr("fides_plugins.batch.records.MAX_LINE_BYTES", 250_000, raising=False)
+    probabilities = [0.91, *[0.01] * 9]
+    good = json.dumps(probabilities)
+    usable = {"request_id": '"good"', "service_probabilities": good, "REFERENCE": good}
+    if reference == "input":
+        usable["REFERENCE"] = json.dumps(np.log(probabilities).tolist())
+
+    def line(fields: dict[str, str]) -> str:
+        return "{" + ", ".join(f'"{name}": {value}' for name, value in fields.items()) + "}\n"
+
+    lines = [line(usable)] * 20
+    lines.insert(place, line(usable | HOSTILE[kind]))
+    (tmp_path / "in.jsonl").write_text("".join(lines).replace("REFERENCE", reference))
+    table, summary = judged(tmp_path, tmp_path / "in.jsonl", part_rows=7)
+    statuses = table["status"].to_pylist()
+    assert statuses.pop(place) in ("error", "indeterminate")
+    assert statuses == ["trusted"] * 20
+    assert summary["rows"] == 21
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_jsonl])
+def test_one_row_does_not_choose_the_length_of_a_free_axis(tmp_path: Path, write: Any) -> None:
+    make_bundle(tmp_path / "bundle", input=InputSpec(name="pixels", dtype="float32", shape=(None, None)))
+    columns = recorded(100, share=0)
+    values = columns["input"].tolist()
+    values[0] = [0.0] * 1_000_000
+    rows = [
+        {"service_probabilities": claimed.tolist(), "input": value}
+        for claimed, value in zip(columns["service_probabilities"], values, strict=True)
+    ]
+    if write is write_parquet:
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in")
+    else:
+        (tmp_path / "in").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tracemalloc.start()
+    table, _ = judged(tmp_path, tmp_path / "in")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert table["status"].to_pylist()[0] == "indeterminate"
+    assert table["status"].to_pylist().count("trusted") >= 90
+    # A hundred rows of a million numbers would be 400 MB and more.
+    assert peak < 200e6
+
+
+def varint(number: int) -> bytes:
+    """A 64-bit integer as the footer of a Parquet file holds it: zigzag, seven bits a byte."""
+    number, out = number << 1, bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*out, number])
+
+
+@pytest.mark.parametrize(
+    ("claim", "places"),
+    [(2_000_000_000_000, 1), (2_000_000_000_000, -1), (10_000, 1), (10_000, -1), (1, 1)],
+)
+def test_a_footer_that_claims_other_rows_is_refused(
+    tmp_path: Path, bundle_folder: Path, claim: int, places: int
+) -> None:
+    file = write_parquet(tmp_path / "in.parquet", recorded(7777), *PAIRS)
+    data = file.read_bytes()
+    length = int.from_bytes(data[-8:-4], "little")
+    footer = data[-8 - length : -8].replace(varint(7777), varint(claim), places)
+    file.write_bytes(data[: -8 - length] + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+    with pytest.raises(InputError, match=r"claims|ends early"):
+        judged(tmp_path, file)
+
+
+def test_damaged_parquet_is_refused(tmp_path: Path, bundle_folder: Path) -> None:
+    file = write_parquet(tmp_path / "in.parquet", recorded(500), *PAIRS)
+    data = bytearray(file.read_bytes())
+    data[100:4000] = bytes(3900)
+    file.write_bytes(data)
+    with pytest.raises(InputError, match="Parquet"):
+        judged(tmp_path, file)
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path, bundle_folder: Path) -> None:
+    column = pa.array([[0.91, *[0.01] * 9]])
+    names = ["service_probabilities", "verification_probabilities", "verification_probabilities"]
+    pq.write_table(pa.Table.from_arrays([column] * 3, names), tmp_path / "in.parquet")
+    with pytest.raises(InputError, match="Columns:"):
+        judged(tmp_path, tmp_path / "in.parquet")
 
 
 @pytest.mark.parametrize(("nested", "misfit"), [(True, [[[1.0]]]), (False, [1.0])], ids=["nested", "flat"])

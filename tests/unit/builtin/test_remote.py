@@ -10,19 +10,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fides_plugins.attestation.receipt import open_receipt
 from fides_plugins.attestation.request import from_text, to_text
 from fides_plugins.attestation.tensors import tensor_digest
 from fides_plugins.builtin.remote import receipts_of
 from fides_plugins.bundle import Bundle
-from fides_plugins.errors import FidesError, InputError
+from fides_plugins.enclave.verifier import VerifierOptions
+from fides_plugins.errors import FidesError, InputError, ServerError
 from fides_plugins.manager import create_plugin_manager
 from fides_plugins.pipeline import Pipeline
 from fides_plugins.settings import Settings
 from fides_plugins.testing import fake_logits, memory_bundle
 from fides_plugins.types import Prediction, Query, SignedRows, softmax
-from tests.support.verifiers import Asked, Hardware, RunningVerifier, receipt_keys
+from tests.support.verifiers import IDENTITY_PUBLIC, Asked, Hardware, RunningVerifier, receipt_keys
 
 ROWS = fake_logits(5)
 
@@ -92,6 +94,22 @@ def test_a_refused_request_costs_nobody_else_anything(bundle: Bundle, running: R
     assert host.plugin_errors == {}
 
 
+def test_a_client_over_its_rate_takes_nobody_elses_receipt(bundle: Bundle) -> None:
+    greedy = Ed25519PrivateKey.generate()
+    both = frozenset((IDENTITY_PUBLIC, greedy.public_key().public_bytes_raw()))
+    verifier = Hardware().verifier(bundle, options=VerifierOptions(clients=both, rate=1e-3, burst=4))
+    with RunningVerifier(verifier) as running:
+        host = pipeline(bundle, f"http://{running.http}", breaker_failures=1, breaker_reset_s=60)
+        for turn in range(3):
+            first = SignedRows(4, Asked(verifier, ROWS[:4], identity=greedy).text)
+            outcome = host.verify(query(first, SignedRows(1, Asked(verifier, ROWS[4:]).text)))
+            assert outcome.failures == ()
+            mine, others = receipts_of(outcome.verification, 2)
+            assert bool(mine) is (turn == 0)
+            assert others
+    assert host.plugin_errors == {}
+
+
 class Silent:
     """A server that accepts and does not answer, or answers with an error."""
 
@@ -150,7 +168,43 @@ def test_a_hanging_verifier_costs_one_timeout_and_then_nothing(bundle: Bundle) -
         silent.close()
 
 
-@pytest.mark.parametrize("status", [500, 503, 429])
+@pytest.mark.parametrize("status", [400, 408, 409, 429])
+def test_a_refusal_of_one_request_says_nothing_about_the_verifier(bundle: Bundle, status: int) -> None:
+    silent = Silent(status)
+    try:
+        host = pipeline(bundle, silent.url, breaker_failures=1, breaker_reset_s=60)
+        for _ in range(3):
+            outcome = host.verify(query(SignedRows(5, "text")))
+            assert outcome.failures == ()
+            assert receipts_of(outcome.verification, 1) == ("",)
+    finally:
+        silent.close()
+
+
+def test_receipts_that_came_before_a_failure_are_handed_on(bundle: Bundle) -> None:
+    """A request can be spent once: nobody could ask for these receipts again."""
+    verifier = Hardware().verifier(bundle)
+    running = RunningVerifier(verifier)
+    with running:
+        plugin = pipeline(bundle, f"http://{running.http}").manager.get_plugin("remote")
+        ask, asked = plugin._ask, []
+
+        def stops_after_the_first(*arguments: Any) -> Any:
+            if asked:
+                running.stop()
+            asked.append(arguments)
+            return ask(*arguments)
+
+        plugin._ask = stops_after_the_first
+        parts = [SignedRows(1, Asked(verifier, ROWS[i : i + 1]).text) for i in range(5)]
+        first, *others = receipts_of(plugin.fides_verify(query(*parts)), 5)
+    assert first
+    assert others == [""] * 4
+    with pytest.raises(ServerError):
+        plugin.fides_verify(query(*parts))
+
+
+@pytest.mark.parametrize("status", [500, 503])
 def test_a_verifier_that_is_not_well_counts_as_failed(bundle: Bundle, status: int) -> None:
     silent = Silent(status)
     try:

@@ -82,7 +82,7 @@ def test_evidence_verify_of_development_evidence(tmp_path: Path) -> None:
     path = tmp_path / "evidence.json"
     path.write_text(Evidence("development", development.make_report(what.report_data()), what).to_json())
     rules = tmp_path / "policy.toml"
-    rules.write_text(f'[evidence]\nbundle_digests = ["{"22" * 32}"]\nallow_any_client = true\n')
+    rules.write_text(f'[evidence]\nallow_any_client = true\nmodels.fides.bundle_digests = ["{"22" * 32}"]\n')
     arguments = ["evidence", "verify", str(path), "--policy", str(rules), "--now", "2026-06-01T00:00:00Z", "--json"]
     refused = CliRunner().invoke(app, arguments)
     assert refused.exit_code == 1

@@ -3,95 +3,55 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
+import tracemalloc
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
-from typing_extensions import Self
 
 from fides_plugins.attestation.evidence import Evidence
 from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.cli import app
 from fides_plugins.client import AsyncTorchServeClient, AsyncTritonClient, TorchServeClient, TritonClient
-from fides_plugins.client.trust import EvidenceUrl, Trust
+from fides_plugins.client.trust import EvidenceUrl
 from fides_plugins.enclave.providers import DevelopmentProvider
 from fides_plugins.enclave.verifier import Verifier, VerifierOptions
 from fides_plugins.errors import InputError, ServerError
-from fides_plugins.testing import fake_logits, make_bundle, memory_bundle
-from tests.support.pki import NOW_S
-from tests.support.verifiers import IDENTITY, Hardware
-
-ROWS = fake_logits(1)
-#: Longer than any time-out here, shorter than a test may take.
-SILENCE_S = 20.0
+from fides_plugins.launch.process import wait_until
+from fides_plugins.testing import fake_logits, make_bundle
+from tests.support.hosts import CLIENTS, ROWS, SILENCE_S, Known, Raw, ask, reply
+from tests.support.verifiers import Hardware
 
 
-def reply(body: bytes, status: str = "200 OK", more: str = "") -> bytes:
-    return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n{more}\r\n".encode() + body
+@contextmanager
+def peak_below(limit: int) -> Iterator[None]:
+    """What Python allocates inside stays below so many bytes."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < limit
+    finally:
+        tracemalloc.stop()
 
 
-class Raw:
-    """A socket that answers every request with the same bytes; with none it stays silent."""
-
-    def __init__(self, answer: bytes, pause_s: float = 0.0) -> None:
-        self._answer, self._pause_s = answer, pause_s
-        self._closed = threading.Event()
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                connection = self._socket.accept()[0]
-            except OSError:
-                return
-            threading.Thread(target=self._speak, args=(connection,), daemon=True).start()
-
-    def _speak(self, connection: socket.socket) -> None:
-        with connection:
-            try:
-                connection.recv(1 << 20)
-                if not self._answer:
-                    self._closed.wait(SILENCE_S)
-                elif not self._pause_s:
-                    connection.sendall(self._answer)
-                else:
-                    for byte in self._answer:
-                        connection.sendall(bytes((byte,)))
-                        if self._closed.wait(self._pause_s):
-                            return
-            except OSError:
-                pass
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        self._closed.set()
-        self._socket.close()
-
-
-class Known:
-    """Evidence that was fetched when all was well."""
-
-    challenges = True
-
-    def __init__(self, hardware: Hardware) -> None:
-        self.bundle = memory_bundle()
-        self.verifier = hardware.verifier(self.bundle)
-        self.trust = Trust(hardware.policy(self.bundle), self, roots=hardware.roots, clock=lambda: NOW_S)
-        self.options: dict[str, Any] = {"trust": self.trust, "identity": IDENTITY}
-
-    def fetch(self, challenge: bytes) -> Evidence:
-        return Evidence.from_json(self.verifier.evidence(challenge).to_json())
+def peak_mb() -> float:
+    """The most that was resident since the last call."""
+    found = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024  # type: ignore[index]
+    Path("/proc/self/clear_refs").write_text("5")
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -123,11 +83,137 @@ def test_documents_that_are_no_evidence_are_refused(body: bytes) -> None:
     assert caught.value.code == "evidence-malformed"
 
 
-def test_evidence_that_drips_is_given_up() -> None:
+# A host may take its time, or send more than anybody asked for: neither is for the client to bear.
+
+
+@pytest.mark.parametrize("kind", CLIENTS)
+def test_an_answer_that_drips_is_given_up_in_time(known: Known, kind: Any) -> None:
+    for answer in (reply(b" " * 400), b"HTTP/1.1 200 OK\r\n" + b"X-Drip: drop\r\n" * 100):
+        with Raw(answer, pause_s=0.1) as host:
+            begin = time.monotonic()
+            with pytest.raises(ServerError, match="no answer"):
+                ask(known, kind, host.address)
+            assert time.monotonic() - begin < 1.5
+
+
+def test_evidence_that_drips_is_given_up_in_time() -> None:
+    for answer in (reply(b"{" * 400), b"HTTP/1.1 200 OK\r\n" + b"X-Drip: drop\r\n" * 100):
+        begin = time.monotonic()
+        with Raw(answer, pause_s=0.1) as host, pytest.raises(ServerError, match="cannot be fetched"):
+            EvidenceUrl(f"http://{host.address}", 0.5).fetch(bytes(32))
+        assert time.monotonic() - begin < 1.0
+
+
+def test_a_question_has_one_deadline_for_all_that_it_asks(known: Known) -> None:
+    """Service, receipt, evidence and a repetition: each of them drips."""
+    service = Raw(reply(json.dumps(fake_logits(1)[0].tolist()).encode(), more="Connection: close\r\n"))
+    with service, Raw(reply(b" " * 400), pause_s=0.1) as verifier:
+        begin = time.monotonic()
+        options = {"receipt_from": "verifier", "verifier_url": f"http://{verifier.address}"}
+        assert ask(known, TorchServeClient, service.address, **options).refusal.code == "receipt-missing"
+        assert time.monotonic() - begin < 1.5
+
+
+GZIP = gzip.compress(bytes(200 << 20), 9)
+TOO_MUCH = {
+    "compressed": reply(GZIP, more="Content-Encoding: gzip\r\n"),
+    "long": reply(bytes(64 << 20)),
+    "chunked": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    + (b"100000\r\n" + bytes(1 << 20) + b"\r\n") * 64,
+}
+
+
+@pytest.mark.parametrize("answer", list(TOO_MUCH.values()), ids=list(TOO_MUCH))
+def test_answers_of_any_size_cost_a_client_no_more_than_its_bound(known: Known, answer: bytes) -> None:
+    with Raw(answer) as host, peak_below(8 << 20):
+        for kind in CLIENTS:
+            with pytest.raises(ServerError, match=r"no answer: Answer(TooLong|Compressed)|\(Answer"):
+                ask(known, kind, host.address, timeout_s=10.0)
+        with pytest.raises((ServerError, Refusal)):
+            EvidenceUrl(f"http://{host.address}", 10.0).fetch(bytes(32))
+    logits = reply(json.dumps(fake_logits(1)[0].tolist()).encode(), more="Connection: close\r\n")
+    with Raw(answer) as verifier, Raw(logits) as service, peak_below(8 << 20):
+        options = {"receipt_from": "verifier", "verifier_url": f"http://{verifier.address}"}
+        found = ask(known, TorchServeClient, service.address, timeout_s=10.0, **options)
+    assert "(Answer" in found.verdict.reason[0]
+
+
+GRPC_HOST = """
+import sys, grpc, concurrent.futures as futures
+from tritonclient.grpc import service_pb2
+from grpc import Compression, unary_unary_rpc_method_handler, method_handlers_generic_handler
+
+def infer(request, context):
+    return service_pb2.ModelInferResponse(raw_output_contents=[bytes(200 << 20)])
+
+handler = unary_unary_rpc_method_handler(
+    infer, service_pb2.ModelInferRequest.FromString, service_pb2.ModelInferResponse.SerializeToString
+)
+options = [("grpc.max_send_message_length", -1)]
+server = grpc.server(futures.ThreadPoolExecutor(2), options=options, compression=Compression[sys.argv[1]])
+service = method_handlers_generic_handler("inference.GRPCInferenceService", {"ModelInfer": handler})
+server.add_generic_rpc_handlers((service,))
+print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+server.start()
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("kind", [TritonClient, AsyncTritonClient])
+@pytest.mark.parametrize("compression", ["Gzip", "NoCompression"])
+def test_answers_over_grpc_are_bounded_as_well(known: Known, kind: Any, compression: str) -> None:
+    command = [sys.executable, "-c", GRPC_HOST, compression]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as host:
+        assert host.stdin is not None
+        assert host.stdout is not None
+        address = f"127.0.0.1:{int(host.stdout.readline())}"
+        peak_mb()  # of the tests before this one
+        before = peak_mb()
+        with pytest.raises(ServerError, match="larger than max"):
+            ask(known, kind, address, 20.0, protocol="grpc", output="logits")
+        assert peak_mb() - before < 30
+        host.stdin.close()
+
+
+class Slow(Known):
+    """Evidence that comes when it is let through."""
+
+    def __init__(self, hardware: Hardware) -> None:
+        super().__init__(hardware)
+        self.fetched, self.go = 0, threading.Event()
+
+    def fetch(self, challenge: bytes) -> Evidence:
+        self.fetched += 1
+        if not self.go.wait(SILENCE_S):
+            raise ServerError("too slow")
+        return super().fetch(challenge)
+
+
+def test_a_slow_host_holds_up_nobody_who_has_evidence() -> None:
+    slow = Slow(Hardware())
+    slow.go.set()
+    held = slow.trust.current()
+    slow.go.clear()
+    renewing = threading.Thread(target=slow.trust.renew)
+    renewing.start()
+    wait_until(lambda: slow.fetched == 2, 10, "The renewal")
     begin = time.monotonic()
-    with Raw(reply(b"{" * 400), pause_s=0.1) as host, pytest.raises(ServerError, match=r"in time|cannot be fetched"):
-        EvidenceUrl(f"http://{host.address}", 0.5).fetch(bytes(32))
-    assert time.monotonic() - begin < SILENCE_S / 2
+    assert slow.trust.current() is held
+    assert len(slow.trust.keys()) == 1
+    assert slow.trust.renew() is False
+    assert time.monotonic() - begin < 0.5
+    slow.go.set()
+    renewing.join(10)
+
+
+def test_evidence_is_fetched_once_for_all_who_wait_for_it() -> None:
+    slow = Slow(Hardware())
+    with ThreadPoolExecutor(8) as pool:
+        waiting = [pool.submit(slow.trust.current) for _ in range(8)]
+        wait_until(lambda: slow.fetched == 1, 10, "The first")
+        slow.go.set()
+        assert len({w.result(10).facts.evidence_id for w in waiting}) == 1
+    assert slow.fetched == 1
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
@@ -169,6 +255,13 @@ def test_bodies_of_torchserve_that_cannot_be_decoded_are_server_errors(known: Kn
             client.infer({"input": ROWS})
         with pytest.raises(ServerError, match="cannot be decoded"):
             asyncio.run(ask(url))
+
+
+@pytest.mark.parametrize("kind", [TritonClient, AsyncTritonClient])
+def test_what_triton_says_instead_of_an_answer_is_one_printable_line(known: Known, kind: Any) -> None:
+    said = reply(b'{"error": "no\\u001b[2J\\nWARNING forged"}', "500 Internal Server Error")
+    with Raw(said) as host, pytest.raises(ServerError, match=r"gave no answer: no \[2J WARNING forged"):
+        ask(known, kind, host.address)
 
 
 EXCUSES = {
@@ -240,7 +333,7 @@ def test_infer_says_that_the_service_is_down(tmp_path: Path) -> None:
     verifier = Verifier(bundle, DevelopmentProvider(), VerifierOptions())
     evidence, rules, rows = tmp_path / "evidence.json", tmp_path / "policy.toml", tmp_path / "rows.npy"
     evidence.write_text(verifier.evidence().to_json())
-    rules.write_text(f'[evidence]\nbundle_digests = ["{bundle.digest}"]\nallow_any_client = true\n')
+    rules.write_text(f'[evidence]\nallow_any_client = true\nmodels.fake.bundle_digests = ["{bundle.digest}"]\n')
     np.save(rows, ROWS)
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"

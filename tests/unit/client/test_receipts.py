@@ -31,7 +31,7 @@ from fides_plugins.enclave.verifier import Verifier
 from fides_plugins.errors import FidesError, InputError, ServerError
 from fides_plugins.protection import Protection
 from fides_plugins.settings import Settings
-from fides_plugins.testing import fake_logits, memory_bundle, switch_top_two
+from fides_plugins.testing import fake_logits, linear_onnx, memory_bundle, switch_top_two
 from fides_plugins.types import softmax
 from tests.support.clients import JudgingClient
 from tests.support.pki import NOW_S
@@ -66,7 +66,7 @@ class Setting:
         self.now, self.ticks = NOW_S, 0.0
         rules = hardware.policy(self.bundle, **policy)
         self.trust = Trust(rules, self.wire, roots=hardware.roots, clock=lambda: self.now)
-        self.checker = ReceiptChecker(self.trust, IDENTITY, scheme, 10, clock=lambda: self.ticks)
+        self.checker = ReceiptChecker(self.trust, IDENTITY, scheme, self.bundle, clock=lambda: self.ticks)
 
     def receipt(self, pending: Pending) -> Receipt:
         commitment = self.checker.commitment(OUTPUT) if self.checker.scheme == "commitment" else ""
@@ -109,7 +109,6 @@ def test_a_good_receipt_gives_the_reference_once(hardware: Hardware, scheme: str
         ({"nonce": bytes(32)}, "receipt-nonce"),
         ({"session": b"\x01" * 16}, "receipt-session"),
         ({"boot_id": bytes(16)}, "receipt-start"),
-        ({"evidence_id": bytes(32)}, "receipt-evidence"),
         ({"tee": "sgx"}, "receipt-evidence"),
         ({"input_digest": bytes(32)}, "receipt-input"),
         ({"input_dtype": "FP64"}, "receipt-input"),
@@ -117,6 +116,9 @@ def test_a_good_receipt_gives_the_reference_once(hardware: Hardware, scheme: str
         ({"preprocessing": "resized"}, "receipt-input"),
         ({"bundle_digest": bytes(32)}, "receipt-bundle"),
         ({"bundle_version": 0}, "receipt-bundle-version"),
+        ({"model": "other"}, "receipt-model"),
+        ({"classes": bytes(32)}, "receipt-classes"),
+        ({"judge": bytes(32)}, "receipt-judge"),
         ({"scheme": "commitment", "service_digest": bytes(32)}, "receipt-scheme"),
         ({"output_shape": (2, 11)}, "receipt-output"),
         ({"output_shape": (3, 10)}, "receipt-output"),
@@ -130,6 +132,31 @@ def test_what_a_receipt_says_must_fit(hardware: Hardware, change: dict[str, Any]
     pending = setting.checker.begin(ROWS)
     receipt = dataclasses.replace(setting.receipt(pending), **change)
     assert code(lambda: setting.checker.check(pending, setting.signed(receipt), OUTPUT)) == expected
+
+
+OTHERS = {
+    "request-model": {"name": "other"},
+    "request-classes": {"class_names": tuple(f"class {i}" for i in reversed(range(10)))},
+    "request-judge": {"n_calibration": 499},
+}
+
+
+@pytest.mark.parametrize(("expected", "change"), OTHERS.items(), ids=list(OTHERS))
+def test_another_models_verifier_answers_nobody_elses_clients(
+    hardware: Hardware, expected: str, change: dict[str, Any]
+) -> None:
+    """The policy trusts both bundles; the host serves the other one's function and shows its verifier."""
+    setting = Setting(hardware)
+    reversing = memory_bundle(**change)
+    files = {name: reversing.file(name) for name in reversing.file_names}
+    files["verification.onnx"] = linear_onnx(np.eye(10, dtype=np.float32)[::-1].copy())
+    other = Bundle.in_memory(reversing.manifest, files)
+    both = {"bundle_digests": [setting.bundle.digest, other.digest]}
+    setting.wire.verifier = hardware.verifier(other)
+    rules = hardware.policy(setting.bundle, models={"fake": both, "other": both})
+    trust = Trust(rules, setting.wire, roots=hardware.roots, clock=lambda: setting.now)
+    pending = ReceiptChecker(trust, IDENTITY, "hpke", setting.bundle).begin(ROWS)
+    assert code(lambda: setting.wire.verifier.answer(pending.text, ROWS)) == expected
 
 
 @pytest.mark.parametrize("text", [None, "", "nonsense!", "AAAA", "A" * 3_000_000])

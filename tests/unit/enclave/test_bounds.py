@@ -17,7 +17,8 @@ from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.bundle import InputSpec
 from fides_plugins.enclave import protocol
 from fides_plugins.enclave.bounds import RequestBounds, request_bounds
-from fides_plugins.enclave.http import ServerLimits, WorkQueue
+from fides_plugins.enclave.connections import ServerLimits
+from fides_plugins.enclave.http import WorkQueue
 from fides_plugins.enclave.limits import ByteBudget
 from fides_plugins.errors import InputError
 from fides_plugins.oip import tensor_from_bytes
@@ -105,11 +106,21 @@ def test_shapes_that_no_array_can_have_are_refused(shape: tuple[int, ...]) -> No
 def test_a_budget_is_kept_and_comes_back() -> None:
     budget = ByteBudget(100 << 20)
     for _ in range(3):
-        budget.take(100 << 20)
+        budget.take(50 << 20, b"one")
+        budget.take(50 << 20, b"other")
         with pytest.raises(Refusal) as caught:
-            budget.take(1)
+            budget.take(1, b"third")
         assert caught.value.code == "request-memory"
-        budget.give(100 << 20)
+        budget.give(50 << 20, b"one")
+        budget.give(50 << 20, b"other")
+
+
+def test_no_peer_fills_the_budget_alone() -> None:
+    budget = ByteBudget(100)
+    budget.take(50, b"greedy")
+    with pytest.raises(Refusal):
+        budget.take(1, b"greedy")
+    budget.take(50, b"honest")
 
 
 def test_the_body_of_a_refused_request_is_freed_at_once() -> None:

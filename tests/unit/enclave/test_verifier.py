@@ -20,9 +20,10 @@ from fides_plugins.attestation.receipt import open_receipt
 from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.attestation.request import from_text, to_text
 from fides_plugins.attestation.tensors import tensor_digest
-from fides_plugins.attestation.verify import evidence_id, new_challenge, verify_evidence
+from fides_plugins.attestation.verify import new_challenge, verify_evidence
 from fides_plugins.attestation.wire import PARAMETER, RECEIPT_OUTPUT
 from fides_plugins.bundle import Bundle, InputSpec, Manifest
+from fides_plugins.cli.serve_verifier import _announce
 from fides_plugins.enclave import protocol
 from fides_plugins.enclave.bounds import request_bounds
 from fides_plugins.enclave.limits import RateLimit, SpentNonces
@@ -113,7 +114,7 @@ def test_requests_that_are_not_answered(hardware: Hardware, bundle: Bundle, veri
     assert code(lambda: verifier.answer(Asked(verifier, ROWS, "commitment").text, ROWS)) == "request-commitment"
     stranger = Ed25519PrivateKey.generate()
     assert code(lambda: verifier.answer(Asked(verifier, ROWS, identity=stranger).text, ROWS)) == "request-client"
-    assert code(lambda: verifier.answer(Asked(verifier, ROWS, evidence_id=bytes(32)).text, ROWS)) == "request-evidence"
+    assert code(lambda: verifier.answer(Asked(verifier, ROWS, key_id=bytes(32)).text, ROWS)) == "request-evidence"
     assert code(lambda: verifier.answer(Asked(verifier, ROWS, client_key=bytes(32)).text, ROWS)) == "request-client-key"
     restarted = hardware.verifier(bundle)
     assert code(lambda: restarted.answer(Asked(verifier, ROWS).text, ROWS)) == "request-evidence"
@@ -124,8 +125,9 @@ def test_requests_that_are_not_answered(hardware: Hardware, bundle: Bundle, veri
     assert code(lambda: sealed_only.answer(text, ROWS, to_text(bytes(32)))) == "request-scheme"
     with pytest.raises(InputError, match="shape"):
         verifier.answer(Asked(verifier, ROWS[:, :5]).text, ROWS[:, :5])
+    many = np.zeros((2000, 10), np.float32)
     with pytest.raises(InputError, match="at most 1024"):
-        verifier.answer(Asked(verifier, ROWS).text, np.zeros((2000, 10), np.float32))
+        verifier.answer(Asked(verifier, many).text, many)
 
 
 def test_rounding_is_part_of_the_attested_configuration(hardware: Hardware, bundle: Bundle) -> None:
@@ -169,43 +171,85 @@ def test_a_bundle_must_have_a_verification_model_and_an_input(hardware: Hardware
 
 
 @pytest.mark.parametrize("tee", ["sgx", "tdx", "sev-snp"])
-def test_evidence_for_challenges_is_trusted_and_named_in_receipts(hardware: Hardware, bundle: Bundle, tee: Any) -> None:
+def test_evidence_for_challenges_is_trusted_and_vouches_for_receipts(
+    hardware: Hardware, bundle: Bundle, tee: Any
+) -> None:
     verifier = hardware.verifier(bundle, tee)
     challenge = new_challenge()
     document = Evidence.from_json(verifier.evidence(challenge).to_json())
     policy = hardware.policy(bundle, tee)
     trusted = verify_evidence(document, policy, NOW_S, challenge=challenge, roots=hardware.roots)
-    assert trusted.facts.evidence_id == evidence_id(document) != evidence_id(verifier.evidence())
-    asked = Asked(verifier, ROWS, evidence_id=trusted.facts.evidence_id)
     assert trusted.statement is not None
+    # However much evidence others asked for meanwhile: what was issued is not kept anywhere.
+    for _ in range(1100):
+        verifier._make_evidence(new_challenge())
+    asked = Asked(verifier, ROWS, key_id=trusted.statement.key_id)
     keys = {trusted.statement.key_id: trusted.signing_key}
-    assert open_receipt(verifier.answer(asked.text, ROWS).receipt, keys).evidence_id == trusted.facts.evidence_id
+    assert open_receipt(verifier.answer(asked.text, ROWS).receipt, keys).tee == tee
     assert code(lambda: verifier.evidence(b"short")) == "request-challenge"
 
 
-def test_evidence_is_rate_limited(hardware: Hardware, bundle: Bundle) -> None:
-    verifier = hardware.verifier(bundle)
-    verifier._evidence_rate = RateLimit(per_second=1e-6, burst=3, keys=1)
-    for _ in range(3):
-        verifier.evidence(new_challenge())
-    assert code(lambda: verifier.evidence(new_challenge())) == "request-rate"
-    assert verifier.evidence().statement is not None
+def test_what_is_refused_costs_the_client_nothing(hardware: Hardware, bundle: Bundle) -> None:
+    """Whoever saw a client's requests can send them again, with other rows; the client's rate is not theirs to use."""
+    options = VerifierOptions(clients=frozenset((IDENTITY_PUBLIC,)), rate=1e-6, burst=6)
+    verifier = hardware.verifier(bundle, options=options)
+    seen = Asked(verifier, ROWS)
+    verifier.answer(seen.text, ROWS)
+    for rows in (ROWS, np.zeros((1024, 10), np.float32)):
+        for _ in range(50):
+            assert code(lambda: verifier.answer(seen.text, rows)) in ("request-replay", "request-input")  # noqa: B023
+    misshapen = np.zeros((1024, 3), np.float32)
+    for _ in range(50):
+        with pytest.raises(InputError, match="shape"):
+            verifier.answer(Asked(verifier, misshapen).text, misshapen)
+    verifier.answer(Asked(verifier, ROWS).text, ROWS)
+    # And a request that came too soon is not spent: it is answered once there is room for it.
+    early = Asked(verifier, ROWS)
+    assert code(lambda: verifier.answer(early.text, ROWS)) == "request-rate"
+    verifier._rate = RateLimit(1e-6, 6)
+    verifier.answer(early.text, ROWS)
 
 
 # Bounds
 
 
-def test_nonces_are_spent_once_and_never_forgotten_early() -> None:
+def number(n: int) -> bytes:
+    return n.to_bytes(32, "big")
+
+
+def free() -> None:
+    """What a nonce costs where nothing is counted."""
+
+
+def test_nonces_are_spent_once_however_many_others_spend_and_fast_the_clock_runs() -> None:
     now = [0.0]
-    table = SpentNonces(capacity=3, lifetime_s=10, clock=lambda: now[0])
-    for n in range(3):
-        table.spend(bytes([n]) * 32)
-    assert code(lambda: table.spend(bytes(32))) == "request-replay"
-    # Full: refused, because forgetting one would let it be spent again.
-    assert code(lambda: table.spend(b"\x09" * 32)) == "request-busy"
-    now[0] = 10.0
-    table.spend(b"\x09" * 32)
-    assert len(table) == 1
+    table = SpentNonces(lifetime_s=10, clock=lambda: now[0])
+    table.spend(b"honest", number(0), free)
+    for n in range(20_000):
+        table.spend(b"greedy", number(n), free)
+    for client, n in ((b"honest", 0), (b"greedy", 0), (b"greedy", 19_999)):
+        assert code(lambda: table.spend(client, number(n), free)) == "request-replay"  # noqa: B023
+    now[0] = 1e9  # a host may let an enclave's clock run
+    table.spend(b"greedy", number(20_000), free)
+    assert code(lambda: table.spend(b"honest", number(0), free)) == "request-replay"
+    assert code(lambda: table.spend(b"greedy", number(19_999), free)) == "request-replay"
+    assert len(table) == 4096 + 1
+
+
+def test_what_cannot_be_paid_is_not_spent() -> None:
+    def refuse() -> None:
+        raise Refusal("request-rate", "too many")
+
+    table = SpentNonces(lifetime_s=10)
+    assert code(lambda: table.spend(b"a", number(1), refuse)) == "request-rate"
+    table.spend(b"a", number(1), free)
+
+
+def test_strangers_are_forgotten_before_the_table_grows() -> None:
+    table = SpentNonces(lifetime_s=10, capacity=100)
+    for n in range(1000):
+        table.spend(number(n % 50), number(n), free)
+    assert len(table) <= 100
 
 
 def test_buckets_refill_and_unknown_keys_do_not_pile_up() -> None:
@@ -229,7 +273,7 @@ def test_http_bodies_in_json_and_in_binary(verifier: Verifier, bundle: Bundle) -
     entry = {"name": name, "shape": [3, 10], "datatype": "FP32"}
     for binary in (False, True):
         asked = Asked(verifier, ROWS)
-        document: dict[str, Any] = {"id": "7", "parameters": {PARAMETER: asked.text}}
+        document: dict[str, Any] = {"id": "7\n", "parameters": {PARAMETER: asked.text}}
         if binary:
             raw = ROWS.tobytes()
             document["inputs"] = [{**entry, "parameters": {"binary_data_size": len(raw)}}]
@@ -242,7 +286,7 @@ def test_http_bodies_in_json_and_in_binary(verifier: Verifier, bundle: Bundle) -
         body, headers = protocol.infer(verifier, bundle.manifest.name, request)
         length = int(headers[JSON_LENGTH]) if JSON_LENGTH in headers else None
         answer = json.loads(body[:length])
-        assert answer["id"] == "7"
+        assert answer["id"] == r"7\n"
         (output,) = answer["outputs"]
         if binary:
             assert length is not None
@@ -416,6 +460,15 @@ def test_gramine_quotes(hardware: Hardware) -> None:
     assert GramineProvider(files=kernel).report(DATA).tee == "sgx"
     with pytest.raises(EvidenceError, match="'none', not 'dcap'"):
         GramineProvider(files=Gramine(lambda data: b"", "none")).report(DATA)
+
+
+@pytest.mark.parametrize("zero", ["rtmr3", ""])
+def test_a_machine_that_measured_nothing_says_so_at_the_start(
+    hardware: Hardware, bundle: Bundle, zero: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kernel = Kernel(lambda data: hardware.intel.quote("tdx", data, zero=zero))
+    _announce(Verifier(bundle, TsmProvider("tdx", files=kernel)), "127.0.0.1:1")
+    assert ("RTMR3 is zero" in capsys.readouterr().err) is bool(zero)
 
 
 def test_hardware_that_is_not_there_or_lies(hardware: Hardware, amd: AmdPki, tmp_path: Path) -> None:

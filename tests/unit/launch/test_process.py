@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from fides_plugins.errors import ServerError
@@ -14,7 +15,6 @@ from fides_plugins.launch.process import (
     cpu_seconds,
     descendants,
     free_ports,
-    is_alive,
     resident_bytes,
     stop_tree,
     wait_until,
@@ -30,6 +30,10 @@ child.stdout.readline()
 print("child", child.pid, flush=True)
 time.sleep(60)
 """
+
+
+def is_alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 def test_free_ports_are_different():

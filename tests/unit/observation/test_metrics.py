@@ -155,6 +155,21 @@ def test_the_service_alarm_feeds_the_gauges(tmp_path: Path, caplog: pytest.LogCa
     protection.close()
 
 
+def test_a_request_id_cannot_forge_a_line_of_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    memory = Memory()
+    protection = protected(tmp_path, MetricsRecorder(memory, "digits"))
+    logits = fake_logits(60, seed=19)
+    honest = fake_service(logits, seed=20)
+    lie = Prediction(switch_top_two(honest.probabilities), honest.valid)
+    forged = "r\nERROR the service 'other' is under attack\x1b[2J" + "x" * 10_000
+    judged(protection, fake_query(logits, request_ids=(forged,) * 60), lie)
+    wait_until(lambda: "under attack" in caplog.text, 10, "The alarm")
+    protection.close()
+    (line,) = [r.getMessage() for r in caplog.records if "under attack" in r.getMessage()]
+    assert line.isprintable()
+    assert len(line) < 300
+
+
 def test_two_processes_share_a_gauge_and_the_alarm_stays(tmp_path: Path) -> None:
     """The one that sees nothing does not withdraw the other one's alarm."""
     memory = Memory()

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
 import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from fides_plugins.cli import app
 from fides_plugins.settings import tomllib
@@ -163,10 +169,110 @@ def test_kubernetes_manifests_fit_together(resources: dict[str, dict[str, Any]])
     assert mounted == volumes
     verifier = containers["verifier"]
     assert verifier["resources"]["limits"]["sgx.intel.com/epc"] == "512Mi"
-    assert verifier["securityContext"]["readOnlyRootFilesystem"] is True
-    assert verifier["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    for container in containers.values():
+        context = container["securityContext"]
+        assert context["readOnlyRootFilesystem"] is True
+        assert context["runAsNonRoot"] is True
+        assert context["allowPrivilegeEscalation"] is False
+        assert context["capabilities"] == {"drop": ["ALL"]}
+        assert context["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert set(container["resources"]["limits"]) >= {"cpu", "memory"}
     assert verifier["ports"][0]["containerPort"] == 8443
     assert template["spec"]["automountServiceAccountToken"] is False
+
+
+def test_only_labelled_pods_may_connect(resources: dict[str, dict[str, Any]]) -> None:
+    policy = resources["NetworkPolicy"]["spec"]
+    assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
+    assert policy["egress"] == []
+    for rule in policy["ingress"]:
+        # An empty selector is everybody, as is a rule without `from`.
+        assert all(peer["podSelector"]["matchLabels"] for peer in rule["from"])
+
+
+def test_foreign_images_are_named_by_their_digest(resources: dict[str, dict[str, Any]]) -> None:
+    listed = yaml.safe_load((DEPLOY / "kubernetes" / "kustomization.yaml").read_text())["images"]
+    images = {image["name"]: image for image in listed}
+    used = {c["image"] for c in resources["Deployment"]["spec"]["template"]["spec"]["containers"]}
+    assert used == set(images)
+    assert re.fullmatch(r"sha256:[0-9a-f]{64}", images["tritonserver"]["digest"])
+    text = (DEPLOY / "container" / "Containerfile").read_text()
+    # No default: a build without the argument fails.
+    assert re.findall(r"^FROM (.*)$", text, re.MULTILINE) == ["${GRAMINE_IMAGE}"]
+    assert "\nARG GRAMINE_IMAGE\n" in text
+
+
+LOCK = (DEPLOY / "gramine" / "requirements.lock").read_text()
+BUILD = (DEPLOY / "gramine" / "build.sh").read_text()
+
+
+def test_everything_that_the_enclave_installs_has_a_hash() -> None:
+    text = re.sub(r"^#.*\n", "", LOCK, flags=re.MULTILINE).replace("\\\n", " ")
+    pinned = {}
+    for line in text.splitlines():
+        match = re.fullmatch(r"([a-z0-9-]+)==(\S+)((?:\s+--hash=sha256:[0-9a-f]{64})+)", line)
+        assert match, line
+        pinned[match[1]] = match[2]
+    (install,) = (line for line in BUILD.splitlines() if "pip install" in line)
+    assert "--require-hashes" in install
+    assert "--no-deps" in install
+    assert "--only-binary :all:" in install
+    # The closure: what the package asks for, and what that asks for, on the image's Python.
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["enclave"]]
+    met = set()
+    while wanted:
+        need = Requirement(wanted.pop())
+        name = canonicalize_name(need.name)
+        if name in met or (need.marker and not need.marker.evaluate({"python_version": "3.10", "extra": ""})):
+            continue
+        met.add(name)
+        assert name in pinned, f"{name} is not in requirements.lock"
+        assert need.specifier.contains(pinned[name]), f"{need}, and requirements.lock has {pinned[name]}"
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            installed = metadata.distribution(name)
+            # What another version needs may differ.
+            wanted += (installed.requires or []) if installed.version == pinned[name] else []
+    assert set(pinned) >= met >= {"numpy", "onnxruntime", "cryptography", "starlette"}
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file, as Gramine measures trusted files."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_byte_code_is_the_same_in_every_build(tmp_path: Path) -> None:
+    """The command of build.sh, on the package, at another time and with files of other times."""
+    (line,) = (line for line in BUILD.splitlines() if "-m compileall" in line)
+    found = []
+    for hours in (1, 1000):
+        site = tmp_path / "site"
+        shutil.copytree(REPOSITORY / "fides_plugins", site, ignore=shutil.ignore_patterns("__pycache__"))
+        for path in site.rglob("*.py"):
+            os.utime(path, (3600 * hours, 3600 * hours))
+        environment = {"PATH": os.environ["PATH"], "python": sys.executable, "site": str(site)}
+        subprocess.run(["bash", "-euc", line], env=environment, check=True)
+        found.append(tree(site))
+        shutil.rmtree(site)
+    assert found[0] == found[1]
+    assert sum(name.endswith(".pyc") for name in found[0]) > 100
+
+
+@pytest.mark.skipif(shutil.which("gramine-sgx-sigstruct-view") is None, reason="Gramine is not installed")
+def test_the_enclave_built_twice_has_one_measurement(tmp_path: Path, bundle_folder: Path) -> None:
+    key = tmp_path / "key.pem"
+    subprocess.run(["openssl", "genrsa", "-3", "-out", str(key), "3072"], check=True)
+    found = []
+    for _ in range(2):
+        command = ["bash", str(DEPLOY / "gramine" / "build.sh"), str(bundle_folder), str(key), ",".join(CLIENTS)]
+        done = subprocess.run([*command, str(tmp_path / "enclave")], capture_output=True, text=True, check=True)
+        (measured,) = re.findall(r"mr_enclave:\s*([0-9a-f]{64})", done.stdout)
+        found.append((measured, tree(tmp_path / "enclave" / "venv")))
+    assert found[0] == found[1]
 
 
 def test_kustomize_renders_the_manifests() -> None:
@@ -179,3 +285,4 @@ def test_kustomize_renders_the_manifests() -> None:
     kinds = [document["kind"] for document in yaml.safe_load_all(result.stdout)]
     assert sorted(kinds) == ["Deployment", "NetworkPolicy", "Service"]
     assert "image: fides-verifier:0.1.0" in result.stdout
+    assert "image: nvcr.io/nvidia/tritonserver@sha256:" in result.stdout

@@ -85,7 +85,7 @@ def test_files_that_are_no_archives(tmp_path: Path):
     with pytest.raises(TrainingError, match="one array"):
         load_predictions(tmp_path / "one.npy")
     np.savez(tmp_path / "objects.npz", service_logits=np.array([{}], dtype=object))
-    with pytest.raises(TrainingError, match="objects are not read"):
+    with pytest.raises(TrainingError, match="objects are refused"):
         load_predictions(tmp_path / "objects.npz")
     whole = saved(tmp_path, **good()).read_bytes()
     (tmp_path / "half.npz").write_bytes(whole[: len(whole) // 2])

@@ -116,9 +116,6 @@ class TritonApi:
         self.metrics_url = metrics_url or f"http://{self.host}:8002/metrics"
         self.timeout_s = timeout_s
 
-    def __repr__(self) -> str:
-        return f"TritonApi({self.host}:{self.port})"
-
     def exchange(
         self,
         method: str,
@@ -160,14 +157,9 @@ class TritonApi:
         """The server's own name (`--id`). Raises `OSError` when it cannot be reached."""
         return str(self.exchange("GET", "/v2").json.get("name", ""))
 
-    def config(self, model: str, version: str = "") -> dict[str, Any]:
+    def config(self, model: str) -> dict[str, Any]:
         """The model's full configuration as the server holds it, as protobuf JSON."""
-        suffix = f"/versions/{version}" if version else ""
-        return self._ask("GET", f"/v2/models/{quote(model)}{suffix}/config", f"Reading the config of {model!r}").json
-
-    def metadata(self, model: str) -> dict[str, Any]:
-        """The model's inputs, outputs and versions."""
-        return self._ask("GET", f"/v2/models/{quote(model)}", f"Reading the metadata of {model!r}").json
+        return self._ask("GET", f"/v2/models/{quote(model)}/config", f"Reading the config of {model!r}").json
 
     def index(self) -> list[dict[str, Any]]:
         """Models of the repository, with their states."""
@@ -221,20 +213,10 @@ class TritonApi:
         inputs: Mapping[str, NDArray[Any]],
         outputs: Sequence[str] = (),
         *,
-        version: str = "",
         parameters: Mapping[str, Any] | None = None,
         timeout_s: float | None = None,
     ) -> dict[str, NDArray[Any]]:
-        """One inference over the binary protocol.
-
-        Parameters
-        ----------
-        inputs:
-            Name to array; object and string arrays travel as BYTES.
-        outputs:
-            Wanted outputs; all by default.
-        parameters:
-            Parameters of the request, handed on to the model.
+        """One inference over the binary protocol; `inputs`, `outputs` and `parameters` as for `oip.request_body`.
 
         Raises
         ------
@@ -246,14 +228,7 @@ class TritonApi:
             If it cannot be reached or does not answer in time.
         """
         body, headers = oip.request_body(inputs, parameters=parameters, outputs=outputs)
-        suffix = f"/versions/{version}" if version else ""
-        answer = self.exchange(
-            "POST",
-            f"/v2/models/{quote(model)}{suffix}/infer",
-            body,
-            headers,
-            timeout_s,
-        )
+        answer = self.exchange("POST", f"/v2/models/{quote(model)}/infer", body, headers, timeout_s)
         if answer.status != 200:
             raise InferenceRefused(answer.status, answer.error)
         return oip.read_answer(answer.body, answer.headers.get(oip.JSON_LENGTH.lower()))

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fides_plugins.codec import OutputCodec
-from fides_plugins.errors import InputError, ServerError
+from fides_plugins.errors import InputError
 from fides_plugins.serving.finding import CheckFinding
 from fides_plugins.serving.triton import wire
-from fides_plugins.serving.triton.config import parse_json
+from fides_plugins.serving.triton.config import parse_json, queue_problem
 from fides_plugins.serving.triton.operator.api import TritonApi
 from fides_plugins.serving.triton.operator.probe import (
     InferenceProbe,
@@ -24,7 +24,6 @@ from fides_plugins.serving.triton.operator.probe import (
     sample_inputs,
     sample_references,
 )
-from fides_plugins.serving.triton.queues import queue_problem
 from fides_plugins.types import SUM_TOLERANCE
 
 #: Free bytes of /dev/shm below which a step may fail to grow its shared memory.
@@ -33,24 +32,17 @@ SHM_NEEDED = 64 * 1024 * 1024
 HARMLESS_P_VALUE = 0.5
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 
+_NO_SHM = "/dev/shm is full: give the container more (docker run --shm-size=1g; an emptyDir of medium Memory)."
+_EMPTY = "The python backend handed back an empty tensor: pin numpy below 2 in the server's environment."
 #: What the server says when something goes wrong, and how to fix it.
-REMEDIES = (
-    (
-        "shared memory",
-        "/dev/shm is full: give the container more (docker run --shm-size=1g; an emptyDir of medium Memory).",
-    ),
-    ("not healthy", "The step's process died. Reload it: fides watch triton URL, or restart the server."),
-    (
-        "input byte size mismatch",
-        "The python backend handed back an empty tensor: pin numpy below 2 in the server's environment.",
-    ),
-    ("bytes, not", "The python backend handed back an empty tensor: pin numpy below 2 in the server's environment."),
-    (
-        "no answer within",
-        "The step hangs or is overloaded; see the server's log, and raise --timeout if it is only slow.",
-    ),
-    ("unexpected shape", "The generated input does not fit: give a real one with --data."),
-)
+REMEDIES = {
+    "shared memory": _NO_SHM,
+    "not healthy": "The step's process died. Reload it: fides watch triton URL, or restart the server.",
+    "input byte size mismatch": _EMPTY,
+    "bytes, not": _EMPTY,
+    "no answer within": "The step hangs or is overloaded; see the server's log; raise --timeout if it is only slow.",
+    "unexpected shape": "The generated input does not fit: give a real one with --data.",
+}
 
 
 def check(
@@ -72,17 +64,10 @@ def check(
     ServerError
         If the server cannot be reached or `model` is not served, or not protected.
     """
-    try:
-        ready = api.ready()
-    except OSError as error:
-        raise ServerError(
-            f"Triton at {api.host}:{api.port} cannot be reached ({error}).", "Check the address."
-        ) from None
-    findings = [
-        CheckFinding("server ready", ready, "" if ready else "some model is not ready", "" if ready else "See its log.")
-    ]
     (item,) = find_protected(api, model)
-    findings.append(_state(item))
+    ready = api.ready()
+    detail, remedy = ("", "") if ready else ("some model is not ready", "See its log.")
+    findings = [CheckFinding("server ready", ready, detail, remedy), _state(item)]
     if api.host in _LOCAL:
         findings.append(_shared_memory())
     problem, remedy = queue_problem(parse_json(api.config(item.base)))
@@ -123,13 +108,13 @@ def _shared_memory() -> CheckFinding:
     free = stats.f_bavail * stats.f_frsize
     detail = f"{free // 2**20} MiB free, {SHM_NEEDED // 2**20} needed"
     good = free >= SHM_NEEDED
-    return CheckFinding("/dev/shm", good, detail, "" if good else REMEDIES[0][1])
+    return CheckFinding("/dev/shm", good, detail, "" if good else _NO_SHM)
 
 
 def _finding(what: str, result: InferenceProbe, problem: str = "") -> CheckFinding:
     if not result.alive:
         problem = result.detail
-    remedy = next((text for sign, text in REMEDIES if problem and sign in problem), "")
+    remedy = next((text for sign, text in REMEDIES.items() if problem and sign in problem), "")
     return CheckFinding(what, not problem, problem, remedy, result.seconds)
 
 

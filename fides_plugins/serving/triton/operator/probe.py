@@ -105,13 +105,10 @@ def find_protected(api: TritonApi, model: str = "") -> list[Protected]:
     index = {str(e.get("name")): str(e.get("state", "")) for e in api.index()}
     if model and model not in index:
         raise UnknownModel(f"The server has no model {model!r}.", f"It has: {', '.join(sorted(index))}.")
-    names = [model] if model else [n for n, state in index.items() if state == "READY"]
-    if model and index.get(model) != "READY":
-        raise ServerError(
-            f"The server has no ready model {model!r}.",
-            f"Ready: {', '.join(n for n, s in index.items() if s == 'READY')}.",
-        )
-    found = [p for n in names if (p := recognise(api.config(n), index)) is not None]
+    ready = [n for n, state in index.items() if state == "READY"]
+    if model and model not in ready:
+        raise ServerError(f"The server has no ready model {model!r}.", f"Ready: {', '.join(ready)}.")
+    found = [p for n in ([model] if model else ready) if (p := recognise(api.config(n), index)) is not None]
     if model and not found:
         raise ServerError(
             f"{model!r} is served, but not protected.",
@@ -201,13 +198,11 @@ class InferenceProbe:
     outputs: Mapping[str, NDArray[Any]] | None = None
 
 
-def probe(
-    api: TritonApi, model: str, inputs: Mapping[str, NDArray[Any]], timeout_s: float, version: str = ""
-) -> InferenceProbe:
+def probe(api: TritonApi, model: str, inputs: Mapping[str, NDArray[Any]], timeout_s: float) -> InferenceProbe:
     """One inference; never raises for what the server does."""
     start = time.perf_counter()
     try:
-        outputs = api.infer(model, inputs, version=version, timeout_s=timeout_s)
+        outputs = api.infer(model, inputs, timeout_s=timeout_s)
     except InferenceRefused as error:
         detail = error.message
         own = detail.startswith("fides:") or " fides: " in detail

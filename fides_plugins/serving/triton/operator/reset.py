@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from fides_plugins.errors import ServerError
 from fides_plugins.observation.metrics import UNDER_ATTACK
@@ -48,7 +46,9 @@ def reset(api: TritonApi, model: str, timeout_s: float = 10.0) -> Reset:
         If the server or its metrics cannot be reached, `model` is not protected or has no alarm.
     """
     (item,) = find_protected(api, model)
-    label = _label(item.validate, api.config(item.validate))
+    # The label `model` of the step's metrics, as `MetricsRecorder` gets it.
+    named = api.config(item.validate).get("parameters", {}).get("fides.service_name", {})
+    label = str(named.get("string_value", "")) or item.validate
     was = _alarm(api, label)
     api.reload(item.validate)
     deadline = time.monotonic() + timeout_s
@@ -69,12 +69,6 @@ def reset(api: TritonApi, model: str, timeout_s: float = 10.0) -> Reset:
             "Its bundle has no calibrated detector, or another FIDES_SERVICE_NAME is set.",
         )
     return Reset(item.validate, bool(was), True)
-
-
-def _label(step: str, config: Mapping[str, Any]) -> str:
-    """The label `model` of the step's metrics, as `MetricsRecorder` gets it."""
-    value = config.get("parameters", {}).get("fides.service_name", {})
-    return str(value.get("string_value", "")) or step
 
 
 def _alarm(api: TritonApi, label: str) -> bool | None:

@@ -16,7 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from numpy.typing import NDArray
@@ -72,10 +72,11 @@ class _Retry:
     not_before: float = 0.0
 
 
+@dataclass(eq=False)
 class Watcher:
     """Probes every protected model of one server.
 
-    Parameters
+    Attributes
     ----------
     model:
         Watch only this one; all by default.
@@ -91,29 +92,17 @@ class Watcher:
         Called with every event.
     """
 
-    def __init__(
-        self,
-        api: TritonApi,
-        *,
-        model: str = "",
-        timeout_s: float = 0.5,
-        heal: bool = True,
-        inputs: Mapping[str, NDArray[Any]] | None = None,
-        report: Callable[[Event], None] = lambda event: None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._api = api
-        self._model = model
-        self._timeout_s = timeout_s
-        self._heal = heal
-        self._inputs = inputs
-        self.report = report
-        self._clock = clock
-        self._retries: defaultdict[str, _Retry] = defaultdict(_Retry)
-        self._configs: dict[str, dict[str, Any]] = {}
-        self._seen: dict[str, Statistics] = {}
-        self._settled: set[str] = set()
-        self._reloaded_at: dict[str, float] = {}
+    api: TritonApi
+    _: KW_ONLY
+    model: str = ""
+    timeout_s: float = 0.5
+    heal: bool = True
+    inputs: Mapping[str, NDArray[Any]] | None = None
+    report: Callable[[Event], None] = lambda event: None
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
+        self.forget()
 
     def look(self) -> bool:
         """Probe everything once, healing what is dead; True if all is protected at the end.
@@ -123,7 +112,7 @@ class Watcher:
         ServerError
             If the server cannot be reached, or nothing on it is protected.
         """
-        models = find_protected(self._api, self._model)
+        models = find_protected(self.api, self.model)
         if not models:
             raise ServerError("The server has no protected model.", "Attach one with `fides attach triton`.")
         groups: dict[tuple[str, str], list[Protected]] = {}
@@ -136,14 +125,14 @@ class Watcher:
 
     def forget(self) -> None:
         """Drop what was learned about the server: it may come back as another one."""
-        self._configs.clear()
-        self._seen.clear()
-        self._settled.clear()
-        self._reloaded_at.clear()
-        self._retries.clear()
+        self._configs: dict[str, dict[str, Any]] = {}
+        self._seen: dict[str, Statistics] = {}
+        self._settled: set[str] = set()
+        self._reloaded_at: dict[str, float] = {}
+        self._retries: defaultdict[str, _Retry] = defaultdict(_Retry)
 
     def _look_at(self, group: list[Protected], patience_s: float = 0.0) -> bool:
-        if self._heal:
+        if self.heal:
             self._settle(group)
         dead = [] if self._base_sound(group[0].base) else [group[0].base]
         for look in (self._probe_verify, self._probe_validate):
@@ -152,17 +141,17 @@ class Watcher:
                 continue
             self.report(Event("dead", result.model, result.seconds, result.detail))
             dead.append(result.model)
-            if self._heal and self._retries[result.model].not_before <= self._clock():
+            if self.heal and self._retries[result.model].not_before <= self.clock():
                 # At once, before looking further: every second counts for the requests that come in.
                 self._degrade(group)
-        if not self._heal:
+        if not self.heal:
             return not dead and not any(item.degraded for item in group)
         if not dead:
             return self._restore(group)
         reloaded = [self._reload(model) for model in dead]
         if not all(reloaded):
             return False
-        return self._look_at([found for item in group for found in find_protected(self._api, item.name)], FIRST_PROBE_S)
+        return self._look_at([found for item in group for found in find_protected(self.api, item.name)], FIRST_PROBE_S)
 
     def _settle(self, group: list[Protected]) -> None:
         """Load the fallback and each ensemble once as they are, before anything is wrong.
@@ -181,12 +170,12 @@ class Watcher:
 
     def _base_sound(self, base: str) -> bool:
         """Whether the service model works; asked only when its requests fail, because it may be expensive."""
-        now = self._api.statistics(base)
+        now = self.api.statistics(base)
         before = self._seen.get(base, now)
         self._seen[base] = now
         if now.failed == before.failed or now.succeeded > before.succeeded:
             return True
-        result = probe(self._api, base, sample_inputs(self._config(base), self._inputs), FIRST_PROBE_S)
+        result = probe(self.api, base, sample_inputs(self._config(base), self.inputs), FIRST_PROBE_S)
         if result.alive or "not healthy" not in result.detail:
             # It may refuse this input for reasons of its own; only a dead process is ours to restart.
             return True
@@ -194,7 +183,7 @@ class Watcher:
         return False
 
     def _probe_verify(self, item: Protected, patience_s: float) -> InferenceProbe:
-        inputs = sample_inputs(self._config(item.verify), self._inputs)
+        inputs = sample_inputs(self._config(item.verify), self.inputs)
         result = self._probe(item.verify, inputs, patience_s)
         failing = self._failing(item.verify)
         if result.alive and failing:
@@ -204,19 +193,19 @@ class Watcher:
     def _probe_validate(self, item: Protected, patience_s: float) -> InferenceProbe:
         config = self._config(item.validate)
         own = {**config, "input": [e for e in config["input"] if e["name"] not in wire.INTERNAL]}
-        inputs = {**sample_inputs(own, self._inputs), **as_probe(sample_references(config))}
+        inputs = {**sample_inputs(own, self.inputs), **as_probe(sample_references(config))}
         return self._probe(item.validate, inputs, patience_s)
 
     def _config(self, model: str) -> dict[str, Any]:
         if model not in self._configs:
-            self._configs[model] = self._api.config(model)
+            self._configs[model] = self.api.config(model)
         return self._configs[model]
 
     def _probe(self, model: str, inputs: Mapping[str, NDArray[Any]], patience_s: float) -> InferenceProbe:
-        before = self._api.statistics(model)
-        timeout_s = max(self._timeout_s, patience_s, min(4 * before.mean_seconds, LONGEST_PROBE_S))
-        result = probe(self._api, model, inputs, timeout_s)
-        if result.timed_out and self._api.statistics(model).succeeded > before.succeeded:
+        before = self.api.statistics(model)
+        timeout_s = max(self.timeout_s, patience_s, min(4 * before.mean_seconds, LONGEST_PROBE_S))
+        result = probe(self.api, model, inputs, timeout_s)
+        if result.timed_out and self.api.statistics(model).succeeded > before.succeeded:
             # It finishes other requests: a long queue, not a dead process.
             return InferenceProbe(model, True, result.seconds, True, "busy")
         return result
@@ -227,21 +216,21 @@ class Watcher:
         With several instances one may be dead while probes meet another. Requests that were inside a
         process when it died fail a little after it was replaced, and are not held against the new one.
         """
-        now = self._api.statistics(model)
+        now = self.api.statistics(model)
         before = self._seen.get(model, now)
         self._seen[model] = now
-        recent = self._clock() - self._reloaded_at.get(model, float("-inf")) < FORGIVEN_S
+        recent = self.clock() - self._reloaded_at.get(model, float("-inf")) < FORGIVEN_S
         return 0 if recent else max(0, now.failed - before.failed)
 
     def _reload(self, model: str) -> bool:
         retry = self._retries[model]
-        if retry.not_before > self._clock():
+        if retry.not_before > self.clock():
             return False
-        retry.not_before = self._clock() + retry.wait_s
+        retry.not_before = self.clock() + retry.wait_s
         retry.wait_s = min(2 * retry.wait_s, LAST_RETRY_S)
-        if not self._do("reloaded", model, lambda: self._api.reload(model)):
+        if not self._do("reloaded", model, lambda: self.api.reload(model)):
             return False
-        self._reloaded_at[model] = self._clock()
+        self._reloaded_at[model] = self.clock()
         return True
 
     def _degrade(self, group: list[Protected]) -> None:
@@ -260,19 +249,19 @@ class Watcher:
         return True
 
     def _load(self, kind: str, model: str, config: Mapping[str, Any] | None = None) -> bool:
-        return self._do(kind, model, lambda: self._api.load(model, config))
+        return self._do(kind, model, lambda: self.api.load(model, config))
 
     def _do(self, kind: str, model: str, action: Callable[[], None]) -> bool:
         """Report how `action` went; False where the server refused it. `NotExplicit` is raised: nothing can be done."""
-        start = self._clock()
+        start = self.clock()
         try:
             action()
         except NotExplicit:
             raise
         except ServerError as error:
-            self.report(Event("failed", model, self._clock() - start, str(error)))
+            self.report(Event("failed", model, self.clock() - start, str(error)))
             return False
-        self.report(Event(kind, model, self._clock() - start))
+        self.report(Event(kind, model, self.clock() - start))
         return True
 
 

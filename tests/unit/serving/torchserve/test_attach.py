@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 import threading
 import zipfile
@@ -15,6 +16,7 @@ import yaml
 
 from fides_plugins.cli import app
 from fides_plugins.errors import BundleError, FidesError, InputError, SettingsError
+from fides_plugins.serving.torchserve import probe
 from fides_plugins.serving.torchserve.archive import MANIFEST, open_archive, write_archive
 from fides_plugins.serving.torchserve.attach import RECORD, attach, detach
 from fides_plugins.serving.torchserve.build import CONFIG_NAME, SHIM_NAME, build_archive, shim
@@ -169,6 +171,75 @@ def test_a_missing_package_is_named(tmp_path: Path, bundle_folder: Path) -> None
         attach(plain, bundle_folder, tmp_path / "b.mar")
     attach(plain, bundle_folder, tmp_path / "b.mar", check_import=False)
     assert (tmp_path / "b.mar").exists()
+
+
+FOUR = HANDLER.replace("def inference(self, data): return data", "def inference(self, data): return data[:, :4]")
+WORDS = HANDLER.replace(
+    "def inference(self, data): return data", "def inference(self, data):\n        text, _ = data\n        return text"
+)
+NESTED = HANDLER.replace("inference(self, data): return data", 'inference(self, data): return {"a": data, "b": data}')
+HEAVY = HANDLER.replace("def initialize(self, context): ...", "def initialize(self, context): raise OSError('no gpu')")
+
+
+def test_a_bundle_for_other_classes_is_refused(tmp_path: Path, bundle_folder: Path) -> None:
+    """Attached, every row of it would be `error`, at run time."""
+    plain = build_archive(tmp_path / "a.mar", "mine.py", {"mine.py": FOUR})
+    with pytest.raises(InputError, match=r"answers with 4 classes, and the bundle is for 10"):
+        attach(plain, bundle_folder, tmp_path / "b.mar")
+    names = json.dumps({str(i): f"word {i}" for i in range(4)})
+    text = build_archive(tmp_path / "t.mar", "mine.py", {"mine.py": WORDS, "index_to_name.json": names})
+    for check_import in (True, False):
+        with pytest.raises(InputError, match=r"names 4 classes, and the bundle is for 10"):
+            attach(text, bundle_folder, tmp_path / "b.mar", check_import=check_import)
+    assert not (tmp_path / "b.mar").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        (WORDS, r"inference\(\) of float32 \(1, 10\)"),
+        (HEAVY, r"initialize\(\) raised OSError"),
+        (NESTED, "Set `output`"),
+    ],
+)
+def test_a_handler_that_cannot_be_tried_is_noted(tmp_path: Path, bundle_folder: Path, source: str, says: str) -> None:
+    plain = build_archive(tmp_path / "a.mar", "mine.py", {"mine.py": source}, config="minWorkers: 1\n")
+    (note,) = attach(plain, bundle_folder, tmp_path / "b.mar").notes
+    assert re.search(says, note)
+    assert str(tmp_path) not in note
+
+
+def test_a_model_that_takes_long_to_load_is_attached_all_the_same(
+    tmp_path: Path, bundle_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "_TIMEOUT_S", 8.0)
+    source = "import time\n" + HEAVY.replace("raise OSError('no gpu')", "time.sleep(60)")
+    plain = build_archive(tmp_path / "a.mar", "mine.py", {"mine.py": source}, config="minWorkers: 1\n")
+    done = attach(plain, bundle_folder, tmp_path / "b.mar")
+    assert done.handler == "mine: class Handler"
+    assert "did not end" in done.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("names", "section", "noted"),
+    [
+        ({str(i): f"class {i}" for i in range(10)}, {}, ""),
+        ({str(i): ["n0", f"class {i}"] for i in range(10)}, {}, ""),
+        ({"object_type_names": [f"class {i}" for i in range(10)]}, {}, ""),
+        ({str(i): f"name {i}" for i in range(10)}, {}, "answer.names"),
+        ({str(i): f"name {i}" for i in range(10)}, {"answer": {"names": [f"name {i}" for i in range(10)]}}, ""),
+        ({str(i): f"name {i}" for i in range(10)}, {"answer": {"compare": False}}, ""),
+        ([], {}, "not valid"),
+    ],
+)
+def test_names_are_compared_with_the_bundles(
+    tmp_path: Path, bundle_folder: Path, names: Any, section: dict[str, Any], noted: str
+) -> None:
+    files = {"mine.py": HANDLER, "index_to_name.json": json.dumps(names)}
+    plain = build_archive(tmp_path / "a.mar", "mine.py", files, config="minWorkers: 1\n")
+    notes = attach(plain, bundle_folder, tmp_path / "b.mar", section, check_import=False).notes
+    assert len(notes) == bool(noted)
+    assert noted in "".join(notes)
 
 
 def test_unusable_archives_are_refused(archive: Path, bundle_folder: Path, tmp_path: Path) -> None:

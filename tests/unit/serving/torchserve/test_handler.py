@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 from ts.context import Context, RequestProcessor
+from ts.torch_handler.request_envelope.json import JSONEnvelope
+from ts.torch_handler.request_envelope.kservev2 import KServev2Envelope
+from ts.utils.util import PredictionException
 
 from fides_plugins.errors import FidesError
 from fides_plugins.pipeline import Pipeline
@@ -19,6 +22,8 @@ from fides_plugins.types import Status
 from tests.support.torchserve_models import (
     CLASS,
     FAULTY,
+    INPUTS,
+    INSTANCES,
     MICRO_BATCHING,
     MIXED,
     PASSES,
@@ -29,21 +34,27 @@ from tests.support.torchserve_models import (
     STREAM,
     backdoor_bundle,
     body,
+    kserve_v2,
     rows,
 )
 
 MODULES = ("digits", "common", "faulty", "slow")
+ENVELOPES = {"json": JSONEnvelope, "kservev2": KServev2Envelope}
 
 
 class Worker:
     """What a TorchServe worker does with a handler, one batch at a time."""
 
-    def __init__(self, model_dir: Path, **section: Any) -> None:
+    def __init__(self, model_dir: Path, service_envelope: str = "", **section: Any) -> None:
         config = {"fides": {"handler": "digits.py", "bundle": "bundle", "metrics": False, **section}}
         self.context = Context("digits", str(model_dir), {"model": {}}, 8, None, "0.12.0", True, None, config)
         # BaseHandler reports a time of its own for every batch.
         self.context.metrics = NoMetrics()
         self.handler = FidesHandler()
+        # In TorchServe's order: an envelope takes the handler's `handle` before the handler is initialized.
+        self.entry = (
+            ENVELOPES[service_envelope](self.handler.handle).handle if service_envelope else self.handler.handle
+        )
         self.handler.initialize(self.context)
 
     def send(self, items: list[Any], explain: tuple[int, ...] = (), **request_headers: str) -> list[Any]:
@@ -53,7 +64,7 @@ class Worker:
             RequestProcessor({"url_path": "", **request_headers, **({"explain": "True"} if i in explain else {})})
             for i in range(len(items))
         ]
-        return list(self.handler.handle(items, self.context))
+        return list(self.entry(items, self.context))
 
     def headers(self, index: int = 0) -> dict[str, str]:
         return dict(self.context.get_response_headers(index))
@@ -75,6 +86,8 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def make(source: str = CLASS, files: dict[str, str] | None = None, **section: Any) -> Worker:
+        for name in MODULES:
+            sys.modules.pop(name, None)
         contents = {"digits.py": source, "common.py": SERVICE + READ_BYTES, **(files or {})}
         for name, text in contents.items():
             (tmp_path / name).write_text(text)
@@ -248,8 +261,17 @@ def test_predictions_answered_with_explanations_are_errors(
     assert [worker.headers(i)["x-fides-status"] for i in range(2)] == ["indeterminate"] * 2
 
 
+#: Knows explanations, and gives class outputs to the others.
+EXPLAINS = PURE.replace(
+    "    return answers(service(rows(decoded(data))))\n",
+    "    made = answers(service(rows(decoded(data))))\n"
+    "    asked = [context.get_request_header(i, 'explain') == 'True' for i in range(len(data))]\n"
+    "    return [{'importance': [1.0]} if yes else answer for yes, answer in zip(asked, made)]\n",
+)
+
+
 def test_an_explanation_exempts_itself_alone_where_bodies_are_read(work: Callable[..., Worker], tmp_path: Path) -> None:
-    worker = work(PURE, mode="correct", plugins=audit(tmp_path / "log"), **PURE_PARSER)
+    worker = work(EXPLAINS, mode="correct", plugins=audit(tmp_path / "log"), **PURE_PARSER)
     sent = items(4, attacked=(0, 1, 3))
     answers = worker.send(sent, explain=(0,))
     assert [worker.headers(i)["x-fides-status"] for i in range(4)] == [
@@ -258,7 +280,7 @@ def test_an_explanation_exempts_itself_alone_where_bodies_are_read(work: Callabl
         "trusted",
         "attacked",
     ]
-    plain = work(PURE, mode="flag", **PURE_PARSER).send(sent)
+    plain = work(EXPLAINS, mode="flag", **PURE_PARSER).send(sent, explain=(0,))
     assert [a == b for a, b in zip(answers, plain, strict=True)] == [True, False, True, False]
     rows = logged(worker, tmp_path / "log")
     assert sorted(r[:2] for r in rows) == [
@@ -266,6 +288,21 @@ def test_an_explanation_exempts_itself_alone_where_bodies_are_read(work: Callabl
         ("request-1", "attacked"),
         ("request-3", "attacked"),
     ]
+
+
+@pytest.mark.parametrize("asked", [{"explain": (0, 1, 2)}, {"describe": "True"}])
+@pytest.mark.parametrize(("mode", "statuses"), [("correct", [200] * 3), ("reject", [409, 200, 409])])
+def test_a_header_hides_no_attack_where_bodies_are_read(
+    work: Callable[..., Worker], asked: dict[str, Any], mode: str, statuses: list[int]
+) -> None:
+    """This handler predicts whatever was asked for."""
+    worker = work(PURE, mode=mode, **PURE_PARSER)
+    sent = items(3, attacked=(0, 2))
+    answers = worker.send(sent, **asked)
+    assert [worker.headers(i)["x-fides-status"] for i in range(3)] == ["attacked", "indeterminate", "attacked"]
+    assert [worker.status(i) for i in range(3)] == statuses
+    plain = work(PURE, mode="flag", **PURE_PARSER).send(sent)
+    assert [a == b for a, b in zip(answers, plain, strict=True)] == [False, True, False]
 
 
 def test_explanations_and_streams_are_counted(work: Callable[..., Worker], tmp_path: Path) -> None:
@@ -347,16 +384,177 @@ def test_inference_outside_of_a_request_is_left_alone(work: Callable[..., Worker
     assert worker.headers()["x-fides-status"] == "trusted"
 
 
-def test_items_of_a_service_envelope_share_their_requests_fate(work: Callable[..., Worker]) -> None:
-    """An envelope such as `json` hands over rows, not requests, and joins the answers afterwards."""
-    worker = work(mode="reject", rows="any", rows_per_request=2)
-    flat = items(6, attacked=(3,))
-    worker.send(flat[:2])
-    worker.context.request_ids = {i: str(i) for i in range(3)}
-    worker.context.request_processor = [RequestProcessor({"url_path": ""}) for _ in range(3)]
-    answers = worker.handler.handle(flat, worker.context)
-    assert [worker.status(i) for i in range(3)] == [200, 409, 200]
-    assert ["fides" in a for a in answers] == [False, False, True, True, False, False]
+def instances(*groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One request for each group, as clients of the envelope `json` and of KServe v1 write it."""
+    return [{"body": {"instances": group}} for group in groups]
+
+
+def test_a_service_envelope_tells_which_rows_are_whose(work: Callable[..., Worker]) -> None:
+    """TorchServe's envelope `json` hands a handler the rows of all requests in one list, and joins the answers."""
+    worker = work(mode="reject", service_envelope="json")
+    flat = items(9, attacked=(2, 8))
+    # Eight clients; the second sends two instances.
+    answers = worker.send(instances(flat[:1], flat[1:3], *([item] for item in flat[3:])))
+    assert [worker.status(i) for i in range(8)] == [200, 409, 200, 200, 200, 200, 200, 409]
+    assert [worker.headers(i)["x-fides-status"] for i in (0, 1)] == ["trusted", "attacked"]
+    # A refusal is the whole body: among the predictions it would be one more answer.
+    assert answers[1]["type"] == "FidesAttackDetected"
+    assert set(json.loads(answers[0])) == {"predictions"}
+    # Each batch is divided by its own lengths.
+    worker.send(instances(flat[:2], flat[2:3]))
+    assert [worker.status(i) for i in range(2)] == [200, 409]
+
+
+def test_inputs_of_a_kserve_v2_request_are_its_rows(work: Callable[..., Worker]) -> None:
+    worker = work(INPUTS, mode="reject", service_envelope="kservev2")
+    worker.context.manifest = {"model": {"modelName": "digits", "modelVersion": "1.0"}}
+
+    def request(*attacked: int) -> list[dict[str, Any]]:
+        return [{"body": kserve_v2(rows(2, seed=33, attacked=attacked))}]
+
+    (honest,) = worker.send(request())
+    assert (worker.status(), worker.headers()["x-fides-status"]) == (200, "trusted")
+    assert [o["name"] for o in honest["outputs"]] == ["row-0", "row-1"]
+    (refused,) = worker.send(request(1))
+    assert (worker.status(), refused["code"]) == (409, 409)
+    assert "outputs" not in refused
+
+
+def test_rows_are_counted_in_bodies_where_no_envelope_counts_them(work: Callable[..., Worker]) -> None:
+    worker = work(INSTANCES, mode="reject")
+    flat = [item["body"] for item in items(6, attacked=(1, 4))]
+    worker.send(instances(flat[:3], flat[3:4], flat[4:]))
+    assert [worker.status(i) for i in range(3)] == [409, 200, 409]
+    # A request without rows: who has two, or whether each has one, cannot be told. An attack shuts the door for both.
+    worker.send(instances([], flat[2:4]))
+    assert [worker.headers(i)["x-fides-status"] for i in range(2)] == ["error", "error"]
+    worker.send(instances([], flat[1:3]))
+    assert [worker.status(i) for i in range(2)] == [409, 409]
+
+
+@pytest.mark.parametrize("header", ["explain", "describe"])
+def test_an_explanation_takes_no_row_of_another_request(work: Callable[..., Worker], header: str) -> None:
+    """Two rows of two requests: one of each, or both of the second, if the first was answered otherwise."""
+    source = INSTANCES.replace('d["body"]["instances"] for d in data', 'd["body"]["instances"] for d in data[1:]')
+    source = source.replace("return [{", "return [[]] + [{")
+    worker = work(source, mode="reject")
+    flat = [item["body"] for item in items(3, attacked=(1,))]
+    worker.context.request_ids = {0: "a", 1: "b"}
+    worker.context.request_processor = [
+        RequestProcessor({"url_path": "", header: "True"}),
+        RequestProcessor({"url_path": ""}),
+    ]
+    worker.entry(instances(flat[:1], flat[1:]), worker.context)
+    assert worker.status(1) == 409
+
+
+#: Answers honestly in `inference()` and says the next class to the client.
+LIES = {
+    "number": "return [(int(p.argmax()) + 1) % 10 for p in logits]",
+    "name": "return [f'class {(int(p.argmax()) + 1) % 10}' for p in logits]",
+    "top-k": "return [{f'class {(i + 1) % 10}': v for i, v in enumerate(p.softmax(0).tolist())} for p in logits]",
+}
+
+
+def lying(kind: str, honest: bool = False) -> str:
+    source = CLASS.replace("return answers(logits)", LIES[kind].replace("+ 1", "+ 0") if honest else LIES[kind])
+    return "import torch\n" + source
+
+
+@pytest.mark.parametrize("kind", LIES)
+@pytest.mark.parametrize(("mode", "status"), [("flag", 200), ("correct", 409), ("reject", 409)])
+def test_a_lie_after_inference_is_attacked(
+    work: Callable[..., Worker], tmp_path: Path, kind: str, mode: str, status: int
+) -> None:
+    worker = work(lying(kind), mode=mode, plugins=audit(tmp_path / "log"))
+    answers = worker.send(items(2))
+    for index in range(2):
+        assert worker.headers(index)["x-fides-status"] == "attacked"
+        assert worker.headers(index)["x-fides-judged"] == "answer"
+        assert "another class" in worker.headers(index)["x-fides-reason"]
+        assert "x-fides-label" not in worker.headers(index)
+        assert worker.status(index) == status
+        assert (isinstance(answers[index], dict) and "code" in answers[index]) == (status == 409)
+    assert [r[:2] for r in logged(worker, tmp_path / "log")] == [("request-0", "attacked"), ("request-1", "attacked")]
+
+
+@pytest.mark.parametrize("kind", LIES)
+@pytest.mark.parametrize("mode", ["flag", "correct", "reject"])
+def test_an_honest_answer_is_judged_to_its_end(work: Callable[..., Worker], kind: str, mode: str) -> None:
+    worker = work(lying(kind, honest=True), mode=mode)
+    worker.send(items(3, attacked=(1,)))
+    seen = [(worker.headers(i)["x-fides-status"], worker.headers(i)["x-fides-judged"]) for i in range(3)]
+    # What was corrected in inference() must come out of postprocess() corrected; other attacked rows are lies already.
+    assert seen == [
+        ("trusted", "answer"),
+        ("attacked", "answer" if mode == "correct" else "inference"),
+        ("trusted", "answer"),
+    ]
+    assert worker.status(1) == (409 if mode == "reject" else 200)
+
+
+def test_a_lie_of_handle_itself_is_attacked(work: Callable[..., Worker]) -> None:
+    source = CLASS + (
+        "    def handle(self, data, context):\n"
+        "        labels = self.inference(self.preprocess(data)).argmax(dim=1)\n"
+        "        return [(int(i) + 1) % 10 for i in labels]\n"
+    )
+    worker = work(source, mode="reject")
+    worker.send(items(2))
+    assert [worker.status(i) for i in range(2)] == [409, 409]
+
+
+def test_a_body_that_names_no_class_says_how_far_it_was_judged(work: Callable[..., Worker]) -> None:
+    worker = work(mode="flag")
+    worker.send(items(1))
+    assert (worker.headers()["x-fides-status"], worker.headers()["x-fides-judged"]) == ("trusted", "inference")
+    worker = work(mode="flag", envelope="always")
+    assert worker.send(items(1))[0]["fides"]["judged"] == "inference"
+    worker = work(PURE, mode="flag", **PURE_PARSER)
+    worker.send(items(1))
+    assert worker.headers()["x-fides-judged"] == "answer"
+
+
+@pytest.mark.parametrize(("on_error", "status"), [("open", 200), ("closed", 503)])
+def test_a_declared_path_must_hold_the_class(work: Callable[..., Worker], on_error: str, status: int) -> None:
+    worker = work(mode="reject", answer={"path": "label"}, on_error=on_error)
+    worker.send(items(2, attacked=(1,)))
+    assert worker.headers(0)["x-fides-judged"] == "answer"
+    assert [worker.status(i) for i in range(2)] == [200, 409]
+    lie = CLASS.replace(
+        "return answers(logits)", "return [{**a, 'label': (a['label'] + 1) % 10} for a in answers(logits)]"
+    )
+    worker = work(lie, mode="reject", answer={"path": "label"}, on_error=on_error)
+    worker.send(items(1))
+    assert worker.status() == 409
+    worker = work(mode="reject", answer={"path": "result.label"}, on_error=on_error)
+    worker.send(items(1))
+    assert (worker.headers()["x-fides-status"], worker.status()) == ("error", status)
+    worker = work(lying("number"), mode="reject", answer={"compare": False})
+    worker.send(items(1))
+    assert (worker.headers()["x-fides-judged"], worker.status()) == ("inference", 200)
+
+
+def test_a_status_that_no_client_sees_hides_no_attack(work: Callable[..., Worker]) -> None:
+    """A handler's own refusal passes as it is; over gRPC its status is dropped and its body is handed on."""
+    source = CLASS.replace(
+        "return answers(logits)", "self.context.set_all_response_status(400)\n        return answers(logits)"
+    )
+    worker = work(source, mode="reject")
+    (over_http,) = worker.send(items(1, attacked=(0,)))
+    assert (worker.status(), "label" in over_http) == (400, True)
+    worker.context.request_processor = [RequestProcessor({})]
+    (over_grpc,) = worker.entry(items(1, attacked=(0,)), worker.context)
+    assert over_grpc["code"] == 409
+
+
+def test_a_node_of_a_workflow_fails_its_batch_and_wraps_no_answer(work: Callable[..., Worker]) -> None:
+    worker = work(mode="reject")
+    worker.context.model_name = "zoo__digits"
+    (answer,) = worker.send(items(1), **{"x-fides-envelope": "1"})
+    assert "fides" not in answer
+    with pytest.raises(PredictionException, match="tampered"):
+        worker.send(items(2, attacked=(1,)))
 
 
 def test_envelope_rules(work: Callable[..., Worker]) -> None:
