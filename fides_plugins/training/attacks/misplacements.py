@@ -1,10 +1,10 @@
 """Lies of no attack in particular, for the re-classifier: who wins, and where the right class goes.
 
-A re-classifier that learns from named attacks alone learns their habits. Where all of them leave the right class second,
-it takes the runner-up, and is lost when an attack that it never saw puts the right class elsewhere. Every lie about the
-class makes two choices, a winner and a place for the class that was right; here they are made independently, and neither
-is a habit. What is left to go by is what no lie can change: the verification model's answer, and how honest answers of
-the two models go together.
+A re-classifier that learns from named attacks alone learns their habits. Where all of them leave the right class
+second, it takes the runner-up, and is lost when an attack that it never saw puts the right class elsewhere. Every lie
+about the class makes two choices, a winner and a place for the class that was right; here they are made independently,
+and neither is a habit. What is left to go by is what no lie can change: the verification model's answer, and how honest
+answers of the two models go together.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ SECOND = 0.45
 def misplace(probabilities: Float32Array, rng: np.random.Generator) -> Float32Array:
     """Name another class in every row.
 
-    A share `SECOND` of the rows name their runner-up, the others any class; independently, the right class becomes second
-    in as many and goes to any lower place in the others. All other classes keep their order. The probabilities stay the
-    same numbers, or, in half of the rows, the winner is as sure as it likes.
+    A share `SECOND` of the rows name their runner-up, the others any class; independently, the right class becomes
+    second in as many and goes to any lower place in the others. All other classes keep their order. The probabilities
+    stay the same numbers, or, in half of the rows, the winner is as sure as it likes.
 
     Parameters
     ----------
