@@ -105,7 +105,7 @@ class GanOptions:
     regret_step: float = 15.0
     regret_limit: float = 40.0
     regret_clip: float = 0.15
-    misplaced_weight: float = 5.0
+    misplaced_weight: float = 6.0
     error_step: float = 8.0
     error_limit: float = 4.0
     max_rows: int = 20_000
