@@ -141,6 +141,19 @@ def _show(result: dict[str, Any], report: Path | None) -> None:
     for section, title in (("attacks", "Attacks"), ("unseen", "The same attacks, each left out of training")):
         if result[section]:
             print_table(title, ("attack", *MEASURES), [_line(n, v, MEASURES) for n, v in result[section].items()])
+    shares = clean["escalation"]
+    print_table(
+        "Caught where the most doubtful rows are asked again of an exact copy",
+        ("attack", *(f"{float(share):.0%} asked" for share in shares)),
+        [
+            ("false alarms", *(f"{entry['false_alarm_rate']:.4f}" for entry in shares.values())),
+            ("cost, of the service's", *(f"{entry['cost']:.3f}" for entry in shares.values())),
+            *(
+                (name, *(f"{entry['detected']:.3f}" for entry in values["escalation"].values()))
+                for name, values in result["attacks"].items()
+            ),
+        ],
+    )
     rules = result["comparison"]
     lines = [
         (f"{name} ({section})", *map(_difference, table.values()))

@@ -10,6 +10,8 @@ What is added to the paper, and why (measured in `docs/explanation/detection.md`
 - Attacks are weighted while training: those on which the detector is behind a rule of thumb (plain
   disagreement, a threshold on KL) at the rule's own false-alarm rate gain weight, as in distributionally
   robust optimisation (Sagawa et al., ICLR 2020).
+- *Misplaced* answers for the re-classifier, so that it does not learn the habits of the named attacks, see
+  `misplacements.py`.
 - Rows on which the models agree and rows on which they differ are two strata, scored apart. Each gets a share of the
   budget, and plain KL has a weight in either, see `strata.py`.
 """
@@ -31,7 +33,7 @@ from fides_plugins.training.attacks import OutputAttack
 from fides_plugins.training.detector.calibration import fit_temperature
 from fides_plugins.training.detector.features import DIVERGENCES, FLOORS, Pair, TemperatureScaling
 from fides_plugins.training.detector.networks import Detector, Generator, Reclassifier, agreement_of, to_be_ordered
-from fides_plugins.training.detector.pools import Pool, Pools
+from fides_plugins.training.detector.pools import MISPLACED, Pool, Pools
 from fides_plugins.training.detector.strata import LEARNED_ALONE, SCORE_WEIGHTS, ScoreWeights
 from fides_plugins.training.predictions import Predictions
 
@@ -80,6 +82,8 @@ class GanOptions:
         An attack's weight is multiplied by exp(step * regret) after each round, regret being the rule's
         true-alarm rate minus the detector's, at most the clip; it stays within 1 / limit and limit times
         its first value.
+    misplaced_weight:
+        Weight of a misplaced row for the re-classifier, as against 1 for a named attack's at first.
     error_step, error_limit:
         The same for the re-classifier, by its error minus the mean error over attacks.
     max_rows:
@@ -101,6 +105,7 @@ class GanOptions:
     regret_step: float = 15.0
     regret_limit: float = 40.0
     regret_clip: float = 0.15
+    misplaced_weight: float = 6.0
     error_step: float = 8.0
     error_limit: float = 4.0
     max_rows: int = 20_000
@@ -162,11 +167,12 @@ class _Trainer:
             max(MIN_TEMPERATURE, fit_temperature(rows.verification, rows.service.argmax(axis=1), FLOORS[1])),
         )
         self.importance: dict[str, float] = {}
-        self.difficulty: dict[str, float] = {}
+        self.difficulty = {MISPLACED: options.misplaced_weight}
         self.make = Pools(self.rows, attacks, self.scaling, MEMBERS, rng, options.replay_weight, options.class_limit)
         self.benign = self.make.benign()
         self.generator = Generator(self.scaling.temperatures[0])
         self.pools = self.make.attacked(None)
+        self.misplaced = self.make.misplaced()
         sample = torch.cat([self.benign.features, *(p.features for p in self.pools)])
         self.detector = Detector(sample, MEMBERS)
         self.reclassifier = Reclassifier(sample)
@@ -185,6 +191,7 @@ class _Trainer:
         for round_ in range(o.rounds):
             if round_:
                 self.pools = self.make.attacked(self.generator if o.generator else None)
+                self.misplaced = self.make.misplaced()
             for net in (self.detector, self.reclassifier):
                 net.train()
             for step in range(steps):
@@ -243,6 +250,7 @@ class _Trainer:
         # verification model where the claim makes no sense, whatever attack made it.
         few = {True: o.batch // 2, False: o.batch // 96}
         asked = [(p, i[: o.batch // 16 if p.replay else few[p.lies]]) for p, i in picks if p.lies or not p.replay]
+        asked.append((self.misplaced, torch.randint(len(self.misplaced), (o.batch,))))
         scores = self.reclassifier(
             torch.cat([p.class_features[i] for p, i in asked]),
             torch.cat([p.features[i, DIVERGENCES:] for p, i in asked]),

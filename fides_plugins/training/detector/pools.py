@@ -12,11 +12,15 @@ from torch import Tensor
 
 from fides_plugins.statistics import divergences
 from fides_plugins.training.attacks import GENERATOR, OutputAttack
+from fides_plugins.training.attacks.misplacements import misplace
 from fides_plugins.training.attacks.replays import REPLAYS, RankedAnswers
 from fides_plugins.training.detector.features import CLASS_FEATURES, Pair, TemperatureScaling
 from fides_plugins.training.detector.networks import Generator
 from fides_plugins.training.predictions import Predictions
 from fides_plugins.types import Float32Array, Float64Array, IntArray
+
+#: The pool from which the re-classifier learns what holds whatever an attack does.
+MISPLACED = "misplaced"
 
 
 @dataclass
@@ -97,6 +101,11 @@ class Pools:
                 lies = generator(torch.from_numpy(self.rows.service), noise).numpy()
             pools.append(self._pool(GENERATOR, lies, np.arange(self.rows.n_rows), 1.0))
         return [p for p in pools if len(p)]
+
+    def misplaced(self) -> Pool:
+        """Lies of no attack in particular, drawn anew."""
+        lies = misplace(self.rows.service, self.rng)
+        return self._pool(MISPLACED, lies, np.arange(self.rows.n_rows), 1.0, replay=True)
 
     @torch.no_grad()
     def _pool(

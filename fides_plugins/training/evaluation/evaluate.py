@@ -13,6 +13,7 @@ Definitions (JSON keys):
   service is not always right, so one answer can't be both; `recovered_truth_by_service` says how often
   the first output is the label.
 - `unseen`: the same after training again without that attack.
+- `escalation`: the same where the most doubtful rows are asked again, see `escalation`.
 - `comparison`: learned minus rule of thumb at equal false-alarm rate, paired by row; `no_worse` unless the
   interval of the difference lies below zero, None where there is nothing to compare.
 - `notes`: what the rows were too few for.
@@ -34,6 +35,7 @@ from fides_plugins.training.attacks import DEFAULT_OUTPUT_ATTACKS, GENERATOR, At
 from fides_plugins.training.detector.calibration import LEARNED, require_rows
 from fides_plugins.training.detector.detection import CALIBRATION_FRACTION, GENERATOR_FILE, DetectionArtifacts, train_on
 from fides_plugins.training.evaluation.comparison import FPR_LEVELS, compare, rule_scores
+from fides_plugins.training.evaluation.escalation import escalate_attack, escalate_clean
 from fides_plugins.training.evaluation.measures import Estimate, Scores, bootstrap_weights
 from fides_plugins.training.evaluation.monitor_study import MonitorStudy, study_monitor
 from fides_plugins.training.predictions import AttackedRows, Predictions, run_graph
@@ -202,13 +204,14 @@ def evaluate(
     tell("attacking", 0.0)
     attacked = [*attack_all(rows, outputs, seed), *extra]
     weights = bootstrap_weights(rows.n_rows, seed)
-    clean_scores = judge.score(rows.service, rows.verification)
+    clean_p = judge.calibration.p_value(judge.score(rows.service, rows.verification))
     clean = {
         "rows": rows.n_rows,
         "classes": rows.n_classes,
         "budget": rate,
-        **Estimate.share(judge.calibration.p_value(clean_scores) <= rate).to_json("false_alarm_rate"),
+        **Estimate.share(clean_p <= rate).to_json("false_alarm_rate"),
         **agreement_measures(rows),
+        "escalation": escalate_clean(clean_p, rows.service, rate, _verification_cost(bundle.manifest.provenance)),
     }
     result: dict[str, Any] = {"clean": clean, "notes": notes, "attacks": {}, "unseen": {}}
     result["comparison"] = {"seen": {}, "unseen": {}}
@@ -224,7 +227,7 @@ def evaluate(
     tell("monitor", 0.0)
     switched = next((a for a in attacked if a.name == "switch"), attacked[0])
     result["monitor"] = study_monitor(
-        judge.calibration.p_value(clean_scores),
+        clean_p,
         judge.calibration.p_value(judge.score(switched.service, switched.verification)),
         judge.calibration.n,
         MonitorStudy(error=monitor_error, seed=seed),
@@ -297,6 +300,7 @@ def measure(judge: LearnedDetection, clean: Predictions, attack: AttackedRows, w
     attacked_score = judge.score(attack.service, attack.verification)
     scores = Scores(benign_score, attacked_score, attack.rows, weights)
     false_alarms, true_alarms = scores.above(0.5)
+    attacked_p = judge.calibration.p_value(attacked_score)
     m = len(attack.rows)
     estimates = {
         "accuracy": Estimate.of(0.5 * (1.0 - false_alarms + true_alarms), m),
@@ -304,7 +308,7 @@ def measure(judge: LearnedDetection, clean: Predictions, attack: AttackedRows, w
         "f1": Estimate.of(2.0 * true_alarms / (1.0 + true_alarms + false_alarms), m / 2),
         "auroc": Estimate.of(scores.auroc(), m / 2),
         **{f"tpr_at_fpr_{level:g}": Estimate.of(scores.tpr_at(level), m) for level in FPR_LEVELS},
-        "detected": Estimate.share(judge.calibration.p_value(attacked_score) <= rate),
+        "detected": Estimate.share(attacked_p <= rate),
     }
     inputs = {"service": attack.service, "verification": attack.verification}
     answer = run_graph(judge.reclassifier, "probabilities", **inputs).argmax(axis=1)
@@ -320,6 +324,8 @@ def measure(judge: LearnedDetection, clean: Predictions, attack: AttackedRows, w
         values.update(estimate.to_json(name))
     if clean.labels is None:
         values.update({"recovered_truth": None, "recovered_truth_interval": [None, None]})
+    copy = clean.service[attack.rows]
+    values["escalation"] = escalate_attack(attacked_p, attack.service, copy, answer, rate)
     rules = rule_scores(clean, attack, weights)
     return Measured(
         values,
@@ -344,6 +350,12 @@ def agreement_measures(rows: Predictions) -> dict[str, Any]:
         measures.update(Estimate.share(service == rows.labels).to_json("service_accuracy"))
         measures.update(Estimate.share(verification == rows.labels).to_json("verification_accuracy"))
     return measures
+
+
+def _verification_cost(provenance: dict[str, Any]) -> float | None:
+    """The verification model's multiply-adds as a share of the service's, where both are known."""
+    service, own = ((provenance.get(model) or {}).get("cost") or {} for model in ("service", "verification"))
+    return own["macs"] / service["macs"] if own.get("macs") and service.get("macs") else None
 
 
 def _unseen(

@@ -85,6 +85,7 @@ def render(bundle: Bundle, rows: Predictions, evaluation: Evaluation, images: ND
         seen=_measures(result["attacks"]),
         unseen=_measures(result["unseen"]),
         comparisons=[(title, _comparison(comparison[key])) for title, key in _SECTIONS if comparison[key]],
+        escalation=_escalation(result),
         monitor=_monitor(result["monitor"]),
         monitor_facts=result["monitor"],
         charts=[_chart(name, d) for name, d in evaluation.details.items()],
@@ -149,6 +150,31 @@ def _comparison(table: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]
             cells.append(cell)
         lines.append((name, cells))
     return lines
+
+
+def _escalation(result: dict[str, Any]) -> dict[str, Any]:
+    """Detection over the cost of a second look, by attack: lines from the first look (no cost beyond it) on."""
+    clean = result["clean"]["escalation"]
+    costs = [entry["cost"] for entry in clean.values()]
+    right = max(costs)
+    lines = []
+    for name, values in result["attacks"].items():
+        caught = [values["detected"], *(entry["detected"] for entry in values["escalation"].values())]
+        places = zip([0.0, *costs], caught, strict=True)
+        points = " ".join(f"{_WIDTH * cost / right:.1f},{_HEIGHT * (1 - share):.1f}" for cost, share in places)
+        cells = [_cell(values, "detected"), *(_cell(entry, "detected") for entry in values["escalation"].values())]
+        lines.append({"name": name, "points": points, "cells": cells, "end": round(_HEIGHT * (1 - caught[-1]), 1)})
+    ticks = [(round(_WIDTH * cost / right, 1), _percent(cost, 0)) for cost in [0.0, *costs]]
+    return {
+        "lines": lines,
+        "ticks": ticks,
+        "shares": [_percent(float(share), 0) for share in clean],
+        "costs": [_cell(entry, "cost") for entry in clean.values()],
+        "alarms": [_cell(result["clean"], "false_alarm_rate", 2)]
+        + [_cell(entry, "false_alarm_rate", 2) for entry in clean.values()],
+        "width": _WIDTH,
+        "height": _HEIGHT,
+    }
 
 
 def _monitor(table: dict[str, Any]) -> list[tuple[str, list[Cell]]]:

@@ -17,6 +17,7 @@ from fides_plugins.errors import InputError, TrainingError
 from fides_plugins.statistics.intervals import wilson
 from fides_plugins.training.attacks import default_registry
 from fides_plugins.training.detector.detection import fit_predictions
+from fides_plugins.training.evaluation.escalation import escalate_attack, escalate_clean
 from fides_plugins.training.evaluation.evaluate import MEASURES, Evaluation, evaluate
 from fides_plugins.training.evaluation.measures import Estimate, Scores, bootstrap_weights, mean
 from fides_plugins.training.evaluation.monitor_study import MonitorStudy, study_monitor
@@ -74,6 +75,38 @@ def test_the_json_has_the_promised_keys_each_with_its_interval(found: Evaluation
     assert result["unseen"] == {}
 
 
+def test_a_second_look_catches_more_for_what_it_costs_and_accuses_nobody(found: Evaluation):
+    clean = found.result["clean"]["escalation"]
+    assert list(clean) == ["0.05", "0.1", "0.15", "0.2", "0.25", "0.3"]
+    costs = [entry["cost"] for entry in clean.values()]
+    assert costs == sorted(costs)
+    for share, entry in clean.items():
+        assert abs(entry["cost"] - float(share)) < 0.05, share
+        assert entry["false_alarm_rate"] == 0.0 < entry["false_alarm_rate_interval"][1] < 0.01, share
+    for name, values in found.result["attacks"].items():
+        caught = [entry["detected"] for entry in values["escalation"].values()]
+        assert caught == sorted(caught), name
+        assert caught[-1] >= values["detected"], name
+        for entry in values["escalation"].values():
+            assert entry["recovered_service"] >= values["recovered_service"], name
+
+
+def test_a_second_look_decides_where_it_was_asked_and_the_first_where_not():
+    copy = np.array([[0.7, 0.3], [0.6, 0.4], [0.2, 0.8], [0.9, 0.1]], np.float32)
+    lies = copy[:, ::-1].copy()
+    lies[3] = copy[3]  # no lie: what is equal to the copy is trusted, however doubtful it was
+    p_values = np.array([0.001, 0.07, 0.9, 0.001])
+    table = escalate_attack(p_values, lies, copy, np.zeros(4, np.int64), rate=0.01)
+    assert table["0.05"]["detected"] == 0.25
+    assert table["0.1"]["detected"] == 0.5
+    assert table["0.05"]["recovered_service"] == 0.75  # rows 0 and 3 by the copy, row 1 by the re-classifier
+    # A budget above the share: what was not asked again keeps the first verdict.
+    assert escalate_attack(p_values, lies, copy, np.zeros(4, np.int64), rate=0.2)["0.05"]["detected"] == 0.5
+    clean = escalate_clean(p_values, copy, 0.2, verification=0.1)
+    assert clean["0.05"]["cost"] == 0.6
+    assert clean["0.05"]["false_alarm_rate"] == 0.25  # row 1 was not asked again
+
+
 def paths(value: Any, path: tuple[str, ...] = ()) -> set[str]:
     """Every key, as the reference page writes it: names of attacks, rules and shares are placeholders there."""
     if not isinstance(value, dict):
@@ -85,7 +118,7 @@ def paths(value: Any, path: tuple[str, ...] = ()) -> set[str]:
             name = "<attack>"
         elif section == ("comparison",) and len(path) == 3:
             name = "<rule>"
-        elif section == ("monitor",) and isinstance(inner, dict):
+        elif path[-1:] == ("escalation",) or (section == ("monitor",) and isinstance(inner, dict)):
             name = "<share>"
         found |= paths(inner, (*path, name))
     return found

@@ -21,7 +21,7 @@ from fides_plugins.training.evaluation.synthetic import synthetic_pair
 from tests.support.docs_blocks import REPOSITORY
 
 BROWSER = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
-SECTIONS = ("attacks", "comparison", "monitor", "curves", "scores", "agreement", "cost", "worst")
+SECTIONS = ("attacks", "comparison", "escalation", "monitor", "curves", "scores", "agreement", "cost", "worst")
 
 
 @pytest.fixture(scope="module")
