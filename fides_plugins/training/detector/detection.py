@@ -161,7 +161,7 @@ def train_on(
 
         def ranks(service: Float32Array, verification: Float32Array) -> Float32Array:
             pieces = [
-                plain.ranks(torch.from_numpy(service[i : i + 1024]), torch.from_numpy(verification[i : i + 1024]))
+                plain.ranks(*(torch.from_numpy(np.array(side[i : i + 1024])) for side in (service, verification)))
                 for i in range(0, len(service), 1024)
             ]
             return np.asarray(torch.cat(pieces).numpy(), np.float32)
