@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Repository = Annotated[Path, typer.Argument(help="The model repository.")]
 Model = Annotated[str, typer.Argument(help="Name of the model.")]
 Url = Annotated[str, typer.Argument(help="host:port of Triton's HTTP endpoint.")]
+Metrics = Annotated[str, typer.Option(help="Address of the metrics page, if not port 8002 of the host.")]
 Live = Annotated[str, typer.Option(help="Switch this running server (explicit mode) without a failed request.")]
 Data = Annotated[
     Path | None,
@@ -186,7 +187,7 @@ def print_event(event: Event, as_json: bool) -> None:
 def reset_triton(
     url: Url,
     model: Model,
-    metrics: Annotated[str, typer.Option(help="Address of the metrics page, if not port 8002 of the host.")] = "",
+    metrics: Metrics = "",
     timeout: Annotated[float, typer.Option(help="Seconds to wait for the alarm to be withdrawn.")] = 10.0,
     as_json: AsJson = False,
 ) -> None:

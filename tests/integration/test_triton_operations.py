@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fides_plugins.launch.process import wait_until
+from fides_plugins.launch.process import free_ports, wait_until
 from fides_plugins.launch.triton import TritonServer, is_available
 from fides_plugins.serving.triton.attach import attach
 from fides_plugins.serving.triton.operator.api import InferenceRefused, TritonApi
@@ -104,6 +104,16 @@ def test_a_reset_withdraws_the_alarm_and_only_if_the_attack_is_over(server: Trit
     assert value(api, ALARM) == 0.0
     assert set(server.stub_pids("flowers__fides_validate")).isdisjoint(pids)
     attack(api)
+
+
+def test_a_reset_that_cannot_read_the_metrics_says_how_to_name_them(server: TritonServer) -> None:
+    (closed,) = free_ports(1)
+    pids = server.stub_pids("roses__fides_validate")
+    done = fides("reset", "triton", server.http_address, "roses", "--metrics", f"127.0.0.1:{closed}")
+    assert done.returncode == 2
+    assert f"The metrics at http://127.0.0.1:{closed}/metrics cannot be read" in done.stderr
+    assert "--metrics" in done.stderr
+    assert server.stub_pids("roses__fides_validate") == pids
 
 
 def test_another_mode_takes_effect_by_the_steps_file_and_a_load(server: TritonServer, repository: Path) -> None:

@@ -65,8 +65,9 @@ def reset(api: TritonApi, model: str, timeout_s: float = 10.0) -> Reset:
         time.sleep(_POLL_S)
     if now is None:
         raise ServerError(
-            f"{item.validate} was reloaded, but the metrics show no alarm of {label!r}.",
-            "Its bundle has no calibrated detector, or another FIDES_SERVICE_NAME is set.",
+            f"{item.validate} was reloaded, but {api.metrics_url} shows no alarm of {label!r}.",
+            "Its bundle has no calibrated detector, another FIDES_SERVICE_NAME is set, or the metrics are elsewhere: "
+            "--metrics HOST:PORT.",
         )
     return Reset(item.validate, bool(was), True)
 

@@ -281,6 +281,21 @@ def test_an_unreachable_server_is_a_server_error() -> None:
         TritonApi("127.0.0.1:1").index()
 
 
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        ("", "http://[::1]:8002/metrics"),
+        ("host:9002", "http://host:9002/metrics"),
+        ("http://host/triton/metrics", "http://host:8002/triton/metrics"),
+    ],
+)
+def test_the_metrics_are_where_they_are_said_to_be(given: str, asked: str) -> None:
+    """`host:port` is how every other address is written; it was read as a scheme, and `none:8002` was asked."""
+    assert TritonApi("http://[::1]:8000", metrics_url=given).metrics_url == asked
+    with pytest.raises(ServerError, match="--metrics HOST:PORT"):
+        TritonApi("127.0.0.1:1", metrics_url="127.0.0.1:1").metrics()
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1:abc", "127.0.0.1:99999", "http://[::1", "ftp://x"])
 def test_an_address_that_is_none_is_a_message(address: str) -> None:
     with pytest.raises(ServerError, match="Write host:port"):
