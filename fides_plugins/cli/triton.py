@@ -132,13 +132,17 @@ def check_triton(
     model: Model,
     data: Data = None,
     timeout: Annotated[float, typer.Option(help="Seconds for each inference.")] = 10.0,
+    metrics: Metrics = "",
     as_json: AsJson = False,
 ) -> None:
-    """Send one real inference through every step of MODEL and say what is wrong and how to fix it."""
+    """Send one real inference through every step of MODEL and say what is wrong and how to fix it.
+
+    Exit status 1 if something is bad or the service alarm is raised.
+    """
     from fides_plugins.serving.triton.operator.api import TritonApi
     from fides_plugins.serving.triton.operator.check import check
 
-    findings = check(TritonApi(url), model, _read_data(data), timeout)
+    findings = check(TritonApi(url, metrics_url=metrics), model, _read_data(data), timeout)
     print_findings(url, model, findings, as_json)
 
 
@@ -148,25 +152,37 @@ def watch_triton(
     interval: Annotated[float, typer.Option(help="Seconds between two probes.")] = 0.2,
     timeout: Annotated[float, typer.Option(help="Seconds after which a step that does nothing is dead.")] = 0.5,
     once: Annotated[
-        bool, typer.Option("--once", help="Probe once and change nothing; exit 1 if protection is not full.")
+        bool,
+        typer.Option(
+            "--once",
+            help="Probe once and change nothing; exit 1 if protection is not full, 3 if only the alarm is raised.",
+        ),
     ] = False,
     data: Data = None,
+    metrics: Metrics = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per event.")] = False,
 ) -> None:
     """Probe protected models with real inferences; reload dead steps (the server must be in explicit mode).
 
-    With --once it only probes, and can serve as an exec liveness check of Kubernetes.
+    With --once it only probes, and says whether the service alarm is raised. As an exec liveness check of Kubernetes it
+    needs a shell that takes 3 for alive: a restart would withdraw the alarm.
     """
     from fides_plugins.serving.triton.operator.api import TritonApi
     from fides_plugins.serving.triton.operator.watch import Watcher, watch_forever
 
     report = partial(print_event, as_json=as_json)
     watcher = Watcher(
-        TritonApi(url), model=model, timeout_s=timeout, heal=not once, inputs=_read_data(data), report=report
+        TritonApi(url, metrics_url=metrics),
+        model=model,
+        timeout_s=timeout,
+        heal=not once,
+        inputs=_read_data(data),
+        report=report,
     )
     if once:
-        if not watcher.look():
-            raise typer.Exit(1)
+        sound, raised = watcher.look(), watcher.report_alarms()
+        if raised or not sound:
+            raise typer.Exit(3 if sound else 1)
         return
     try:
         watch_forever(watcher, interval)

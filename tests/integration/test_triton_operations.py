@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,6 +105,40 @@ def test_a_reset_withdraws_the_alarm_and_only_if_the_attack_is_over(server: Trit
     assert value(api, ALARM) == 0.0
     assert set(server.stub_pids("flowers__fides_validate")).isdisjoint(pids)
     attack(api)
+
+
+def test_a_raised_alarm_is_a_line_of_its_own_and_no_success(server: TritonServer) -> None:
+    """Every step works, and yet this is no service to trust: scripts ask for the exit status."""
+    attack(server.api)
+    address, metrics = server.http_address, ("--metrics", server.metrics_url)
+    checked = fides("check", "triton", address, "flowers", "--json", *metrics)
+    assert checked.returncode == 1, checked.stdout + checked.stderr
+    (alarm,) = (f for f in json.loads(checked.stdout)["findings"] if f["good"] is False)
+    assert alarm["what"] == "service alarm"
+    assert "flowers is under attack" in alarm["detail"]
+    assert "fides reset triton" in alarm["remedy"]
+    watched = fides("watch", "triton", address, "--once", *metrics)
+    # Another status than that of a dead step: a restart would withdraw the alarm and heal nothing.
+    assert watched.returncode == 3, watched.stdout + watched.stderr
+    (line,) = watched.stdout.splitlines()
+    assert " alarm flowers " in line
+    quiet = fides("watch", "triton", address, "--once", "--model", "roses", *metrics)
+    assert (quiet.returncode, quiet.stdout) == (0, ""), quiet.stdout + quiet.stderr
+
+
+def test_an_alarm_that_cannot_be_seen_is_unknown_and_never_quiet(server: TritonServer) -> None:
+    (closed,) = free_ports(1)
+    unread = ("--metrics", f"127.0.0.1:{closed}")
+    checked = fides("check", "triton", server.http_address, "roses", "--json", *unread)
+    (alarm,) = (f for f in json.loads(checked.stdout)["findings"] if f["what"] == "service alarm")
+    assert alarm["good"] is None
+    assert f"http://127.0.0.1:{closed}/metrics" in alarm["detail"]
+    assert "--metrics" in alarm["remedy"]
+    watched = fides("watch", "triton", server.http_address, "--once", *unread)
+    # Liveness is another question: a server whose metrics are off need not be restarted.
+    assert watched.returncode == 0, watched.stdout + watched.stderr
+    assert "alarm_unknown flowers" in watched.stdout
+    assert "alarm_unknown roses" in watched.stdout
 
 
 def test_a_reset_that_cannot_read_the_metrics_says_how_to_name_them(server: TritonServer) -> None:

@@ -14,6 +14,7 @@ from fides_plugins.errors import InputError
 from fides_plugins.serving.finding import CheckFinding
 from fides_plugins.serving.triton import wire
 from fides_plugins.serving.triton.config import parse_json, queue_problem
+from fides_plugins.serving.triton.operator.alarm import alarm_finding, alarm_label
 from fides_plugins.serving.triton.operator.api import TritonApi
 from fides_plugins.serving.triton.operator.probe import (
     InferenceProbe,
@@ -48,7 +49,7 @@ REMEDIES = {
 def check(
     api: TritonApi, model: str, data: Mapping[str, NDArray[Any]] | None = None, timeout_s: float = 10.0
 ) -> list[CheckFinding]:
-    """Check a protected model step by step; findings in the order in which to fix them.
+    """Check a protected model step by step; findings in the order in which to fix them, and the service alarm.
 
     The steps are asked directly, and the verdict is marked as a probe's. A request through the protected
     model itself is counted like any client's, because no mark from outside may keep it out of the records:
@@ -65,6 +66,12 @@ def check(
         If the server cannot be reached or `model` is not served, or not protected.
     """
     (item,) = find_protected(api, model)
+    return [*_check_steps(api, item, data, timeout_s), alarm_finding(api, item, alarm_label(api, item))]
+
+
+def _check_steps(
+    api: TritonApi, item: Protected, data: Mapping[str, NDArray[Any]] | None, timeout_s: float
+) -> list[CheckFinding]:
     ready = api.ready()
     detail, remedy = ("", "") if ready else ("some model is not ready", "See its log.")
     findings = [CheckFinding("server ready", ready, detail, remedy), _state(item)]
@@ -74,7 +81,7 @@ def check(
     if problem:
         # Not tried: the inference itself could end the server.
         return [*findings, CheckFinding("service model", False, f"{item.base!r} {problem}", remedy)]
-    inputs = sample_inputs(api.config(model), data)
+    inputs = sample_inputs(api.config(item.name), data)
     base = probe(api, item.base, inputs, timeout_s)
     findings += [_finding("service model", base), *_coarse(api.config(item.validate), base)]
     verified = probe(api, item.verify, inputs, timeout_s)
@@ -88,7 +95,7 @@ def check(
         detail = f"Its steps work; not sent through as a whole, because {harmful}"
         findings.append(CheckFinding("protected model", True, detail, "Give benign rows with --data."))
     else:
-        whole = probe(api, model, inputs, timeout_s)
+        whole = probe(api, item.name, inputs, timeout_s)
         findings.append(_finding("protected model", whole, _whole_detail(item, base, whole)))
     return findings
 
