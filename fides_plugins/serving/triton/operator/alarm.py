@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Iterable
 
 from fides_plugins.errors import ServerError
 from fides_plugins.observation.metrics import UNDER_ATTACK
@@ -12,6 +14,8 @@ from fides_plugins.serving.triton.operator.probe import Protected
 
 #: Seconds to wait for the page where the alarm is one finding of several: a liveness probe has to end in time.
 _LOOK_S = 2.0
+_POLL_S = 0.2
+_WHAT = "service alarm"
 #: Why a page that can be read may not show the alarm, and what to do.
 NOT_SHOWN = (
     "Its bundle has no calibrated detector, another FIDES_SERVICE_NAME is set, or the metrics are elsewhere: "
@@ -25,7 +29,7 @@ def alarm_label(api: TritonApi, item: Protected) -> str:
     return str(named.get("string_value", "")) or item.validate
 
 
-def read_alarm(api: TritonApi, label: str, timeout_s: float | None = None) -> bool | None:
+def read_alarm(api: TritonApi, label: str) -> bool | None:
     """The gauge on the metrics page; None where it is not shown.
 
     Raises
@@ -33,22 +37,39 @@ def read_alarm(api: TritonApi, label: str, timeout_s: float | None = None) -> bo
     ServerError
         If the page cannot be read.
     """
-    page = api.metrics(timeout_s)
+    return _gauge(api.metrics(), label)
+
+
+def alarm_findings(api: TritonApi, items: Iterable[Protected], patience_s: float = 0.0) -> dict[str, CheckFinding]:
+    """Whether each service's alarm is raised, by its label; unknown, and never good, where that cannot be seen.
+
+    Parameters
+    ----------
+    patience_s:
+        How long to wait for a gauge that is not shown; Triton shows the first values of a process after half a second.
+    """
+    names = {alarm_label(api, item): item.name for item in items}
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            page = api.metrics(_LOOK_S)
+        except ServerError as error:
+            return {label: CheckFinding(_WHAT, None, error.cause_text, error.remedy) for label in names}
+        shown = {label: _gauge(page, label) for label in names}
+        if None not in shown.values() or time.monotonic() >= deadline:
+            return {label: _finding(api, names[label], label, raised) for label, raised in shown.items()}
+        time.sleep(_POLL_S)
+
+
+def _gauge(page: str, label: str) -> bool | None:
     found = re.search(rf'^{UNDER_ATTACK.name}{{model="{re.escape(label)}"}} (\S+)$', page, re.MULTILINE)
     return None if found is None else float(found[1]) > 0
 
 
-def alarm_finding(api: TritonApi, item: Protected, label: str) -> CheckFinding:
-    """Whether the alarm is raised; unknown, and never good, where that cannot be seen."""
-    what = "service alarm"
-    try:
-        raised = read_alarm(api, label, _LOOK_S)
-    except ServerError as error:
-        return CheckFinding(what, None, error.cause_text, error.remedy)
+def _finding(api: TritonApi, model: str, label: str, raised: bool | None) -> CheckFinding:
     if raised is None:
-        detail = f"{api.metrics_url} shows no alarm of {label!r}"
-        return CheckFinding(what, None, detail, NOT_SHOWN)
+        return CheckFinding(_WHAT, None, f"{api.metrics_url} shows no alarm of {label!r}.", NOT_SHOWN)
     if raised:
-        remedy = f"Follow the runbook (Operate it, Under attack); afterwards `fides reset triton URL {item.name}`."
-        return CheckFinding(what, False, f"raised: {label} is under attack", remedy)
-    return CheckFinding(what, True, f"not raised, says {api.metrics_url}")
+        remedy = f"Follow the runbook (Operate it, Under attack); afterwards: fides reset triton URL {model}."
+        return CheckFinding(_WHAT, False, f"Raised: {label} is under attack.", remedy)
+    return CheckFinding(_WHAT, True, f"not raised, says {api.metrics_url}")

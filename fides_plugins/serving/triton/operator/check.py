@@ -14,7 +14,7 @@ from fides_plugins.errors import InputError
 from fides_plugins.serving.finding import CheckFinding
 from fides_plugins.serving.triton import wire
 from fides_plugins.serving.triton.config import parse_json, queue_problem
-from fides_plugins.serving.triton.operator.alarm import alarm_finding, alarm_label
+from fides_plugins.serving.triton.operator.alarm import alarm_findings
 from fides_plugins.serving.triton.operator.api import TritonApi
 from fides_plugins.serving.triton.operator.probe import (
     InferenceProbe,
@@ -31,6 +31,8 @@ from fides_plugins.types import SUM_TOLERANCE
 SHM_NEEDED = 64 * 1024 * 1024
 #: P-values from here on lower the evidence of the service alarm, whatever it has seen (k p^(k-1) < 1 for its bets).
 HARMLESS_P_VALUE = 0.5
+#: How long the metrics of a server that has just started may be without the alarm.
+ALARM_PATIENCE_S = 2.0
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 
 _NO_SHM = "/dev/shm is full: give the container more (docker run --shm-size=1g; an emptyDir of medium Memory)."
@@ -66,7 +68,7 @@ def check(
         If the server cannot be reached or `model` is not served, or not protected.
     """
     (item,) = find_protected(api, model)
-    return [*_check_steps(api, item, data, timeout_s), alarm_finding(api, item, alarm_label(api, item))]
+    return [*_check_steps(api, item, data, timeout_s), *alarm_findings(api, [item], ALARM_PATIENCE_S).values()]
 
 
 def _check_steps(

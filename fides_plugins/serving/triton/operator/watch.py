@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from fides_plugins.errors import ServerError
 from fides_plugins.serving.triton import wire
-from fides_plugins.serving.triton.operator.alarm import alarm_finding, alarm_label
+from fides_plugins.serving.triton.operator.alarm import alarm_findings
 from fides_plugins.serving.triton.operator.api import NotExplicit, Statistics, TritonApi, UnknownModel, Unreachable
 from fides_plugins.serving.triton.operator.probe import (
     InferenceProbe,
@@ -129,15 +129,12 @@ class Watcher:
 
         Not a part of `look`: a dead step is brought back by a restart, which would only withdraw an alarm.
         """
-        raised = False
-        items = {alarm_label(self.api, item): item for item in find_protected(self.api, self.model)}
-        for label, item in items.items():
-            found = alarm_finding(self.api, item, label)
+        findings = alarm_findings(self.api, find_protected(self.api, self.model))
+        for label, found in findings.items():
             if not found.good:
-                raised = raised or found.good is False
                 kind = "alarm_unknown" if found.good is None else "alarm"
-                self.report(Event(kind, label, 0.0, f"{found.detail}. {found.remedy}"))
-        return raised
+                self.report(Event(kind, label, 0.0, f"{found.detail} {found.remedy}"))
+        return any(found.good is False for found in findings.values())
 
     def forget(self) -> None:
         """Drop what was learned about the server: it may come back as another one."""
