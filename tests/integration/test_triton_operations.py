@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fides_plugins.launch.process import free_ports, wait_until
@@ -81,6 +82,40 @@ def test_checks_never_raise_the_service_alarm(server: TritonServer) -> None:
     wait_until(lambda: verdicts(api, "flowers") == {"attacked": 0, "trusted": 1}, 10, "The benign row's count")
     assert verdicts(api, "roses") == {"attacked": 0, "trusted": 0}
     assert not value(api, 'fides_under_attack{model="roses"}')
+
+
+@pytest.mark.parametrize("suspicious", [0, 16])
+def test_a_check_picks_a_harmless_row_of_an_honest_batch_and_names_what_it_leaves(
+    server: TritonServer, tmp_path: Path, suspicious: int
+) -> None:
+    """Of honest rows half have a p-value below 0.5; and a file may hold more rows than a batch, and labels."""
+    before = verdicts(server.api, "roses")
+    # Near the origin the two models of `roses` differ as trained models do: about half of the p-values are below 0.5.
+    pixels = 0.03 * images(fake_logits(suspicious + 16, seed=5))
+    pixels[:suspicious] *= 10
+    p_values = server.api.infer("roses__fides", {"pixels_in": pixels[suspicious:]})["FIDES_P_VALUE"]
+    assert p_values.min() < 0.5 < p_values.max()
+    wait_until(lambda: verdicts(server.api, "roses")["trusted"] == (before["trusted"] or 0) + 16, 10, "These rows")
+    np.savez(tmp_path / "honest.npz", pixels_in=pixels, labels=np.arange(len(pixels)))
+    arguments = ("roses", "--data", tmp_path / "honest.npz", "--metrics", server.metrics_url, "--json")
+    done = fides("check", "triton", server.http_address, *arguments)
+    findings = {f["what"]: f for f in json.loads(done.stdout)["findings"]}
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert findings["data"] == {
+        "what": "data", "good": None, "milliseconds": None,
+        "detail": "not used: labels", "remedy": "roses takes: pixels_in.",
+    }  # fmt: skip
+    assert findings["protected model"]["milliseconds"] is not None, findings
+    row = {"attacked": before["attacked"], "trusted": (before["trusted"] or 0) + 17}
+    wait_until(lambda: verdicts(server.api, "roses") == row, 10, "The count of the one row that was sent through")
+
+
+def test_a_check_without_any_array_that_the_model_takes_is_no_success(server: TritonServer) -> None:
+    findings = {f.what: f for f in check(server.api, "flowers", {"pixels": PIXELS})}
+    assert findings["data"].good is False
+    assert "not used: pixels" in findings["data"].detail
+    assert "pixels_in" in findings["data"].remedy
+    assert findings["protected model"].good is False
 
 
 def attack(api: TritonApi) -> None:
