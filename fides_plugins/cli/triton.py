@@ -164,6 +164,10 @@ def watch_triton(
 ) -> None:
     """Probe protected models with real inferences; reload dead steps (the server must be in explicit mode).
 
+    Each start settles the models: it loads fallback and ensembles as they are on disk, so that a later switch is
+    fast. Where files of a step changed since Triton loaded it, the service model's too, Triton loads them now: their
+    processes change, while the old ones go on serving, and a new validation withdraws the service alarm.
+
     With --once it only probes, and says whether the service alarm is raised. As an exec liveness check of Kubernetes it
     needs a shell that takes 3 for alive: a restart would withdraw the alarm.
     """

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from fides_plugins.launch.triton import TritonServer, is_available
 from fides_plugins.serving.triton.attach import attach
 from fides_plugins.serving.triton.operator.api import InferenceRefused, TritonApi
 from fides_plugins.serving.triton.operator.check import check
+from fides_plugins.serving.triton.operator.watch import Event, Watcher
 from fides_plugins.serving.triton.plan import AttachOptions
 from fides_plugins.testing import fake_logits
 from tests.support.command_line import fides
@@ -159,6 +162,40 @@ def test_a_raised_alarm_is_a_line_of_its_own_and_no_success(server: TritonServer
     assert " alarm flowers " in line
     quiet = fides("watch", "triton", address, "--once", "--model", "roses", *metrics)
     assert (quiet.returncode, quiet.stdout) == (0, ""), quiet.stdout + quiet.stderr
+
+
+def test_a_watch_that_starts_changes_the_processes_whose_files_changed_and_no_other(
+    server: TritonServer, repository: Path
+) -> None:
+    """What its help says: settling loads what is on disk, the service too, and a new validation knows no alarm."""
+    # Not hasty: a busy machine must not make it take a step for dead, which changes processes, too.
+    start = partial(Watcher, server.api, model="flowers", timeout_s=10.0)
+    start().look()
+    attack(server.api)
+    steps = ("flowers__base", "flowers__fides_verify", "flowers__fides_validate", "flowers__fides_fallback")
+
+    def pids() -> dict[str, list[int]]:
+        """Of every step its one process; those that were replaced end a little later."""
+        wait_until(lambda: all(len(server.stub_pids(step)) == 1 for step in steps), 20, "The end of old processes")
+        return {step: server.stub_pids(step) for step in steps}
+
+    before = pids()
+    events: list[Event] = []
+    settled = [("settled", "flowers__fides_fallback"), ("settled", "flowers")]
+    start(report=events.append).look()
+    assert [(e.kind, e.model) for e in events] == settled
+    assert pids() == before
+    assert value(server.api, ALARM) == 1.0
+    os.utime(repository / "flowers" / "3" / "net.onnx")
+    os.utime(repository / "flowers__fides_validate" / "1" / "model.py")
+    start(report=events.append).look()
+    assert [(e.kind, e.model) for e in events] == 2 * settled
+    after = pids()
+    assert {step for step in steps if after[step] != before[step]} == {"flowers__base", "flowers__fides_validate"}
+    wait_until(lambda: value(server.api, ALARM) == 0.0, 10, "The withdrawn alarm")
+    # As it comes from a terminal: in lines of any width, and perhaps in colours.
+    said = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", fides("watch", "triton", "--help").stdout).split())
+    assert "their processes change" in said
 
 
 def test_an_alarm_that_cannot_be_seen_is_unknown_and_never_quiet(server: TritonServer) -> None:
