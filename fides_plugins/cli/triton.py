@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Repository = Annotated[Path, typer.Argument(help="The model repository.")]
 Model = Annotated[str, typer.Argument(help="Name of the model.")]
 Url = Annotated[str, typer.Argument(help="host:port of Triton's HTTP endpoint.")]
+Metrics = Annotated[str, typer.Option(help="Address of the metrics page, if not port 8002 of the host.")]
 Live = Annotated[str, typer.Option(help="Switch this running server (explicit mode) without a failed request.")]
 Data = Annotated[
     Path | None,
@@ -136,13 +137,17 @@ def check_triton(
     model: Model,
     data: Data = None,
     timeout: Annotated[float, typer.Option(help="Seconds for each inference.")] = 10.0,
+    metrics: Metrics = "",
     as_json: AsJson = False,
 ) -> None:
-    """Send one real inference through every step of MODEL and say what is wrong and how to fix it."""
+    """Send one real inference through every step of MODEL and say what is wrong and how to fix it.
+
+    Exit status 1 if something is bad or the service alarm is raised.
+    """
     from fides_plugins.serving.triton.operator.api import TritonApi
     from fides_plugins.serving.triton.operator.check import check
 
-    findings = check(TritonApi(url), model, _read_data(data), timeout)
+    findings = check(TritonApi(url, metrics_url=metrics), model, _read_data(data), timeout)
     print_findings(url, model, findings, as_json)
 
 
@@ -152,25 +157,41 @@ def watch_triton(
     interval: Annotated[float, typer.Option(help="Seconds between two probes.")] = 0.2,
     timeout: Annotated[float, typer.Option(help="Seconds after which a step that does nothing is dead.")] = 0.5,
     once: Annotated[
-        bool, typer.Option("--once", help="Probe once and change nothing; exit 1 if protection is not full.")
+        bool,
+        typer.Option(
+            "--once",
+            help="Probe once and change nothing; exit 1 if protection is not full, 3 if only the alarm is raised.",
+        ),
     ] = False,
     data: Data = None,
+    metrics: Metrics = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per event.")] = False,
 ) -> None:
     """Probe protected models with real inferences; reload dead steps (the server must be in explicit mode).
 
-    With --once it only probes, and can serve as an exec liveness check of Kubernetes.
+    Each start settles the models: it loads fallback and ensembles as they are on disk, so that a later switch is
+    fast. Where files of a step changed since Triton loaded it, the service model's too, Triton loads them now: their
+    processes change, while the old ones go on serving, and a new validation withdraws the service alarm.
+
+    With --once it only probes, and says whether the service alarm is raised. As an exec liveness check of Kubernetes it
+    needs a shell that takes 3 for alive: a restart would withdraw the alarm.
     """
     from fides_plugins.serving.triton.operator.api import TritonApi
     from fides_plugins.serving.triton.operator.watch import Watcher, watch_forever
 
     report = partial(print_event, as_json=as_json)
     watcher = Watcher(
-        TritonApi(url), model=model, timeout_s=timeout, heal=not once, inputs=_read_data(data), report=report
+        TritonApi(url, metrics_url=metrics),
+        model=model,
+        timeout_s=timeout,
+        heal=not once,
+        inputs=_read_data(data),
+        report=report,
     )
     if once:
-        if not watcher.look():
-            raise typer.Exit(1)
+        sound, raised = watcher.look(), watcher.report_alarms()
+        if raised or not sound:
+            raise typer.Exit(3 if sound else 1)
         return
     try:
         watch_forever(watcher, interval)
@@ -191,7 +212,7 @@ def print_event(event: Event, as_json: bool) -> None:
 def reset_triton(
     url: Url,
     model: Model,
-    metrics: Annotated[str, typer.Option(help="Address of the metrics page, if not port 8002 of the host.")] = "",
+    metrics: Metrics = "",
     timeout: Annotated[float, typer.Option(help="Seconds to wait for the alarm to be withdrawn.")] = 10.0,
     as_json: AsJson = False,
 ) -> None:

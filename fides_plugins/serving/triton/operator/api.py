@@ -99,21 +99,15 @@ class TritonApi:
     address:
         `host:port` or `http://host:port` of Triton's HTTP endpoint.
     metrics_url:
-        Full address of the metrics; by default port 8002 of the same host.
+        Address of the metrics, in the same forms or with a path; by default port 8002 of the same host.
     timeout_s:
         Time-out of one exchange, seconds.
     """
 
     def __init__(self, address: str, metrics_url: str = "", timeout_s: float = 10.0) -> None:
-        try:
-            parts = urlsplit(address if "//" in address else f"//{address}")
-            port = parts.port or 8000
-        except ValueError as error:  # a port that is no number, or none that exists
-            raise ServerError(f"{address!r} is no address: {error}.", "Write host:port.") from None
-        if not parts.hostname or parts.scheme not in ("", "http"):
-            raise ServerError(f"{address!r} is not the address of an HTTP server.", "Write host:port.")
-        self.host, self.port = parts.hostname, port
-        self.metrics_url = metrics_url or f"http://{self.host}:8002/metrics"
+        self.host, self.port, _ = _parts(address, 8000)
+        host, port, path = _parts(metrics_url, 8002) if metrics_url else (self.host, 8002, "")
+        self.metrics_url = f"http://{f'[{host}]' if ':' in host else host}:{port}{path or '/metrics'}"
         self.timeout_s = timeout_s
 
     def exchange(
@@ -233,8 +227,26 @@ class TritonApi:
             raise InferenceRefused(answer.status, answer.error)
         return oip.read_answer(answer.body, answer.headers.get(oip.JSON_LENGTH.lower()))
 
-    def metrics(self) -> str:
+    def metrics(self, timeout_s: float | None = None) -> str:
         """The metrics in Prometheus text format."""
-        parts = urlsplit(self.metrics_url)
-        metrics = TritonApi(f"{parts.hostname}:{parts.port or 8002}", timeout_s=self.timeout_s)
-        return metrics._ask("GET", parts.path or "/metrics", "Reading the metrics").body.decode()
+        page = TritonApi(self.metrics_url, timeout_s=timeout_s or self.timeout_s)
+        try:
+            answer = page._ask("GET", urlsplit(self.metrics_url).path, "Reading the metrics")
+        except ServerError as error:
+            raise ServerError(
+                f"The metrics at {self.metrics_url} cannot be read: {error.cause_text.rstrip('.')}.",
+                "Give the address of Triton's metrics with --metrics HOST:PORT; without it, port 8002 is asked.",
+            ) from error
+        return answer.body.decode(errors="replace")
+
+
+def _parts(address: str, default_port: int) -> tuple[str, int, str]:
+    """Host, port and path of an address, with or without a scheme."""
+    try:
+        parts = urlsplit(address if "//" in address else f"//{address}")
+        port = parts.port or default_port
+    except ValueError as error:  # a port that is no number, or none that exists
+        raise ServerError(f"{address!r} is no address: {error}.", "Write host:port.") from None
+    if not parts.hostname or parts.scheme not in ("", "http"):
+        raise ServerError(f"{address!r} is not the address of an HTTP server.", "Write host:port.")
+    return parts.hostname, port, parts.path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,14 +15,16 @@ from fides_plugins.errors import InputError
 from fides_plugins.serving.finding import CheckFinding
 from fides_plugins.serving.triton import wire
 from fides_plugins.serving.triton.config import parse_json, queue_problem
+from fides_plugins.serving.triton.operator.alarm import alarm_findings
 from fides_plugins.serving.triton.operator.api import TritonApi
 from fides_plugins.serving.triton.operator.probe import (
     InferenceProbe,
     Protected,
     as_probe,
+    divisible,
     find_protected,
     probe,
-    sample_inputs,
+    sample_batches,
     sample_references,
 )
 from fides_plugins.types import SUM_TOLERANCE
@@ -30,6 +33,8 @@ from fides_plugins.types import SUM_TOLERANCE
 SHM_NEEDED = 64 * 1024 * 1024
 #: P-values from here on lower the evidence of the service alarm, whatever it has seen (k p^(k-1) < 1 for its bets).
 HARMLESS_P_VALUE = 0.5
+#: How long the metrics of a server that has just started may be without the alarm.
+ALARM_PATIENCE_S = 2.0
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 
 _NO_SHM = "/dev/shm is full: give the container more (docker run --shm-size=1g; an emptyDir of medium Memory)."
@@ -48,16 +53,17 @@ REMEDIES = {
 def check(
     api: TritonApi, model: str, data: Mapping[str, NDArray[Any]] | None = None, timeout_s: float = 10.0
 ) -> list[CheckFinding]:
-    """Check a protected model step by step; findings in the order in which to fix them.
+    """Check a protected model step by step; findings in the order in which to fix them, and the service alarm.
 
     The steps are asked directly, and the verdict is marked as a probe's. A request through the protected
     model itself is counted like any client's, because no mark from outside may keep it out of the records:
-    it is sent only if the marked verdict shows that it cannot raise the service alarm.
+    one row is sent, and only if the marked verdict shows that it cannot raise the service alarm.
 
     Parameters
     ----------
     data:
-        Real inputs by name; values are generated where it has none.
+        Real inputs by name; values are generated where it has none. Its first rows go to the steps in
+        batches, until one of them is harmless: that one is sent through the protected model.
 
     Raises
     ------
@@ -65,6 +71,12 @@ def check(
         If the server cannot be reached or `model` is not served, or not protected.
     """
     (item,) = find_protected(api, model)
+    return [*_check_steps(api, item, data, timeout_s), *alarm_findings(api, [item], ALARM_PATIENCE_S).values()]
+
+
+def _check_steps(
+    api: TritonApi, item: Protected, data: Mapping[str, NDArray[Any]] | None, timeout_s: float
+) -> list[CheckFinding]:
     ready = api.ready()
     detail, remedy = ("", "") if ready else ("some model is not ready", "See its log.")
     findings = [CheckFinding("server ready", ready, detail, remedy), _state(item)]
@@ -74,23 +86,46 @@ def check(
     if problem:
         # Not tried: the inference itself could end the server.
         return [*findings, CheckFinding("service model", False, f"{item.base!r} {problem}", remedy)]
-    inputs = sample_inputs(api.config(model), data)
-    base = probe(api, item.base, inputs, timeout_s)
+    config = api.config(item.name)
+    findings += _data(config, data)
+    for inputs in sample_batches(config, data):
+        base = probe(api, item.base, inputs, timeout_s)
+        verified = probe(api, item.verify, inputs, timeout_s)
+        judged, row, harmful = _judge(api, item, inputs, base, verified, timeout_s)
+        if not harmful:
+            break
     findings += [_finding("service model", base), *_coarse(api.config(item.validate), base)]
-    verified = probe(api, item.verify, inputs, timeout_s)
-    findings.append(_finding("verification", verified, _verification_detail(verified)))
-    judged, harmful = _judge(api, item, inputs, base, verified, timeout_s)
-    findings.append(judged)
+    findings += [_finding("verification", verified, _verification_detail(verified)), judged]
     bad = [f.what for f in findings if f.good is False]
     if bad:
         findings.append(CheckFinding("protected model", False, "Not tried.", f"Fix first: {', '.join(bad)}."))
     elif harmful:
-        detail = f"Its steps work; not sent through as a whole, because {harmful}"
+        sent = "not sent" if data is None else "the most harmless row was not sent"
+        detail = f"Its steps work; {sent} through as a whole, because {harmful}"
         findings.append(CheckFinding("protected model", True, detail, "Give benign rows with --data."))
     else:
-        whole = probe(api, model, inputs, timeout_s)
+        if divisible(config):
+            inputs = {name: array[row : row + 1] for name, array in inputs.items()}
+        whole = probe(api, item.name, inputs, timeout_s)
         findings.append(_finding("protected model", whole, _whole_detail(item, base, whole)))
     return findings
+
+
+def _data(config: Mapping[str, Any], data: Mapping[str, NDArray[Any]] | None) -> list[CheckFinding]:
+    """What of the given data is not used, and what is generated in spite of them."""
+    if data is None:
+        return []
+    needed = {str(e["name"]): not e.get("optional") for e in config["input"]}
+    parts = {
+        "not used": sorted(set(data) - set(needed)),
+        "generated": [name for name, required in needed.items() if required and name not in data],
+    }
+    detail = "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names)
+    if not detail:
+        return []
+    # Labels beside the inputs are usual; where nothing is used, the names are wrong.
+    good = None if set(data) & set(needed) else False
+    return [CheckFinding("data", good, detail, f"{config['name']} takes: {', '.join(needed)}.")]
 
 
 def _state(item: Protected) -> CheckFinding:
@@ -153,28 +188,38 @@ def _judge(
     base: InferenceProbe,
     verified: InferenceProbe,
     timeout_s: float,
-) -> tuple[CheckFinding, str]:
-    """The finding, and why the same rows should not be sent where they are counted; empty if they may."""
+) -> tuple[CheckFinding, int, str]:
+    """The finding, the most harmless row, and why even that should not be sent where it is counted; empty if it may."""
     config = api.config(item.validate)
     taken = {str(e["name"]) for e in config["input"]} - set(wire.INTERNAL)
     if base.outputs is None:
-        return CheckFinding("validation", False, "Not tried: the service model gave no answer."), ""
+        return CheckFinding("validation", False, "Not tried: the service model gave no answer."), 0, ""
     references = sample_references(config)
     if verified.outputs is not None and verified.outputs[wire.VERIFICATION].size:
         references = {name: verified.outputs[name] for name in wire.INTERNAL}
     given = {n: a for n, a in {**inputs, **base.outputs}.items() if n in taken}
     result = probe(api, item.validate, {**given, **as_probe(references)}, timeout_s)
-    problem = ""
-    if result.outputs is not None:
-        status = _texts(result.outputs[wire.STATUS])
-        reason = _texts(result.outputs[wire.REASON])
-        if status[0] in ("error", "indeterminate"):
-            problem = f"The verdict is {status[0]}: {reason[0]}."
-        else:
-            # A generated input looks like nothing that the model knows, so `attacked` is a good sign of life, too.
-            found = CheckFinding("validation", True, f"verdict: {status[0]}", seconds=result.seconds)
-            return found, _harm(status, result.outputs[wire.P_VALUE])
-    return _finding("validation", result, problem), "its verdict is not known."
+    if result.outputs is None:
+        return _finding("validation", result), 0, ""
+    status = _texts(result.outputs[wire.STATUS])
+    for found, reason in zip(status, _texts(result.outputs[wire.REASON]), strict=True):
+        if found in ("error", "indeterminate"):
+            return _finding("validation", result, f"The verdict is {found}: {reason}."), 0, ""
+    # A generated input looks like nothing that the model knows, so `attacked` is a good sign of life, too.
+    finding = CheckFinding("validation", True, _verdicts(status), seconds=result.seconds)
+    p_values = np.nan_to_num(result.outputs[wire.P_VALUE].ravel(), nan=1.0)
+    if not divisible(api.config(item.name)):
+        return finding, 0, _harm(status, p_values)
+    row = int(np.where(np.array(status) == "trusted", p_values, -1.0).argmax())
+    return finding, row, _harm(status[row : row + 1], p_values[row : row + 1])
+
+
+def _verdicts(status: Sequence[str]) -> str:
+    """How many rows had which verdict."""
+    counts = Counter(status)
+    if len(counts) == 1:
+        return f"verdict: {status[0]}"
+    return "verdicts: " + ", ".join(f"{count} {name}" for name, count in counts.most_common())
 
 
 def _harm(status: Sequence[str], p_values: NDArray[Any]) -> str:

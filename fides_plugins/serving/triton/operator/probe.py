@@ -9,14 +9,14 @@ from __future__ import annotations
 import struct
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fides_plugins.errors import ServerError
+from fides_plugins.errors import InputError, ServerError
 from fides_plugins.oip import numpy_dtype
 from fides_plugins.pipeline import VerifyOutcome
 from fides_plugins.serving.triton import wire
@@ -25,6 +25,8 @@ from fides_plugins.serving.triton.operator.api import InferenceRefused, TritonAp
 
 #: Length given to a free axis of a generated input.
 FREE_AXIS = 32
+#: Rows of given data that are tried: of so many benign ones, one with a p-value of at least 0.5 is as good as certain.
+TRIED_ROWS = 64
 _FALLBACK = "fides_fallback"
 _VALIDATE = "fides_validate"
 
@@ -151,6 +153,42 @@ def sample_inputs(config: Mapping[str, Any], data: Mapping[str, NDArray[Any]] | 
         else:
             found[name] = rng.integers(0, 2, shape).astype(dtype)
     return found
+
+
+def sample_batches(
+    config: Mapping[str, Any], data: Mapping[str, NDArray[Any]] | None = None
+) -> Iterator[dict[str, NDArray[Any]]]:
+    """The first rows of `data` in batches that the model takes, with generated rows beside them where it has none.
+
+    Raises
+    ------
+    InputError
+        If the arrays hold no row, or not the same number of rows.
+    """
+    inputs = sample_inputs(config, data)
+    given = {name for name in inputs if name in (data or {})}
+    if not given or not divisible(config):
+        yield inputs
+        return
+    rows = {name: len(inputs[name]) if inputs[name].ndim else 0 for name in sorted(given)}
+    n_rows = max(rows.values())
+    if n_rows == 0 or len(set(rows.values())) > 1:
+        found = ", ".join(f"{name} {count}" for name, count in rows.items())
+        raise InputError(f"The arrays of the data have these rows: {found}.", "Give each as many, and one at least.")
+    last = min(n_rows, TRIED_ROWS)
+    step = int(config.get("max_batch_size", 0)) or last
+    for start in range(0, last, step):
+        rows_here = min(step, last - start)
+        yield {
+            name: array[start : start + rows_here] if name in given else np.repeat(array, rows_here, axis=0)
+            for name, array in inputs.items()
+        }
+
+
+def divisible(config: Mapping[str, Any]) -> bool:
+    """Whether the first axis of every input counts rows, which may come one by one."""
+    free = [len(e["dims"]) > 1 and int(e["dims"][0]) < 0 for e in config.get("input", [])]
+    return int(config.get("max_batch_size", 0)) > 0 or all(free)
 
 
 def sample_png(size: int = 32) -> bytes:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import time
 from dataclasses import dataclass
 
 from fides_plugins.errors import ServerError
-from fides_plugins.observation.metrics import UNDER_ATTACK
+from fides_plugins.serving.triton.operator.alarm import NOT_SHOWN, alarm_label, read_alarm
 from fides_plugins.serving.triton.operator.api import TritonApi
 from fides_plugins.serving.triton.operator.probe import find_protected
 
@@ -46,16 +45,14 @@ def reset(api: TritonApi, model: str, timeout_s: float = 10.0) -> Reset:
         If the server or its metrics cannot be reached, `model` is not protected or has no alarm.
     """
     (item,) = find_protected(api, model)
-    # The label `model` of the step's metrics, as `MetricsRecorder` gets it.
-    named = api.config(item.validate).get("parameters", {}).get("fides.service_name", {})
-    label = str(named.get("string_value", "")) or item.validate
-    was = _alarm(api, label)
+    label = alarm_label(api, item)
+    was = read_alarm(api, label)
     api.reload(item.validate)
     deadline = time.monotonic() + timeout_s
     quiet_since = None
     now = was
     while time.monotonic() < deadline:
-        now = _alarm(api, label)
+        now = read_alarm(api, label)
         if now is not False:
             quiet_since = None
         elif quiet_since is None:
@@ -65,13 +62,7 @@ def reset(api: TritonApi, model: str, timeout_s: float = 10.0) -> Reset:
         time.sleep(_POLL_S)
     if now is None:
         raise ServerError(
-            f"{item.validate} was reloaded, but the metrics show no alarm of {label!r}.",
-            "Its bundle has no calibrated detector, or another FIDES_SERVICE_NAME is set.",
+            f"{item.validate} was reloaded, but {api.metrics_url} shows no alarm of {label!r}.",
+            NOT_SHOWN,
         )
     return Reset(item.validate, bool(was), True)
-
-
-def _alarm(api: TritonApi, label: str) -> bool | None:
-    """The gauge on the metrics page; None where it is not shown."""
-    found = re.search(rf'^{UNDER_ATTACK.name}{{model="{re.escape(label)}"}} (\S+)$', api.metrics(), re.MULTILINE)
-    return None if found is None else float(found[1]) > 0

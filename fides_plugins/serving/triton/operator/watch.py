@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from fides_plugins.errors import ServerError
 from fides_plugins.serving.triton import wire
+from fides_plugins.serving.triton.operator.alarm import alarm_findings
 from fides_plugins.serving.triton.operator.api import NotExplicit, Statistics, TritonApi, UnknownModel, Unreachable
 from fides_plugins.serving.triton.operator.probe import (
     InferenceProbe,
@@ -53,9 +54,9 @@ class Event:
     Attributes
     ----------
     kind:
-        settled, dead, degraded, reloaded, restored, failed, unreachable or unprotected.
+        settled, dead, degraded, reloaded, restored, failed, unreachable or unprotected; alarm or alarm_unknown.
     model:
-        The step or ensemble it happened to.
+        The step or ensemble it happened to, or the service whose alarm it is.
     seconds:
         How long it took.
     """
@@ -122,6 +123,18 @@ class Watcher:
         for group in groups.values():
             sound = self._look_at(group) and sound
         return sound
+
+    def report_alarms(self) -> bool:
+        """Report every service alarm that is raised or cannot be seen; True if one is raised.
+
+        Not a part of `look`: a dead step is brought back by a restart, which would only withdraw an alarm.
+        """
+        findings = alarm_findings(self.api, find_protected(self.api, self.model))
+        for label, found in findings.items():
+            if not found.good:
+                kind = "alarm_unknown" if found.good is None else "alarm"
+                self.report(Event(kind, label, 0.0, f"{found.detail} {found.remedy}"))
+        return any(found.good is False for found in findings.values())
 
     def forget(self) -> None:
         """Drop what was learned about the server: it may come back as another one."""

@@ -21,7 +21,7 @@ from fides_plugins.serving.triton.config import short_name
 from fides_plugins.serving.triton.decoders import make_decoder
 from fides_plugins.serving.triton.operator.api import NotExplicit, Statistics, TritonApi, UnknownModel, Unreachable
 from fides_plugins.serving.triton.operator.check import _harm
-from fides_plugins.serving.triton.operator.probe import recognise, sample_inputs, sample_png
+from fides_plugins.serving.triton.operator.probe import recognise, sample_batches, sample_inputs, sample_png
 from fides_plugins.serving.triton.operator.watch import Event, Watcher, degraded_config, full_config, watch_forever
 from fides_plugins.statistics.monitor import EProcess
 from fides_plugins.types import Verification, softmax
@@ -276,9 +276,43 @@ def test_a_check_sends_only_rows_that_cannot_raise_the_alarm(
         assert max(wealth) <= 1.0
 
 
+def test_rows_are_tried_in_batches_that_the_model_takes_and_not_without_end() -> None:
+    config = {"max_batch_size": 24, "input": [
+        {"name": "a", "data_type": "TYPE_FP32", "dims": [2]}, {"name": "b", "data_type": "TYPE_FP32", "dims": [3]},
+    ]}  # fmt: skip
+    rows = np.arange(200, dtype=np.float32).reshape(100, 2)
+    found = list(sample_batches(config, {"a": rows, "label": np.arange(7)}))
+    assert [len(batch["a"]) for batch in found] == [24, 24, 16]
+    assert np.concatenate([batch["a"] for batch in found]).tobytes() == rows[:64].tobytes()
+    assert [batch["b"].shape for batch in found] == [(24, 3), (24, 3), (16, 3)]
+    free = {"max_batch_size": 0, "input": [{"name": "a", "data_type": "TYPE_FP32", "dims": [-1, 2]}]}
+    assert [len(batch["a"]) for batch in sample_batches(free, {"a": rows})] == [64]
+    # Where no axis counts rows, the array is one request, whatever its shape.
+    whole = {"max_batch_size": 0, "input": [{"name": "a", "data_type": "TYPE_FP32", "dims": [100, 2]}]}
+    assert [len(batch["a"]) for batch in sample_batches(whole, {"a": rows})] == [100]
+    for data in ({"a": rows, "b": np.zeros((3, 3))}, {"a": rows[:0]}, {"a": np.array(1.0)}):
+        with pytest.raises(InputError, match="have these rows: a"):
+            list(sample_batches(config, data))
+
+
 def test_an_unreachable_server_is_a_server_error() -> None:
     with pytest.raises(ServerError, match="cannot be reached"):
         TritonApi("127.0.0.1:1").index()
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        ("", "http://[::1]:8002/metrics"),
+        ("host:9002", "http://host:9002/metrics"),
+        ("http://host/triton/metrics", "http://host:8002/triton/metrics"),
+    ],
+)
+def test_the_metrics_are_where_they_are_said_to_be(given: str, asked: str) -> None:
+    """`host:port` is how every other address is written; it was read as a scheme, and `none:8002` was asked."""
+    assert TritonApi("http://[::1]:8000", metrics_url=given).metrics_url == asked
+    with pytest.raises(ServerError, match="--metrics HOST:PORT"):
+        TritonApi("127.0.0.1:1", metrics_url="127.0.0.1:1").metrics()
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:abc", "127.0.0.1:99999", "http://[::1", "ftp://x"])
