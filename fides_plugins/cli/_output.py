@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,9 @@ from fides_plugins.errors import InputError
 
 if TYPE_CHECKING:
     from fides_plugins.serving.finding import CheckFinding
+
+#: Seconds between two lines of progress in a pipe or a file.
+TELL_EVERY_S = 10.0
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -105,7 +109,7 @@ def read_file(path: Path) -> bytes:
 
 @contextmanager
 def progress(quiet: bool = False) -> Iterator[Progress]:
-    """A progress display on standard error; silent when `quiet` or when it is no terminal."""
+    """A progress display on standard error, or a line every `TELL_EVERY_S` where that is no terminal."""
     target = console(stderr=True)
     columns = (
         SpinnerColumn(),
@@ -114,5 +118,21 @@ def progress(quiet: bool = False) -> Iterator[Progress]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=target, disable=quiet or not target.is_terminal, transient=False) as bar:
-        yield bar
+    bar = Progress(*columns, console=target, disable=quiet or not target.is_terminal, transient=False)
+    over = threading.Event()
+    if not quiet and not target.is_terminal:
+        threading.Thread(target=_tell, args=(bar, over), daemon=True).start()
+    try:
+        with bar:
+            yield bar
+    finally:
+        over.set()
+
+
+def _tell(bar: Progress, over: threading.Event) -> None:
+    """Say every now and then what is being done, until it is over."""
+    while not over.wait(TELL_EVERY_S):
+        task = next((task for task in reversed(bar.tasks) if not task.finished), None)
+        if task is not None:
+            done = f"{task.completed:,.0f} of {task.total or 0:,.0f}, {task.elapsed or 0:.0f} s"
+            bar.console.print(f"{task.description}: {done}")

@@ -53,7 +53,7 @@ class DistillationSettings:
     learning_rate: float = 4e-3
     fine_tune_learning_rate: float = 4e-3
     weight_decay: float = 1e-4
-    most_macs: float = 1e12
+    most_macs: float = 7e11
     fewest_epochs: int = 8
 
     def epochs_for(self, macs: int, n_rows: int) -> int:

@@ -166,8 +166,10 @@ class Search:
         return replace(best[1], steps=tuple(steps))
 
     def again(self, found: GdtlResult, transfer: TransferSet, progress: Share = silent) -> VerificationModel:
-        """A model like the one found, trained in the same steps on other rows, by this process alone."""
-        search = replace(self, transfer=transfer, who=Worker())
+        """A model like the one found, trained in the same steps and epochs on other rows, by this process alone."""
+        epochs = self.distillation.epochs_for(found.cost.macs, self.transfer.n_rows)
+        how = replace(self.distillation, epochs=epochs, fewest_epochs=epochs)
+        search = replace(self, transfer=transfer, distillation=how, who=Worker())
         model = found.chosen.model(transfer.images, self.seed)
         _Training(search, found.student, found.cost, model, progress, [], found.unfrozen).run()
         return model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,3 +122,20 @@ def test_every_command_prints_through_one_console() -> None:
         text = file.read_text()
         assert file.name == "_output.py" or "Console(" not in text, file.name
         assert "[/" not in text, f"{file.name} uses markup"
+
+
+def test_long_work_is_told_line_by_line_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fides_plugins.cli._output.TELL_EVERY_S", 0.05)
+    with progress() as bar:
+        task = bar.add_task("distil", total=100)
+        bar.update(task, completed=40)
+        time.sleep(0.3)
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) >= 2
+    assert told[0].startswith("distil: 40 of 100, ")
+    with progress(quiet=True) as bar:
+        bar.add_task("distil", total=100)
+        time.sleep(0.2)
+    assert capsys.readouterr().err == ""
