@@ -360,7 +360,7 @@ def cross_fit(fit: Fit, split: SplitData, answers: AnsweredData, found: GdtlResu
     rows, groups = split.images("distillation"), split.data.groups
     own_groups = None if groups is None else groups[split.parts["distillation"]]
     folds = split_rows(rows, {str(fold): 1.0 / FOLDS for fold in range(FOLDS)}, fit.seed, own_groups)
-    search = _search(fit, split, answers, Worker())
+    search = _search(fit, split, answers, Worker.alone())
     logits: Float32Array | None = None
     for index, fold in enumerate(folds.values()):
 

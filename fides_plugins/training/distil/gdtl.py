@@ -169,7 +169,7 @@ class Search:
         """A model like the one found, trained in the same steps and epochs on other rows, by this process alone."""
         epochs = self.distillation.epochs_for(found.cost.macs, self.transfer.n_rows)
         how = replace(self.distillation, epochs=epochs, fewest_epochs=epochs)
-        search = replace(self, transfer=transfer, distillation=how, who=Worker())
+        search = replace(self, transfer=transfer, distillation=how, who=Worker.alone())
         model = found.chosen.model(transfer.images, self.seed)
         _Training(search, found.student, found.cost, model, progress, [], found.unfrozen).run()
         return model

@@ -63,6 +63,13 @@ class Worker:
         self._calls = 0
         self._meetings = 0
 
+    @classmethod
+    def alone(cls) -> Worker:
+        """This process by itself, whether or not it is one of several."""
+        worker = cls()
+        worker.rank, worker.world, worker.first = 0, 1, True
+        return worker
+
     @contextmanager
     def first_before_others(self) -> Iterator[None]:
         """The first worker runs the block before the others do."""
