@@ -91,8 +91,9 @@ def test_a_browser_shows_it(page: Path, tmp_path: Path):
         return subprocess.run(command, check=True, capture_output=True, timeout=120, cwd=tmp_path).stdout
 
     document = browse("--dump-dom").decode()
-    assert document.count("<svg") == 10
-    assert document.count("<polyline") == 15
+    # Of each of the five attacks: its second look, its ROC curve beside those of two rules, its scores.
+    assert document.count("<svg") == 15
+    assert document.count("<polyline") == 20
     for width in (1200, 420):
         shot = tmp_path / f"{width}.png"
         browse(f"--screenshot={shot}", f"--window-size={width},2600")
