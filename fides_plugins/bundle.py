@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from fides_plugins.codec import OutputCodec
 from fides_plugins.errors import BundleError, InputError, SettingsError
-from fides_plugins.onnx_graph import CONTROL_FLOW, JUDGING_OPERATORS, read_contents
+from fides_plugins.onnx_graph import CONTROL_FLOW, JUDGING_OPERATORS
 from fides_plugins.onnx_model import OnnxModel
 from fides_plugins.statistics.conformal import Calibration
 from fides_plugins.types import OutputKind
@@ -219,15 +219,12 @@ class Bundle:
         BundleError
             If it is no usable graph, keeps weights elsewhere, or has operators by which it might run for ever.
         """
-        data = self.file(part.file)
-        used = read_contents(data, part.file).operators
-        refused = used & CONTROL_FLOW if isinstance(part, VerificationSpec) else used - JUDGING_OPERATORS
-        if refused:
-            raise BundleError(
-                f"{part.file} has operators that are not allowed in it: {', '.join(sorted(refused)[:5])}.",
-                "Put a graph that needs them into a plug-in, which runs under a deadline.",
-            )
-        return OnnxModel(data, threads, name=part.file)
+        judging = isinstance(part, GraphSpec)
+
+        def allows(operator: str) -> bool:
+            return operator in JUDGING_OPERATORS if judging else operator not in CONTROL_FLOW
+
+        return OnnxModel(self.file(part.file), threads, part.file, allows)
 
     def calibrations(self) -> dict[str, Calibration]:
         """Calibration of each detector, by its name; empty when the bundle has none.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -72,15 +72,27 @@ class OnnxModel:
         Intra-op threads of the session. Calls from several Python threads are safe.
     name:
         For messages.
+    allows:
+        Says of an operator whether the graph may have it; asked before anything of the graph runs.
 
     Raises
     ------
     BundleError
-        If onnxruntime cannot load the graph, or some of its weights lie outside of `data`.
+        If onnxruntime cannot load the graph, some of its weights lie outside of `data`, or it has an operator that
+        is not allowed.
     """
 
-    def __init__(self, data: bytes, threads: int = 1, name: str = "model") -> None:
-        if read_contents(data, name).external:
+    def __init__(
+        self, data: bytes, threads: int = 1, name: str = "model", allows: Callable[[str], bool] = lambda operator: True
+    ) -> None:
+        contents = read_contents(data, name)
+        refused = sorted(operator for operator in contents.operators if not allows(operator))
+        if refused:
+            raise BundleError(
+                f"{name} has operators that are not allowed in it: {', '.join(refused[:5])}.",
+                "Put a graph that needs them into a plug-in, which runs under a deadline.",
+            )
+        if contents.external:
             raise BundleError(
                 f"{name} keeps weights in another file, which no digest covers.",
                 "Save it as one file: onnx.save(onnx.load(path), path).",

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import statistics
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
+
+import httpx
 
 from fides_plugins.errors import InputError, ServerError
 from fides_plugins.observation.metrics import VERDICTS
@@ -22,6 +19,7 @@ from fides_plugins.serving.http import HEADER_REASON, HEADER_STATUS
 _TIMEOUT_S = 60.0
 _METRIC_WAIT_S = 3.0
 _METRIC_PAUSE_S = 0.05
+_NO_MODEL = "Register it, or correct the name."
 METRIC_LINES = "Add `metrics_mode=prometheus` and `model_metrics_auto_detect=true` to config.properties."
 
 
@@ -56,28 +54,21 @@ def check(
     InputError
         If `url` is no http(s) URL.
     """
-    parts = urlsplit(url)
     try:
-        good_port = parts.port is None or parts.port > 0
-    except ValueError:  # no number, or none that a port can have
-        good_port = False
-    if parts.scheme not in ("http", "https") or not parts.hostname or not good_port:
+        root = httpx.URL(url)
+    except httpx.InvalidURL:
+        root = httpx.URL()
+    known_port = root.port is None or 0 < root.port < 1 << 16
+    if root.scheme not in ("http", "https") or not root.host or not known_port:
         raise InputError(f"{url!r} is no URL.", "Give one such as http://localhost:8080.")
     headers = {"content-type": content_type, **({"authorization": f"Bearer {token}"} if token else {})}
-    metrics = metrics_url or f"{_neighbour(url, 2)}/metrics"
+    metrics = metrics_url or f"{_neighbour(root, 2)}/metrics"
     before = _read_page(metrics)
-    workers = _check_workers(management_url or _neighbour(url, 1), model, headers, before)
+    workers = _check_workers(management_url or _neighbour(root, 1), model, headers, before)
     inference, answer = _check_inference(f"{url.rstrip('/')}/predictions/{model}", body, headers, repeat)
     if answer is None:
         return [workers, inference]
     return [workers, inference, *_check_protection(answer, model, lambda: _read_page(metrics), before)]
-
-
-@dataclass(frozen=True)
-class _Answer:
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
 
 
 def _check_workers(management_url: str, model: str, headers: Mapping[str, str], page: str | None) -> CheckFinding:
@@ -86,16 +77,15 @@ def _check_workers(management_url: str, model: str, headers: Mapping[str, str], 
     except ServerError:
         remedy = "Give its address with --management."
         return CheckFinding("workers", None, "the management API cannot be reached", remedy)
-    if answer.status == 404:
-        remedy = "Register it, or correct the name."
+    if answer.status_code == 404:
         # TorchServe keeps the last value of every metric, an alarm too, until it is restarted.
         past = "; its metrics are of the past" if page and _count_verdicts(page, model) else ""
-        return CheckFinding("workers", False, f"no model {model!r} is registered{past}", remedy)
+        return CheckFinding("workers", False, f"no model {model!r} is registered{past}", _NO_MODEL)
     try:
-        workers = json.loads(answer.body)[0]["workers"]
+        workers = answer.json()[0]["workers"]
         ready = sum(1 for w in workers if w["status"] == "READY")
     except (ValueError, LookupError, TypeError):
-        return CheckFinding("workers", None, f"the management API answered {answer.status}")
+        return CheckFinding("workers", None, f"the management API answered {answer.status_code}")
     good = bool(workers) and ready == len(workers)
     remedy = "" if good else "Read model_log.log: a handler that fails to load is tried again for minutes."
     return CheckFinding("workers", good, f"{ready} of {len(workers)} ready", remedy)
@@ -103,31 +93,30 @@ def _check_workers(management_url: str, model: str, headers: Mapping[str, str], 
 
 def _check_inference(
     url: str, body: bytes, headers: Mapping[str, str], repeat: int
-) -> tuple[CheckFinding, _Answer | None]:
+) -> tuple[CheckFinding, httpx.Response | None]:
     """The finding, and the answer where the model gave one."""
     seconds: list[float] = []
     try:
         answer = _ask(url, body, headers)
-        for _ in range(repeat if answer.status in (200, 409) else 0):
+        for _ in range(repeat if answer.status_code in (200, 409) else 0):
             start = time.perf_counter()
             answer = _ask(url, body, headers)
             seconds.append(time.perf_counter() - start)
     except ServerError as error:
         return CheckFinding("inference", False, str(error), "Start the server, or correct the URL."), None
-    if answer.status in (400, 401, 403) and b"oken" in answer.body:
+    if answer.status_code in (400, 401, 403) and b"oken" in answer.content:
         remedy = "Give the inference key with --token."
         return CheckFinding("inference", False, "token authorization is on", remedy), None
-    if answer.status == 404:
-        remedy = "Register it, or correct the name."
-        return CheckFinding("inference", False, "HTTP 404: there is no such model", remedy), None
-    good = answer.status in (200, 409)
+    if answer.status_code == 404:
+        return CheckFinding("inference", False, "HTTP 404: there is no such model", _NO_MODEL), None
+    good = answer.status_code in (200, 409)
     remedy = "" if good else "Send a body that the model's own handler accepts, and read model_log.log."
     median = statistics.median(seconds) if seconds else math.nan
-    return CheckFinding("inference", good, f"HTTP {answer.status}", remedy, median), answer
+    return CheckFinding("inference", good, f"HTTP {answer.status_code}", remedy, median), answer
 
 
 def _check_protection(
-    answer: _Answer, model: str, read_page: Callable[[], str | None], before: str | None
+    answer: httpx.Response, model: str, read_page: Callable[[], str | None], before: str | None
 ) -> tuple[CheckFinding, CheckFinding]:
     """The findings on the verdict and on the metrics; `before` is the metrics page before the inference."""
     status = answer.headers.get(HEADER_STATUS, "")
@@ -175,7 +164,7 @@ def _read_page(url: str) -> str | None:
         answer = _ask(url, None, {})
     except ServerError:
         return None
-    return answer.body.decode("utf-8", "replace") if answer.status == 200 else None
+    return answer.text if answer.status_code == 200 else None
 
 
 def _count_verdicts(page: str, model: str) -> float:
@@ -184,19 +173,14 @@ def _count_verdicts(page: str, model: str) -> float:
     return sum(float(v) for v in re.findall(pattern, page, re.MULTILINE))
 
 
-def _neighbour(url: str, offset: int) -> str:
-    parts = urlsplit(url)
-    port = (parts.port or {"http": 80, "https": 443}[parts.scheme]) + offset
-    return urlunsplit((parts.scheme, f"{parts.hostname}:{port}", "", "", ""))
+def _neighbour(root: httpx.URL, offset: int) -> str:
+    port = (root.port or {"http": 80, "https": 443}[root.scheme]) + offset
+    return str(root.copy_with(port=port, raw_path=b"/")).rstrip("/")
 
 
-def _ask(url: str, body: bytes | None, headers: Mapping[str, Any]) -> _Answer:
-    request = urllib.request.Request(url, data=body, headers=dict(headers))
+def _ask(url: str, body: bytes | None, headers: Mapping[str, str]) -> httpx.Response:
+    """The answer to a GET, or to a POST where there is a body."""
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
-            return _Answer(answer.status, {k.lower(): v for k, v in answer.headers.items()}, answer.read())
-    except urllib.error.HTTPError as error:
-        return _Answer(error.code, {k.lower(): v for k, v in error.headers.items()}, error.read())
-    except (urllib.error.URLError, OSError) as error:
-        reason = getattr(error, "reason", error)
-        raise ServerError(f"{urlsplit(url).netloc} cannot be reached: {reason}.") from None
+        return httpx.request("GET" if body is None else "POST", url, content=body, headers=headers, timeout=_TIMEOUT_S)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ServerError(f"{urlsplit(url).netloc} cannot be reached: {error}.") from None
