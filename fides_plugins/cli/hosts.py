@@ -75,7 +75,7 @@ def graded(folder: Path, mode: str, force: bool) -> dict[str, str] | None:
     readiness = Readiness.of(bundle)
     if found is None or readiness is None:
         return None
-    console(stderr=True).print(f"{found.grade} for {mode}. {readiness.sentence()}", markup=False)
+    console(stderr=True).print(f"{found.grade} for {mode}. {readiness.sentence()}")
     return found._asdict()
 
 

@@ -42,7 +42,7 @@ def inspect(
         rows.append(("calibration", f"{manifest.calibration.n_rows} rows"))
     readiness = Readiness.of(loaded)
     if readiness is not None:
-        console().print(readiness.sentence(), markup=False)
+        console().print(readiness.sentence())
         print_table("Ready for", ("mode", "grade", "why"), readiness.table(), justify="left")
     print_table(f"Bundle {manifest.name}", ("what", "value"), rows)
     print_table(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from fides_plugins.types import Status, Verdict
@@ -76,17 +76,7 @@ class RowVerdict:
 
 
 #: The fields of a `RowVerdict` that are columns of a `Verdict`, in order.
-_COLUMNS = (
-    "status",
-    "score",
-    "p_value",
-    "label",
-    "service_label",
-    "verified_label",
-    "corrected",
-    "refused",
-    "reason",
-)
+_COLUMNS = tuple(f.name for f in fields(RowVerdict) if f.name not in ("labels", "judged"))
 
 
 def rows_of(verdict: Verdict) -> list[RowVerdict]:

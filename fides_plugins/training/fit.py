@@ -18,13 +18,13 @@ from fides_plugins.training.distil.gdtl import GdtlResult
 from fides_plugins.training.distil.workers import Worker
 from fides_plugins.training.fit_report import FitReport
 from fides_plugins.training.kinds import describe
+from fides_plugins.training.options import FitOptions
 from fides_plugins.training.service.teacher import Teacher
 from fides_plugins.training.service.teachers import AnswerCache, load_teacher
 from fides_plugins.training.stages import (
     VERIFICATION_FILE,
     AnsweredData,
     Fit,
-    FitOptions,
     FittedDetection,
     MakeStudents,
     Progress,

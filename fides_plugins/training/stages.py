@@ -20,28 +20,25 @@ from numpy.typing import NDArray
 from fides_plugins.bundle import InputSpec, VerificationSpec
 from fides_plugins.codec import OutputCodec
 from fides_plugins.onnx_model import OnnxModel
-from fides_plugins.training.attacks import AttackRegistry, default_registry
+from fides_plugins.training.attacks import AttackRegistry
 from fides_plugins.training.costs import Cost, onnx_cost
 from fides_plugins.training.data import Dataset, load_data, match_input, split_rows
 from fides_plugins.training.detector.calibration import require_rows
 from fides_plugins.training.detector.detection import DETECTOR_FILE, DetectionArtifacts, train_on
+from fides_plugins.training.detector.readiness import telling_attacks
 from fides_plugins.training.distil.augmentation import Augmentation, augment, changes
-from fides_plugins.training.distil.distillation import (
-    DistillationSettings,
-    TransferSet,
-    distillation_temperature,
-    predict,
-)
+from fides_plugins.training.distil.distillation import TransferSet, predict
 from fides_plugins.training.distil.gdtl import GdtlResult, Search
 from fides_plugins.training.distil.students import Student, built_in_students
 from fides_plugins.training.distil.workers import Worker
 from fides_plugins.training.evaluation.forms import FormCost, form_costs
 from fides_plugins.training.export import export_onnx
 from fides_plugins.training.kinds import Kind, check_kind, input_kind
+from fides_plugins.training.options import FitOptions
 from fides_plugins.training.predictions import Predictions, run_graph
 from fides_plugins.training.service.teacher import Teacher
 from fides_plugins.training.service.teachers import AnswerCache, output_kind
-from fides_plugins.types import Float32Array, IntArray, OutputKind
+from fides_plugins.types import Float32Array, IntArray
 
 VERIFICATION_FILE = "verification.onnx"
 OUTPUT_NAME = "logits"
@@ -65,65 +62,6 @@ MAX_ASKED_MACS = 4e12
 Progress = Callable[[str, int, int], None]
 #: (rows of the service's tensor, K) -> candidates.
 MakeStudents = Callable[[NDArray[Any], int], Sequence[Student]]
-
-
-@dataclass(frozen=True)
-class FitOptions:
-    """What can be chosen; the defaults are meant to be left alone.
-
-    Attributes
-    ----------
-    agreement, tolerance:
-        Wanted held-out agreement of verification model and service, and what an unfreezing step must add.
-    max_cost, max_size:
-        The verification model's largest share of the service's multiply-adds and of its parameters.
-    max_macs, max_parameters:
-        The same as numbers, for services whose cost cannot be counted (endpoints). Both limits hold.
-    false_alarm_rate:
-        The smallest budget that the calibration must support.
-    transfer_rows:
-        About how many rows the teacher is asked: the distillation rows and changed copies of them.
-    epochs, alpha, beta, fine_tune_rate:
-        Of distillation, see `DistillationSettings`.
-    temperature:
-        Of distillation; None: found by `distillation_temperature`.
-    scale:
-        Factor for pixel values, see `data.match_input`.
-    flip:
-        Mirrored copies are fine for these images.
-    input_kind:
-        One of `kinds.KINDS`; empty: found from the rows.
-    augment:
-        Whether the service is also asked about changed copies.
-    output_kind:
-        What the service answers; empty: told by its answers.
-    """
-
-    agreement: float = 0.99
-    tolerance: float = 0.002
-    max_cost: float = 0.125
-    max_size: float = 0.1
-    max_macs: int | None = None
-    max_parameters: int | None = None
-    false_alarm_rate: float = 0.01
-    transfer_rows: int = 16_000
-    epochs: int = 20
-    temperature: float | None = None
-    alpha: float = 0.8
-    beta: float = 0.2
-    fine_tune_rate: float = 4e-3
-    scale: float | None = None
-    flip: bool = False
-    input_kind: str = ""
-    augment: bool = True
-    output_kind: OutputKind | None = None
-
-    def distillation(self, logits: Float32Array) -> DistillationSettings:
-        """The part that distillation needs, for a service that gives logits like these (N, K)."""
-        temperature = self.temperature or distillation_temperature(logits)
-        return DistillationSettings(
-            temperature, self.alpha, self.beta, self.epochs, fine_tune_learning_rate=self.fine_tune_rate
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,11 +221,9 @@ def collect_answers(fit: Fit, split: SplitData) -> AnsweredData:
     kept = _tried(fit, split, outputs["distillation"]) if copies else {}
     made = Augmentation(flip=options.flip).only([n for n, share in kept.items() if share >= KEPT_BY_CHANGE])
     shown, labels, origins = augment(rows, split.labels("distillation"), copies, fit.seed, made, split.kind)
-    raw = (
-        np.concatenate([outputs["distillation"], ask(shown[len(rows) :])])
-        if len(shown) > len(rows)
-        else outputs["distillation"]
-    )
+    raw = outputs["distillation"]
+    if len(shown) > len(rows):
+        raw = np.concatenate([raw, ask(shown[len(rows) :])])
     codec = OutputCodec(options.output_kind or output_kind(np.concatenate([raw, *outputs.values()])))
     transfer = TransferSet(shown, codec.logits(raw), labels, origins)
     return AnsweredData(codec, outputs, transfer, cost, kept)
@@ -361,16 +297,13 @@ def cross_fit(fit: Fit, split: SplitData, answers: AnsweredData, found: GdtlResu
     own_groups = None if groups is None else groups[split.parts["distillation"]]
     folds = split_rows(rows, {str(fold): 1.0 / FOLDS for fold in range(FOLDS)}, fit.seed, own_groups)
     search = _search(fit, split, answers, Worker.alone())
-    logits: Float32Array | None = None
+    logits = np.zeros((len(rows), answers.n_classes), np.float32)
     for index, fold in enumerate(folds.values()):
 
         def report(share: float, index: int = index) -> None:
             fit.tell("cross-fit", round(100 * (index + share) / FOLDS), 100)
 
-        given = predict(search.again(found, answers.transfer.without(fold), report), rows[fold])
-        logits = np.zeros((len(rows), given.shape[1]), np.float32) if logits is None else logits
-        logits[fold] = given
-    assert logits is not None  # there are folds
+        logits[fold] = predict(search.again(found, answers.transfer.without(fold), report), rows[fold])
     return logits
 
 
@@ -426,9 +359,7 @@ def fit_detection(
         seed=fit.seed,
         progress=lambda share: fit.tell("train detection", round(100 * share), 100),
     )
-    # The built-in ones: a registry of the caller's own need not have them.
-    lies = [default_registry().output(name) for name in ("switch", "random")]
     detector = OnnxModel(artifacts.detector_onnx, name=DETECTOR_FILE)
-    forms = form_costs(detector, held_out, lies, fit.options.false_alarm_rate, fit.seed)
+    forms = form_costs(detector, held_out, telling_attacks(), fit.options.false_alarm_rate, fit.seed)
     told = answers.codec.coarse_form(answers.outputs["calibration"])
     return FittedDetection(graph, spec, onnx_cost(graph, images.shape[1:]), held_out, artifacts, told, forms)

@@ -194,7 +194,7 @@ class FidesHandler:
             self.judge.unjudged(len(self._unread), self._unread[0])
         # A handler hands over the rows of the whole batch, or leaves out those that it answers otherwise.
         counts = [c | {0} if i in exempt else c for i, c in enumerate(self._counts(data, n_requests, n_rows))]
-        split = only_split(counts, n_rows) or [0] * n_requests
+        split = only_split(counts, n_rows) if exempt else None
         verdicts = per_request(
             [rows for _, _, rows in calls],
             n_requests,
@@ -210,7 +210,7 @@ class FidesHandler:
             # hides no attack.
             if why == EXPLAINED and verdicts[index].status is Status.ATTACKED:
                 continue
-            if split[index]:
+            if split is not None and split[index]:
                 # Its row is counted and logged already, with the others.
                 verdicts[index] = RowVerdict(Status.INDETERMINATE, reason=why)
             else:

@@ -54,6 +54,10 @@ class OutputAttack:
     weight: float = 1.0
     kind: ClassVar[str] = "output"
 
+    def stream(self, seed: int) -> np.random.Generator:
+        """Its own source of random choices for a seed, so that adding an attack changes no other's."""
+        return np.random.default_rng((seed, *self.name.encode()))
+
     def apply(self, probabilities: ArrayLike, rng: np.random.Generator) -> tuple[Float32Array, BoolArray]:
         """Attack a batch.
 

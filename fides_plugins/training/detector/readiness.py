@@ -7,12 +7,14 @@ import numpy as np
 from fides_plugins.onnx_model import OnnxModel
 from fides_plugins.readiness import Readiness
 from fides_plugins.statistics.conformal import Calibration
-from fides_plugins.training.attacks import default_registry
+from fides_plugins.training.attacks import OutputAttack, default_registry
 from fides_plugins.training.predictions import Predictions, run_graph
 from fides_plugins.types import Float32Array, IntArray
 
-#: Two lies of the built-in ones: the hardest to see, and the plainest.
-ATTACKS = ("switch", "random")
+
+def telling_attacks() -> list[OutputAttack]:
+    """Two of the built-in ones, whatever a fit was given: the hardest lie to see, and the plainest."""
+    return [default_registry().output(name) for name in ("switch", "random")]
 
 
 def measure_readiness(
@@ -34,18 +36,16 @@ def measure_readiness(
         return np.asarray(graph.argmax(axis=1))
 
     caught, recovered = {}, {}
-    for name in ATTACKS:
-        lies, changed = (
-            default_registry().output(name).apply(rows.service, np.random.default_rng((seed, *name.encode())))
-        )
+    for attack in telling_attacks():
+        lies, changed = attack.apply(rows.service, attack.stream(seed))
         lies, verification = lies[changed], rows.verification[changed]
         if not len(lies):
             continue
         seen = calibration.p_value(run_graph(detector, "score", service=lies, verification=verification)) <= rate
-        caught[name] = round(float(seen.mean()), 4)
+        caught[attack.name] = round(float(seen.mean()), 4)
         if seen.any():
             right = corrected(lies[seen], verification[seen]) == own[changed][seen]
-            recovered[name] = round(float(right.mean()), 4)
+            recovered[attack.name] = round(float(right.mean()), 4)
     flagged = calibration.p_value(scores) <= rate
     harm = float((corrected(rows.service, rows.verification) != own)[flagged].sum()) / rows.n_rows
     return Readiness(

@@ -58,7 +58,7 @@ class SequenceNetwork(nn.Module):
         super().__init__()
         stride = max(1, min(8, length // 64))
         kernel = max(3, min(2 * stride, length))
-        self.symbols, self.parts = symbols, parts
+        self.symbols = symbols
         self.embedding = nn.Embedding(symbols, max(6, width // 4))
         self.first = nn.Conv1d(self.embedding.embedding_dim, width, kernel, stride, bias=False)
         self.first_norm = nn.BatchNorm1d(width)

@@ -275,9 +275,7 @@ def attack_all(rows: Predictions, attacks: Sequence[OutputAttack], seed: int) ->
     """Every output attack on every row; rows that an attack leaves unchanged are not part of it."""
     made = []
     for attack in attacks:
-        # Each attack has its own stream, so that adding one doesn't change another.
-        rng = np.random.default_rng((seed, *attack.name.encode()))
-        service, changed = attack.apply(rows.service, rng)
+        service, changed = attack.apply(rows.service, attack.stream(seed))
         index = np.flatnonzero(changed)
         if len(index):
             verification = np.ascontiguousarray(rows.verification[index])

@@ -74,7 +74,7 @@ def form_costs(
     seed:
         Of the attacks.
     """
-    made = [attack.apply(rows.service, np.random.default_rng((seed, *attack.name.encode()))) for attack in attacks]
+    made = [attack.apply(rows.service, attack.stream(seed)) for attack in attacks]
     costs = []
     for form, write in ways_to_write(rows.n_classes).items():
         honest = _scores(detector, write(rows.service), rows.verification)

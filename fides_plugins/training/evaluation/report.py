@@ -163,7 +163,7 @@ def _escalation(result: dict[str, Any]) -> dict[str, Any]:
         places = zip([0.0, *costs], caught, strict=True)
         points = " ".join(f"{_WIDTH * cost / right:.1f},{_HEIGHT * (1 - share):.1f}" for cost, share in places)
         cells = [_cell(values, "detected"), *(_cell(entry, "detected") for entry in values["escalation"].values())]
-        lines.append({"name": name, "points": points, "cells": cells, "end": round(_HEIGHT * (1 - caught[-1]), 1)})
+        lines.append({"name": name, "points": points, "cells": cells})
     ticks = [(round(_WIDTH * cost / right, 1), _percent(cost, 0)) for cost in (0.0, 0.1, 0.2, 0.3) if cost <= right]
     return {
         "lines": lines,

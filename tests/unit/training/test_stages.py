@@ -17,8 +17,9 @@ from fides_plugins.training.distil.pretrained import PretrainedNetwork, pretrain
 from fides_plugins.training.distil.students import built_in_students
 from fides_plugins.training.export import export_onnx
 from fides_plugins.training.kinds import Kind
+from fides_plugins.training.options import FitOptions
 from fides_plugins.training.service.teachers import AnswerCache, OnnxTeacher
-from fides_plugins.training.stages import Fit, FitOptions, collect_answers, part_shares, split_data
+from fides_plugins.training.stages import Fit, collect_answers, part_shares, split_data
 from tests.unit.training.test_kinds import files, speech, words
 
 RNG = np.random.default_rng(0)
