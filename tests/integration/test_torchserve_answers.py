@@ -7,11 +7,12 @@ with their scores, `text_classifier` all of them, a workflow's classifier a name
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from fides_plugins.launch.torchserve import TorchServeServer
-from tests.support.torchserve_models import CLASS, backdoor_bundle, post, protected_archive, rows
+from tests.support.torchserve_models import CLASS, post, protected_archive, rows
 
 pytestmark = pytest.mark.integration
 
@@ -34,18 +35,15 @@ def source(shape: str, shift: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServeServer]:
-    folder = tmp_path_factory.mktemp("answers")
-    bundle, store = folder / "bundle", folder / "store"
-    backdoor_bundle(bundle)
-    store.mkdir()
+def server(backdoor_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServeServer]:
+    store = tmp_path_factory.mktemp("answers")
     for shape in SHAPES:
         section = {"answer": {"path": "result.digit"}} if shape == "own" else {}
         for name, shift in (("honest", 0), ("lying", 1)):
             files = {"digits.py": source(shape, shift)}
-            protected_archive(store, f"{name}_{shape}", bundle, mode="reject", files=files, **section)
-    protected_archive(store, "handle", bundle, mode="flag", files={"digits.py": CLASS + HANDLE})
-    protected_archive(store, "unread", bundle, mode="flag", files={"digits.py": source("own", 1)})
+            protected_archive(store, f"{name}_{shape}", backdoor_folder, mode="reject", files=files, **section)
+    protected_archive(store, "handle", backdoor_folder, mode="flag", files={"digits.py": CLASS + HANDLE})
+    protected_archive(store, "unread", backdoor_folder, mode="flag", files={"digits.py": source("own", 1)})
     with TorchServeServer(store, {p.stem: p.name for p in store.glob("*.mar")}) as running:
         yield running
 

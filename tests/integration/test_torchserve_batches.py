@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 
 from fides_plugins.launch.torchserve import TorchServeServer
 from fides_plugins.launch.torchserve_grpc import GrpcClient
-from tests.support.torchserve_models import FAULTY, backdoor_bundle, body, plain_archive, post, protected_archive, rows
+from tests.support.torchserve_models import FAULTY, body, plain_archive, post, protected_archive, rows
 
 pytestmark = pytest.mark.integration
 
@@ -28,25 +29,24 @@ FAULTS = {
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServeServer]:
-    folder = tmp_path_factory.mktemp("batches")
-    bundle, store = folder / "bundle", folder / "store"
-    backdoor_bundle(bundle)
-    store.mkdir()
+def server(backdoor_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServeServer]:
+    store = tmp_path_factory.mktemp("batches")
     plain_archive(store, name="bare", config=CONFIG)
-    protected_archive(store, "reject", bundle, mode="reject", config=CONFIG)
-    protected_archive(store, "open", bundle, mode="flag", on_error="open", **FAULTS)
-    protected_archive(store, "closed", bundle, mode="flag", on_error="closed", **FAULTS)
-    protected_archive(store, "unruled", bundle, "crops", mode="flag")
-    protected_archive(store, "ambiguous", bundle, "crops", mode="reject", config=CONFIG)
-    protected_archive(store, "predicts", bundle, "functions", mode="reject")
+    protected_archive(store, "reject", backdoor_folder, mode="reject", config=CONFIG)
+    protected_archive(store, "open", backdoor_folder, mode="flag", on_error="open", **FAULTS)
+    protected_archive(store, "closed", backdoor_folder, mode="flag", on_error="closed", **FAULTS)
+    protected_archive(store, "unruled", backdoor_folder, "crops", mode="flag")
+    protected_archive(store, "ambiguous", backdoor_folder, "crops", mode="reject", config=CONFIG)
+    protected_archive(store, "predicts", backdoor_folder, "functions", mode="reject")
     two = {"rows": "any", "rows_per_request": 2}
-    protected_archive(store, "ruled", bundle, "crops", mode="reject", config=CONFIG, **two)
-    protected_archive(store, "mixed", bundle, "mixed", mode="reject", config=CONFIG.replace("8", "4"))
+    protected_archive(store, "ruled", backdoor_folder, "crops", mode="reject", config=CONFIG, **two)
+    protected_archive(store, "mixed", backdoor_folder, "mixed", mode="reject", config=CONFIG.replace("8", "4"))
     worst = {"rows": "worst", "rows_per_request": 2}
-    protected_archive(store, "passes", bundle, "passes", mode="reject", config=CONFIG.replace("8", "3"), **worst)
+    protected_archive(
+        store, "passes", backdoor_folder, "passes", mode="reject", config=CONFIG.replace("8", "3"), **worst
+    )
     plain_archive(store, "stream", name="barestream")
-    protected_archive(store, "stream", bundle, "stream", mode="reject", on_error="closed")
+    protected_archive(store, "stream", backdoor_folder, "stream", mode="reject", on_error="closed")
     models = {p.stem: p.name for p in store.glob("*.mar")}
     with TorchServeServer(store, models) as running:
         yield running

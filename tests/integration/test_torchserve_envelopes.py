@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fides_plugins.launch.torchserve import TorchServeServer
-from tests.support.torchserve_models import backdoor_bundle, body, kserve_v2, protected_archive, rows
+from tests.support.torchserve_models import body, kserve_v2, protected_archive, rows
 
 pytestmark = pytest.mark.integration
 
@@ -21,37 +21,30 @@ QUICK = "batchSize: 8\nmaxBatchDelay: 30\n"
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bundles") / "bundle"
-    backdoor_bundle(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def enveloped(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServeServer]:
+def enveloped(backdoor_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServeServer]:
     store = tmp_path_factory.mktemp("enveloped")
-    protected_archive(store, "reject", bundle, mode="reject", config=CONFIG)
-    protected_archive(store, "correct", bundle, mode="correct", config=QUICK)
-    protected_archive(store, "quick", bundle, mode="reject", config=QUICK)
+    protected_archive(store, "reject", backdoor_folder, mode="reject", config=CONFIG)
+    protected_archive(store, "correct", backdoor_folder, mode="correct", config=QUICK)
+    protected_archive(store, "quick", backdoor_folder, mode="reject", config=QUICK)
     models = {p.stem: p.name for p in store.glob("*.mar")}
     with TorchServeServer(store, models, properties={"service_envelope": "json"}) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def bare(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServeServer]:
+def bare(backdoor_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServeServer]:
     store = tmp_path_factory.mktemp("bare")
-    protected_archive(store, "reject", bundle, "instances", mode="reject", config=QUICK)
-    protected_archive(store, "correct", bundle, "instances", mode="correct", config=QUICK)
+    protected_archive(store, "reject", backdoor_folder, "instances", mode="reject", config=QUICK)
+    protected_archive(store, "correct", backdoor_folder, "instances", mode="correct", config=QUICK)
     models = {p.stem: p.name for p in store.glob("*.mar")}
     with TorchServeServer(store, models) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def tensors(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServeServer]:
+def tensors(backdoor_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServeServer]:
     store = tmp_path_factory.mktemp("tensors")
-    protected_archive(store, "reject", bundle, "inputs", mode="reject")
+    protected_archive(store, "reject", backdoor_folder, "inputs", mode="reject")
     properties = {"service_envelope": "kservev2", "ts_open_inference_protocol": "true"}
     with TorchServeServer(store, {"reject": "reject.mar"}, properties=properties) as running:
         yield running

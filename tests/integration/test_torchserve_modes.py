@@ -18,7 +18,7 @@ from fides_plugins.launch.torchserve import TorchServeServer
 from fides_plugins.pipeline import Pipeline
 from fides_plugins.settings import Settings
 from fides_plugins.types import Prediction, Query
-from tests.support.torchserve_models import backdoor_bundle, body, plain_archive, protected_archive, rows
+from tests.support.torchserve_models import body, plain_archive, protected_archive, rows
 
 pytestmark = pytest.mark.integration
 
@@ -26,21 +26,14 @@ MODES = ("observe", "flag", "correct", "reject")
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bundles") / "bundle"
-    backdoor_bundle(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServeServer]:
+def server(backdoor_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServeServer]:
     store = tmp_path_factory.mktemp("store")
     plain_archive(store, name="bare")
     for mode in MODES:
-        protected_archive(store, mode, bundle, mode=mode)
-    protected_archive(store, "closed", bundle, mode="flag", on_error="closed")
+        protected_archive(store, mode, backdoor_folder, mode=mode)
+    protected_archive(store, "closed", backdoor_folder, mode="flag", on_error="closed")
     changed = {"fides_bundle/verification.onnx": b"not the bytes that fides.json names"}
-    protected_archive(store, "changed", bundle, files=changed, mode="flag", on_error="open")
+    protected_archive(store, "changed", backdoor_folder, files=changed, mode="flag", on_error="open")
     models = {p.stem: p.name for p in store.glob("*.mar")}
     with TorchServeServer(store, models, batch_size=1) as running:
         yield running
@@ -103,13 +96,13 @@ def test_reject_refuses_only_attacked_answers(server: TorchServeServer) -> None:
         assert "label" not in judged.json()["fides"]
 
 
-def test_same_verdict_as_in_process(server: TorchServeServer, bundle: Path) -> None:
+def test_same_verdict_as_in_process(server: TorchServeServer, backdoor_folder: Path) -> None:
     x = rows(8, seed=5, attacked=(0, 3, 6))
     service = x[:, :10].copy()
     for row in (0, 3, 6):
         top = service[row].argsort()[-2:]
         service[row, top] = service[row, top[::-1]]
-    pipeline = Pipeline.from_settings(Settings(bundle=str(bundle), mode="flag"))
+    pipeline = Pipeline.from_settings(Settings(bundle=str(backdoor_folder), mode="flag"))
     verdict = pipeline.run(Query({"pixels": x}), Prediction.from_output(service + 0.01, "logits"))
     for index, row in enumerate(x):
         got = fides_headers(post(server, "flag", body(row)))

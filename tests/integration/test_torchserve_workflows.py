@@ -15,7 +15,7 @@ import pytest
 from fides_plugins.errors import InputError
 from fides_plugins.launch.torchserve import TorchServeServer
 from fides_plugins.serving.torchserve.attach import attach
-from tests.support.torchserve_models import CLASS, backdoor_bundle, body, protected_archive, rows
+from tests.support.torchserve_models import CLASS, body, protected_archive, rows
 
 pytestmark = pytest.mark.integration
 
@@ -57,21 +57,14 @@ def workflow(store: Path, name: str, node: str, dag: dict[str, list[str]], batch
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bundles") / "bundle"
-    backdoor_bundle(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServeServer]:
+def server(backdoor_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServeServer]:
     store = tmp_path_factory.mktemp("store")
     named = CLASS.replace("return answers(logits)", NAMES)
     for mode in ("flag", "correct", "reject"):
-        protected_archive(store, mode, bundle, mode=mode, files={"digits.py": named})
+        protected_archive(store, mode, backdoor_folder, mode=mode, files={"digits.py": named})
         workflow(store, f"middle_{mode}", mode, {"before": ["classify"], "classify": ["after"]})
     workflow(store, "end", "reject", {"before": ["classify"]})
-    protected_archive(store, "drops", bundle, mode="reject", files={"digits.py": named + DROPS})
+    protected_archive(store, "drops", backdoor_folder, mode="reject", files={"digits.py": named + DROPS})
     workflow(store, "dropping", "drops", {"before": ["classify"], "classify": ["after"]}, batch=4)
     with TorchServeServer(store, {"reject": "reject.mar"}, properties={"workflow_store": str(store)}) as running:
         for archive in sorted(store.glob("*.war")):
@@ -132,8 +125,8 @@ def test_outside_of_a_workflow_a_refusal_concerns_one_request(server: TorchServe
     assert (answer.status_code, answer.json()["type"]) == (409, "FidesAttackDetected")
 
 
-def test_a_workflow_archive_is_refused_with_what_to_do(bundle: Path, tmp_path: Path) -> None:
+def test_a_workflow_archive_is_refused_with_what_to_do(backdoor_folder: Path, tmp_path: Path) -> None:
     workflow(tmp_path, "zoo", "classify", {"before": ["classify"]})
     with pytest.raises(InputError, match=r"zoo\.war is a workflow.*each of its models that classifies"):
-        attach(tmp_path / "zoo.war", bundle, tmp_path / "out.war")
+        attach(tmp_path / "zoo.war", backdoor_folder, tmp_path / "out.war")
     assert not (tmp_path / "out.war").exists()
