@@ -35,6 +35,7 @@ from fides_plugins.testing import fake_logits, linear_onnx, memory_bundle, switc
 from fides_plugins.types import softmax
 from tests.support.clients import JudgingClient
 from tests.support.pki import NOW_S
+from tests.support.refusals import code
 from tests.support.verifiers import IDENTITY, Hardware, digits_bundle, receipt_keys
 
 ROWS = fake_logits(2)
@@ -86,12 +87,6 @@ def hardware() -> Hardware:
 @pytest.fixture
 def setting(hardware: Hardware) -> Setting:
     return Setting(hardware)
-
-
-def code(call: Any) -> str:
-    with pytest.raises(Refusal) as caught:
-        call()
-    return caught.value.code
 
 
 @pytest.mark.parametrize("scheme", ["hpke", "commitment"])

@@ -3,44 +3,34 @@
 from __future__ import annotations
 
 import json
-import uuid
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fides_plugins.attestation import sealing
 from fides_plugins.attestation.evidence import Evidence
 from fides_plugins.attestation.receipt import open_receipt
-from fides_plugins.attestation.refusal import Refusal
 from fides_plugins.attestation.request import from_text, to_text
 from fides_plugins.attestation.tensors import tensor_digest
 from fides_plugins.attestation.verify import new_challenge, verify_evidence
 from fides_plugins.attestation.wire import PARAMETER, RECEIPT_OUTPUT
 from fides_plugins.bundle import Bundle, InputSpec, Manifest
-from fides_plugins.cli.serve_verifier import _announce
 from fides_plugins.enclave import protocol
 from fides_plugins.enclave.bounds import request_bounds
-from fides_plugins.enclave.limits import RateLimit, SpentNonces
-from fides_plugins.enclave.providers import (
-    DevelopmentProvider,
-    GramineProvider,
-    TsmProvider,
-    certificates,
-    make_provider,
-)
+from fides_plugins.enclave.limits import RateLimit
+from fides_plugins.enclave.providers import DevelopmentProvider
 from fides_plugins.enclave.rounding import round_rows
 from fides_plugins.enclave.verifier import Verifier, VerifierOptions
-from fides_plugins.errors import BundleError, EvidenceError, InputError
+from fides_plugins.errors import BundleError, InputError
 from fides_plugins.oip import JSON_LENGTH, tensor_from_bytes
 from fides_plugins.testing import fake_logits, memory_bundle
 from fides_plugins.types import softmax
-from tests.support.pki import NOW_S, AmdPki
+from tests.support.pki import NOW_S
+from tests.support.refusals import code
 from tests.support.verifiers import IDENTITY_PUBLIC, Asked, Hardware, receipt_keys
 
 ROWS = fake_logits(3)
@@ -48,24 +38,8 @@ BOUNDS = request_bounds(InputSpec(name="pixels", dtype="float32", shape=(None, 1
 
 
 @pytest.fixture(scope="module")
-def hardware() -> Hardware:
-    return Hardware()
-
-
-@pytest.fixture(scope="module")
-def bundle() -> Bundle:
-    return memory_bundle()
-
-
-@pytest.fixture(scope="module")
 def verifier(hardware: Hardware, bundle: Bundle) -> Verifier:
     return hardware.verifier(bundle)
-
-
-def code(call: Any) -> str:
-    with pytest.raises(Refusal) as caught:
-        call()
-    return caught.value.code
 
 
 # Answers
@@ -210,61 +184,6 @@ def test_what_is_refused_costs_the_client_nothing(hardware: Hardware, bundle: Bu
     verifier.answer(early.text, ROWS)
 
 
-# Bounds
-
-
-def number(n: int) -> bytes:
-    return n.to_bytes(32, "big")
-
-
-def free() -> None:
-    """What a nonce costs where nothing is counted."""
-
-
-def test_nonces_are_spent_once_however_many_others_spend_and_fast_the_clock_runs() -> None:
-    now = [0.0]
-    table = SpentNonces(lifetime_s=10, clock=lambda: now[0])
-    table.spend(b"honest", number(0), free)
-    for n in range(20_000):
-        table.spend(b"greedy", number(n), free)
-    for client, n in ((b"honest", 0), (b"greedy", 0), (b"greedy", 19_999)):
-        assert code(lambda: table.spend(client, number(n), free)) == "request-replay"  # noqa: B023
-    now[0] = 1e9  # a host may let an enclave's clock run
-    table.spend(b"greedy", number(20_000), free)
-    assert code(lambda: table.spend(b"honest", number(0), free)) == "request-replay"
-    assert code(lambda: table.spend(b"greedy", number(19_999), free)) == "request-replay"
-    assert len(table) == 4096 + 1
-
-
-def test_what_cannot_be_paid_is_not_spent() -> None:
-    def refuse() -> None:
-        raise Refusal("request-rate", "too many")
-
-    table = SpentNonces(lifetime_s=10)
-    assert code(lambda: table.spend(b"a", number(1), refuse)) == "request-rate"
-    table.spend(b"a", number(1), free)
-
-
-def test_strangers_are_forgotten_before_the_table_grows() -> None:
-    table = SpentNonces(lifetime_s=10, capacity=100)
-    for n in range(1000):
-        table.spend(number(n % 50), number(n), free)
-    assert len(table) <= 100
-
-
-def test_buckets_refill_and_unknown_keys_do_not_pile_up() -> None:
-    now = [0.0]
-    limit = RateLimit(per_second=2, burst=4, keys=10, clock=lambda: now[0])
-    limit.take(b"a", 4)
-    assert code(lambda: limit.take(b"a")) == "request-rate"
-    now[0] = 0.5
-    limit.take(b"a")
-    limit.take(b"b", 1000)  # more than the bucket holds: takes it all, once
-    for n in range(1000):
-        limit.take(n.to_bytes(2, "big"))
-    assert len(limit._buckets) == 10
-
-
 # The protocol
 
 
@@ -345,166 +264,6 @@ def test_unsigned_and_misaddressed_requests_are_refused(verifier: Verifier, bund
         protocol.model_metadata(verifier, "other")
     with pytest.raises(InputError, match="no version"):
         protocol.check_version("2")
-
-
-# Where evidence comes from
-
-
-class Kernel:
-    """Plays Linux's configfs-tsm and Gramine's files: attributes appear with the folder, writes are requests."""
-
-    def __init__(self, make: Any, provider: str = "tdx_guest", extra: bytes | None = None, disturb: int = 0) -> None:
-        self.make_report = make
-        self.provider = provider
-        self.extra = extra
-        self.disturb = disturb
-        self.entries: dict[Path, dict[str, Any]] = {}
-        self.removed: list[Path] = []
-
-    def make(self, path: Path) -> None:
-        if self.make_report is None:
-            raise FileNotFoundError(2, "No such file or directory")
-        self.entries[path] = {"generation": 0, "inblob": b""}
-
-    def remove(self, path: Path) -> None:
-        del self.entries[path]
-        self.removed.append(path)
-
-    def write(self, path: Path, data: bytes) -> None:
-        entry = self.entries.setdefault(path.parent, {"generation": 0})
-        entry["inblob"] = data
-        entry["generation"] += 1
-
-    def read(self, path: Path) -> bytes:
-        entry = self.entries.setdefault(path.parent, {"generation": 0})
-        if path.name == "generation":
-            return f"{entry['generation']}\n".encode()
-        if path.name in ("outblob", "quote"):
-            blob = bytes(self.make_report(entry["inblob"]))
-            if self.disturb:
-                self.disturb -= 1
-                entry["generation"] += 1  # another process wrote to this entry
-            return blob
-        if path.name == "provider":
-            return f"{self.provider}\n".encode()
-        if path.name == "attestation_type":
-            return self.provider.encode()
-        if path.name == "auxblob" and self.extra is not None:
-            return self.extra
-        raise FileNotFoundError(2, "No such file or directory")
-
-
-DATA = bytes(range(64))
-
-
-@pytest.fixture(scope="module")
-def amd() -> AmdPki:
-    return AmdPki()
-
-
-def test_tdx_reports_from_the_kernel(hardware: Hardware) -> None:
-    kernel = Kernel(lambda data: hardware.intel.quote("tdx", data))
-    evidence = TsmProvider("tdx", files=kernel).report(DATA)
-    assert evidence.tee == "tdx"
-    assert kernel.entries == {}
-    assert len(kernel.removed) == 1
-    # Somebody else wrote to the entry twice: asked again, then given up.
-    assert TsmProvider("tdx", files=Kernel(kernel.make_report, disturb=2)).report(DATA).report
-    busy = Kernel(kernel.make_report, disturb=1000)
-    with pytest.raises(EvidenceError, match="keeps writing"):
-        TsmProvider("tdx", files=busy).report(DATA)
-    assert busy.entries == {}
-
-
-def certificate_table(entries: dict[str, bytes]) -> bytes:
-    """GUIDs, offsets and lengths, then the certificates, as SEV-SNP firmware hands them out."""
-    offset = 24 * (len(entries) + 1)
-    table, tail = b"", b""
-    for guid, data in entries.items():
-        table += uuid.UUID(guid).bytes_le + (offset + len(tail)).to_bytes(4, "little") + len(data).to_bytes(4, "little")
-        tail += data
-    return table + bytes(24) + tail
-
-
-def test_snp_reports_and_certificates_from_the_kernel(amd: AmdPki) -> None:
-    table = certificate_table(
-        {
-            "c0b406a4-a803-4952-9743-3fb6014cd0ae": amd.ark.public_bytes(Encoding.DER),
-            "4ab7b379-bbac-4fe4-a02f-05aef327c782": amd.ask.public_bytes(Encoding.DER),
-            "63da758d-e664-4564-adc5-f4b93be8accd": amd.vcek,
-        }
-    )
-    kernel = Kernel(lambda data: amd.report(data), "sev_guest", table)
-    evidence = TsmProvider("sev-snp", files=kernel).report(DATA)
-    assert evidence.vcek == amd.vcek
-    assert evidence.chain == amd.chain
-    without = TsmProvider("sev-snp", files=Kernel(lambda data: amd.report(data), "sev_guest")).report(DATA)
-    assert (without.vcek, without.chain) == (b"", "")
-
-
-@given(st.binary(max_size=400))
-@settings(max_examples=200, deadline=None)
-def test_broken_certificate_tables_give_nothing_and_do_not_crash(table: bytes) -> None:
-    vcek, chain = certificates(table)
-    assert isinstance(vcek, bytes)
-    assert chain == ""
-
-
-def test_gramine_quotes(hardware: Hardware) -> None:
-    class Gramine(Kernel):
-        def write(self, path: Path, data: bytes) -> None:
-            assert path.name == "user_report_data"
-            super().write(path, data)
-
-    kernel = Gramine(lambda data: hardware.intel.quote("sgx", data), "dcap")
-    assert GramineProvider(files=kernel).report(DATA).tee == "sgx"
-    with pytest.raises(EvidenceError, match="'none', not 'dcap'"):
-        GramineProvider(files=Gramine(lambda data: b"", "none")).report(DATA)
-
-
-@pytest.mark.parametrize("zero", ["rtmr3", ""])
-def test_a_machine_that_measured_nothing_says_so_at_the_start(
-    hardware: Hardware, bundle: Bundle, zero: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    kernel = Kernel(lambda data: hardware.intel.quote("tdx", data, zero=zero))
-    _announce(Verifier(bundle, TsmProvider("tdx", files=kernel)), "127.0.0.1:1")
-    assert ("RTMR3 is zero" in capsys.readouterr().err) is bool(zero)
-
-
-def test_hardware_that_is_not_there_or_lies(hardware: Hardware, amd: AmdPki, tmp_path: Path) -> None:
-    with pytest.raises(EvidenceError, match="confidential VM"):
-        TsmProvider("tdx", files=Kernel(None)).report(DATA)
-    with pytest.raises(EvidenceError, match="confidential VM"):
-        TsmProvider("tdx", root=tmp_path / "absent").report(DATA)
-    with pytest.raises(EvidenceError, match="gramine-sgx"):
-        GramineProvider(root=tmp_path).report(DATA)
-    with pytest.raises(EvidenceError, match="come from 'sev_guest'"):
-        TsmProvider("tdx", files=Kernel(lambda d: hardware.intel.quote("tdx", d), "sev_guest")).report(DATA)
-    with pytest.raises(EvidenceError, match="not about the data"):
-        TsmProvider("tdx", files=Kernel(lambda d: hardware.intel.quote("tdx", bytes(64)))).report(DATA)
-    with pytest.raises(EvidenceError, match="not about the data"):
-        TsmProvider("sev-snp", files=Kernel(lambda d: b"short", "sev_guest")).report(DATA)
-    with pytest.raises(EvidenceError, match="64 bytes"):
-        TsmProvider("tdx", files=Kernel(lambda d: b"")).report(b"short")
-
-
-def test_providers_by_name() -> None:
-    assert make_provider("tdx").tee == "tdx"
-    assert make_provider("sev-snp").tee == "sev-snp"
-    assert make_provider("gramine-sgx").tee == "sgx"
-    assert isinstance(make_provider("development"), DevelopmentProvider)
-
-
-def test_the_real_files_write_in_one_call(tmp_path: Path) -> None:
-    files = GramineProvider().files
-    target = tmp_path / "folder"
-    files.make(target)
-    (target / "inblob").write_bytes(b"")
-    files.write(target / "inblob", DATA)
-    assert files.read(target / "inblob") == DATA
-    (target / "inblob").unlink()
-    files.remove(target)
-    assert not target.exists()
 
 
 def test_keys_of_a_verifier_are_new_at_every_start(bundle: Bundle) -> None:

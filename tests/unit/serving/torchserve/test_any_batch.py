@@ -18,6 +18,7 @@ from ts.torch_handler.request_envelope.json import JSONEnvelope
 
 from fides_plugins.serving.torchserve.handler import FidesHandler
 from tests.support.torchserve_models import CLASS, READ_BYTES, SERVICE, backdoor_bundle, body, kserve_v2, rows
+from tests.support.torchserve_worker import NoMetrics
 
 #: Batches for each of the handlers below.
 BATCHES = 700
@@ -74,12 +75,6 @@ class Served:
 
     def status(self, index: int) -> int:
         return int(self.context.get_response_status(index)[0])
-
-
-class NoMetrics:
-    def add_time(self, *arguments: Any) -> None: ...
-
-    def add_metric(self, *arguments: Any) -> None: ...
 
 
 @pytest.fixture(
